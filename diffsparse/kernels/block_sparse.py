@@ -1,0 +1,310 @@
+"""Block-sparse attention: each query block sees the key blocks that are listed for it.
+
+The one way in: it checks, picks the backend, and calls it as one operator that torch.compile leaves whole.
+A backend is a module with `why_not` and `attend` as in `block_sparse_eager.py`, and a line in BACKENDS.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+# Name and module, the fastest first. Imported when asked for: what a module needs may be missing here.
+BACKENDS = {
+    "eager": "diffsparse.kernels.block_sparse_eager",
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_blocks: Tensor,
+    counts: Tensor,
+    *,
+    query_block_size: int,
+    key_block_size: int,
+    key_length: Tensor | None = None,
+    tail: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    validate: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of query [B, H, S, D] over the listed blocks of key and value [B, H, S_k, D].
+
+    Query block i of a head sees the key blocks `key_blocks[b, h, i, :counts[b, h, i]]`; the rest of a list is ignored.
+    `key_blocks` is [B|1, H|1, Q, C] int32, `counts` [B|1, H|1, Q] int32, from 1 to C. Block sizes are in tokens; the
+    last block of either side may be ragged. Keys at or beyond `key_length` [B] int32 do not exist.
+
+    Where `tail` [B|1, H|1] bool is true, every existing block that is not listed enters the same softmax as a single
+    key: the mean of its keys, with the log of their number added to the logit, and the mean of its values.
+
+    Returns the output [B, H, S, D] in query's dtype; with `return_lse` also the logsumexp of the scaled logits, tail
+    included, [B, H, S] fp32, natural logarithm. Query blocks that see no existing key give 0 and -inf.
+
+    `scale` is D ** -0.5 if None. `backend` None takes the fastest one that can run here. `validate=False` leaves out
+    `check_lists`, which waits for the lists on a GPU; compiled code never makes it. There is no backward pass.
+    Raises ValueError or TypeError for what does not fit.
+    """
+    _check_qkv(query, key, value)
+    num_query_blocks = -(-query.shape[2] // _checked_block_size("query_block_size", query_block_size))
+    num_key_blocks = -(-key.shape[2] // _checked_block_size("key_block_size", key_block_size))
+    batch, heads = query.shape[:2]
+    _check_side("key_blocks", key_blocks, query, torch.int32, "[B|1, H|1, Q, C]", (batch, heads, num_query_blocks, 0))
+    _check_side("counts", counts, query, torch.int32, "[B|1, H|1, Q]", (batch, heads, num_query_blocks))
+    if key_length is not None:
+        _check_side("key_length", key_length, query, torch.int32, "[B]", (batch,))
+    if tail is not None:
+        _check_side("tail", tail, query, torch.bool, "[B|1, H|1]", (batch, heads))
+    if validate and not torch.compiler.is_compiling():
+        check_lists(key_blocks, counts, num_key_blocks)
+        pick_backend(backend, query, query_block_size, key_block_size)
+    out, lse = _operator(
+        query,
+        key,
+        value,
+        key_blocks,
+        counts,
+        key_length,
+        tail,
+        query_block_size,
+        key_block_size,
+        query.shape[3] ** -0.5 if scale is None else float(scale),
+        return_lse,
+        backend,
+    )
+    return (out, lse) if return_lse else out
+
+
+def check_lists(key_blocks: Tensor, counts: Tensor, num_key_blocks: int) -> None:
+    """Raise ValueError unless counts are from 1 to C and what is listed are different blocks that exist.
+
+    key_blocks [B|1, H|1, Q, C], counts [B|1, H|1, Q]. Waits for the values on a GPU.
+    """
+    capacity = key_blocks.shape[-1]
+    fewest, most = (int(count) for count in counts.aminmax())
+    if fewest < 1 or most > capacity:
+        raise ValueError(
+            f"`counts` must be from 1 to {capacity}, the length of the lists in `key_blocks`, got values from {fewest} "
+            f"to {most}. A query block needs at least one key block: list the one it matters least to lose."
+        )
+    is_listed = torch.arange(capacity, device=counts.device) < counts[..., None]
+    key_blocks, is_listed = torch.broadcast_tensors(key_blocks, is_listed)
+    lowest, highest = (int(block) for block in key_blocks[is_listed].aminmax())
+    if lowest < 0 or highest >= num_key_blocks:
+        raise ValueError(
+            f"`key_blocks` must list blocks from 0 to {num_key_blocks - 1}, got blocks from {lowest} to {highest}. "
+            f"Pad a list after its count, not within it."
+        )
+    # What lies beyond a count is counted in a column of its own, which is cut off.
+    times_listed = counts.new_zeros((*is_listed.shape[:-1], num_key_blocks + 1))
+    times_listed.scatter_add_(-1, key_blocks.where(is_listed, num_key_blocks).long(), is_listed.to(counts.dtype))
+    if int(times_listed[..., :-1].max()) > 1:
+        batch_entry, head, query_block, block = (int(i) for i in (times_listed[..., :-1] > 1).nonzero()[0])
+        raise ValueError(
+            f"`key_blocks` must list a block at most once, got block {block} more than once in "
+            f"[{batch_entry}, {head}, {query_block}]. Remove the repetition and lower `counts`."
+        )
+
+
+def available_backends(device: torch.device | str) -> dict[str, str | None]:
+    """Every backend by name, the fastest first, with the reason why it cannot run on the device, or None."""
+    query = torch.empty((1, 1, 128, 64), dtype=torch.bfloat16, device=device)
+    return {name: _why_not(name, query, 128, 64) for name in BACKENDS}
+
+
+def pick_backend(name: str | None, query: Tensor, query_block_size: int, key_block_size: int) -> ModuleType:
+    """The module of the named backend, or of the fastest one that can run. ValueError if it cannot."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(
+            f"`backend` must be one of {', '.join(BACKENDS)}, got {name!r}. Leave it out for the fastest one."
+        )
+    reasons = {}
+    for candidate in BACKENDS if name is None else (name,):
+        reasons[candidate] = _why_not(candidate, query, query_block_size, key_block_size)
+        if reasons[candidate] is None:
+            return import_module(BACKENDS[candidate])
+    raise ValueError(
+        f"`backend` {name!r} cannot run here: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}. "
+        f"Leave it out for the fastest one that can."
+    )
+
+
+def _why_not(name: str, query: Tensor, query_block_size: int, key_block_size: int) -> str | None:
+    try:
+        module = import_module(BACKENDS[name])
+    except ImportError as error:
+        return f"its module does not import ({error})"
+    reason: str | None = module.why_not(query, query_block_size, key_block_size)
+    return reason
+
+
+@torch.library.custom_op(
+    "diffsparse::block_sparse_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor key_blocks, Tensor counts, Tensor? key_length, "
+    "Tensor? tail, SymInt query_block_size, SymInt key_block_size, float scale, bool return_lse, str? backend) "
+    "-> (Tensor, Tensor)",
+)
+def _operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_blocks: Tensor,
+    counts: Tensor,
+    key_length: Tensor | None,
+    tail: Tensor | None,
+    query_block_size: int,
+    key_block_size: int,
+    scale: float,
+    return_lse: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    out, lse = pick_backend(backend, query, query_block_size, key_block_size).attend(
+        query,
+        key,
+        value,
+        key_blocks,
+        counts,
+        query_block_size=query_block_size,
+        key_block_size=key_block_size,
+        key_length=key_length,
+        tail=tail,
+        scale=scale,
+        return_lse=return_lse,
+    )
+    return out, lse
+
+
+@_operator.register_fake
+def _(query: Tensor, *inputs: object) -> tuple[Tensor, Tensor]:
+    return_lse = inputs[-2]
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return out, query.new_empty(query.shape[:3] if return_lse else (0,), dtype=torch.float32)
+
+
+def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+    tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"`{name}` must be a tensor [B, H, S, D], got {type(x).__name__}. Convert it first.")
+        if x.dim() != 4 or 0 in x.shape:
+            raise ValueError(f"`{name}` must be [B, H, S, D] and not empty, got the shape {tuple(x.shape)}.")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"`{name}` must be float32, bfloat16 or float16, got {x.dtype}. Convert it with `.to()`.")
+        if x.dtype != query.dtype:
+            raise TypeError(f"`{name}` must have query's dtype {query.dtype}, got {x.dtype}. Convert it with `.to()`.")
+        if x.device != query.device:
+            raise ValueError(f"`{name}` must be on query's device {query.device}, got {x.device}. Move it there.")
+        if (x.shape[0], x.shape[1], x.shape[3]) != (query.shape[0], query.shape[1], query.shape[3]):
+            raise ValueError(
+                f"`{name}` must have query's batch, heads and head dim {tuple(query.shape)}, got {tuple(x.shape)}. "
+                f"Repeat keys and values that several heads share."
+            )
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(
+                f"`{name}` requires grad, and block-sparse attention has no backward pass. "
+                f"Use dense attention for training, or call it under `torch.no_grad()`."
+            )
+    if key.shape != value.shape:
+        raise ValueError(
+            f"`value` must have as many tokens as key, {key.shape[2]}, got {value.shape[2]}. Cut or pad one of them."
+        )
+    if query.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(
+            f"`query` must have a head dim of at most {MAX_HEAD_DIM}, got {query.shape[3]}. Use dense attention."
+        )
+
+
+def _checked_block_size(name: str, block_size: int) -> int:
+    if isinstance(block_size, bool) or not isinstance(block_size, (int, torch.SymInt)):
+        raise TypeError(f"`{name}` must be a whole number of tokens, got {block_size!r}. Use 64 or 128.")
+    if block_size < 1:
+        raise ValueError(f"`{name}` must be at least one token, got {block_size}. Use 64 or 128.")
+    return block_size
+
+
+def _check_side(name: str, x: Tensor, query: Tensor, dtype: torch.dtype, shape: str, sizes: tuple[int, ...]) -> None:
+    """Check x against `sizes`: batch and heads may be 1 in anything but `[B]`, 0 stands for any size but none."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`{name}` must be a tensor {shape} of {dtype}, got {type(x).__name__}. Convert it first.")
+    if x.dtype != dtype:
+        raise TypeError(f"`{name}` must be {dtype}, got {x.dtype}. Convert it with `.to({dtype})`.")
+    if x.device != query.device:
+        raise ValueError(f"`{name}` must be on query's device {query.device}, got {x.device}. Move it there.")
+    fits = x.dim() == len(sizes) and all(
+        size > 0 if expected == 0 else size == expected or (size == 1 and axis < 2 and len(sizes) > 1)
+        for axis, (size, expected) in enumerate(zip(x.shape, sizes))
+    )
+    if not fits:
+        wanted = ", ".join(str(size) if size else "C" for size in sizes)
+        raise ValueError(
+            f"`{name}` must be {shape}, here ({wanted}), got the shape {tuple(x.shape)}. "
+            f"Q is the tokens of query over `query_block_size`, rounded up; B and H may be 1."
+        )
+
+
+def self_test(backend: str, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> float:
+    """The largest relative L2 error of the backend against float64, over small odd random inputs and all options.
+
+    Runs on the given device, or else on the first kind of device where the backend can run.
+    """
+    if device is None:
+        kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        device = next((kind for kind in kinds if available_backends(kind).get(backend) is None), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for head_dim, has_tail, has_length in [(64, False, False), (40, True, False), (128, False, True), (64, True, True)]:
+        query, key, value = (torch.randn((2, 2, 300, head_dim), generator=generator).to(dtype) for _ in range(3))
+        visible = torch.rand((2, 2, 5, 5), generator=generator) < 0.5
+        visible[..., 0] = True
+        key_blocks = visible.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+        tail = torch.tensor([[True, False]]) if has_tail else None
+        key_length = torch.tensor([300, 77], dtype=torch.int32) if has_length else None
+        expected = _float64_attention(query, key, value, visible, 64, key_length, tail)
+        inputs = [query, key, value, key_blocks, visible.sum(dim=-1, dtype=torch.int32)]
+        actual = block_sparse_attention(
+            *(x.to(device) for x in inputs),
+            query_block_size=64,
+            key_block_size=64,
+            key_length=None if key_length is None else key_length.to(device),
+            tail=None if tail is None else tail.to(device),
+            return_lse=True,
+            backend=backend,
+        )
+        errors += [float((a.cpu().double() - e).norm() / e.norm()) for a, e in zip(actual, expected)]
+    # Unlike max(), a sum keeps an error that is not a number.
+    return max(errors) if sum(errors) < float("inf") else float("nan")
+
+
+def _float64_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    block_size: int,
+    key_length: Tensor | None,
+    tail: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp with every logit written out, for block map `visible` [B, H, Q, K] of equal block sizes."""
+    num_tokens, head_dim = query.shape[2:]
+    query, key, value = query.double(), key.double(), value.double()
+    block_of = torch.arange(num_tokens) // block_size
+    exists = torch.arange(num_tokens) < (torch.tensor([num_tokens]) if key_length is None else key_length)[:, None]
+    seen = visible[:, :, block_of][..., block_of] & exists[:, None, None]  # [B, H, S, S]
+    logits = (query @ key.mT).masked_fill(~seen, -torch.inf) * head_dim**-0.5
+    # [K, S] marks the tokens of each block.
+    members = (block_of == torch.arange(visible.shape[-1])[:, None]) & exists[:, None]
+    sizes = members.sum(dim=-1).double()  # [B, K]
+    means = [members[:, None].double() @ x / sizes.clamp(min=1)[:, None, :, None] for x in (key, value)]
+    in_tail = ~visible[:, :, block_of] & (sizes > 0)[:, None, None]
+    in_tail = torch.zeros_like(in_tail) if tail is None else in_tail & tail[..., None, None]
+    tail_logits = query @ means[0].mT * head_dim**-0.5 + sizes.log()[:, None, None]
+    logits = torch.cat([logits, tail_logits.masked_fill(~in_tail, -torch.inf)], dim=-1)
+    return logits.softmax(dim=-1) @ torch.cat([value, means[1]], dim=2), logits.logsumexp(dim=-1)
