@@ -1,0 +1,98 @@
+"""What the user asks for, checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffsparse.strategies.adaptive import Adaptive
+from diffsparse.strategies.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class SparseAttentionConfig:
+    """When attention is sparse, and by which strategy.
+
+    Args:
+        strategy: what decides which tokens attend to which; `Adaptive()` needs no tuning.
+        dense_steps: share of the denoising steps, from the first, that stay dense: 0.2 of 50 steps is 10. The first
+            steps lay out the scene.
+        dense_layers: indices of layers that stay dense, counted from 0; negative ones from the end.
+        min_tokens: shorter sequences stay dense, where sparse attention would not be faster.
+        replan_every: steps for which a layer's plan is kept.
+        strict: raise at the first dense fallback, instead of counting it in the report. Early steps, dense layers
+            and short sequences are policy, not fallbacks.
+        backend: the kernel's implementation, one of those that `diffsparse doctor` lists; None for the best one.
+
+    Raises:
+        TypeError, ValueError: a wrong type or range, with what was expected.
+    """
+
+    strategy: Strategy = field(default_factory=Adaptive)
+    dense_steps: float = 0.2
+    dense_layers: tuple[int, ...] = ()
+    min_tokens: int = 4096
+    replan_every: int = 4
+    strict: bool = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.strategy, type) or not isinstance(self.strategy, Strategy):
+            raise TypeError(
+                f"`strategy` must be a strategy object with a `plan` method, got {self.strategy!r}. "
+                f"For the default say Adaptive(), for no sparsity Dense()."
+            )
+        if not _is_number(self.dense_steps) or not 0 <= self.dense_steps <= 1:
+            raise ValueError(
+                f"`dense_steps` must be a fraction between 0 and 1, got {self.dense_steps!r}. "
+                f"For 10 of 50 steps say 0.2."
+            )
+        if not isinstance(self.dense_layers, tuple) or not all(_is_integer(layer) for layer in self.dense_layers):
+            raise TypeError(
+                f"`dense_layers` must be a tuple of layer indices, got {self.dense_layers!r}. "
+                f"For the first and the last layer say (0, -1)."
+            )
+        for name, least in (("min_tokens", 0), ("replan_every", 1)):
+            value = getattr(self, name)
+            if not _is_integer(value) or value < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        if not isinstance(self.strict, bool):
+            raise TypeError(f"`strict` must be True or False, got {self.strict!r}.")
+        if self.backend is not None and not isinstance(self.backend, str):
+            raise TypeError(f"`backend` must be the name of a backend or None, got {self.backend!r}.")
+
+
+PRESETS: dict[str, Callable[[], SparseAttentionConfig]] = {
+    "quality": lambda: SparseAttentionConfig(Adaptive(density=0.4), dense_steps=0.3),
+    "balanced": lambda: SparseAttentionConfig(Adaptive(density=0.25), dense_steps=0.2),
+    "fast": lambda: SparseAttentionConfig(Adaptive(density=0.15), dense_steps=0.1),
+}
+
+
+def as_config(config: Any) -> SparseAttentionConfig:
+    """The config that a user's argument stands for: None is the preset "balanced".
+
+    Raises:
+        ValueError: the name of no preset.
+        TypeError: neither None, a name, nor a config.
+    """
+    if isinstance(config, SparseAttentionConfig):
+        return config
+    if config is not None and not isinstance(config, str):
+        raise TypeError(
+            f"`config` must be None, the name of a preset or a SparseAttentionConfig, got {config!r}. "
+            f"A strategy goes into a config: SparseAttentionConfig({config!r})."
+        )
+    name = config or "balanced"
+    if name not in PRESETS:
+        raise ValueError(f"`config` names no preset: got {name!r}, expected one of {', '.join(map(repr, PRESETS))}.")
+    return PRESETS[name]()
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,191 @@
+"""Enable, disable, report: on a pipeline or on a transformer."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from diffsparse.config import SparseAttentionConfig, as_config
+from diffsparse.pipelines.families import find_family
+from diffsparse.pipelines.family import Family
+from diffsparse.processors import make_sparse, make_stock
+from diffsparse.report import SparseAttentionReport, make_report
+from diffsparse.session import Session
+from diffsparse.steps import CacheContextReceiver
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN = Family(name="unknown", transformers=(), layers=(), layout=lambda transformer, call: None)
+"""Stands for a transformer that no family describes: it has no sparse layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Enabled:
+    """What has to be undone on one transformer."""
+
+    session: Session
+    call_hook: Any
+
+
+_ENABLED: weakref.WeakKeyDictionary[nn.Module, _Enabled] = weakref.WeakKeyDictionary()
+
+
+def enable_sparse_attention(model: Any, config: SparseAttentionConfig | str | None = None) -> None:
+    """Make the self-attention of a pipeline's transformers sparse, until `disable_sparse_attention`.
+
+    Works before or after offloading, compiling, or loading adapters. A transformer of no known family stays dense,
+    with a warning.
+
+    Args:
+        model: a diffusers pipeline, a modular pipeline, or a transformer.
+        config: None or the name of a preset, "quality", "balanced" (the default) or "fast", or a
+            `SparseAttentionConfig`.
+
+    Raises:
+        ValueError: sparse attention is enabled already, the config is wrong, or there is no transformer.
+        TypeError: `config` or `model` is of another type.
+    """
+    chosen = as_config(config)
+    transformers = _transformers(model)
+    active = next((name for name, t in transformers.items() if t in _ENABLED), None)
+    if active is not None:
+        raise ValueError(
+            f"sparse attention is already enabled on `{active}` with "
+            f"{_ENABLED[transformers[active]].session.config}. Call `disable_sparse_attention()` first."
+        )
+    pipeline = None if isinstance(model, nn.Module) else model
+    sessions = {name: _open_session(t, chosen, pipeline) for name, t in transformers.items()}
+    for name, transformer in transformers.items():
+        _attach(transformer, sessions[name])
+
+
+def disable_sparse_attention(model: Any) -> None:
+    """Give a pipeline's transformers their own attention back, exactly. A warning says so if it was not enabled."""
+    enabled = [t for t in _transformers(model).values() if t in _ENABLED]
+    if not enabled:
+        logger.warning("Sparse attention was not enabled, so there is nothing to disable.")
+    for transformer in enabled:
+        _detach(transformer)
+
+
+def is_sparse_attention_enabled(model: Any) -> bool:
+    """Whether sparse attention is enabled on a pipeline or transformer."""
+    return any(transformer in _ENABLED for transformer in _transformers(model).values())
+
+
+def sparse_attention_report(model: Any) -> SparseAttentionReport:
+    """What ran since sparse attention was enabled: density, head classes, every dense fallback and its reason.
+
+    Raises:
+        ValueError: sparse attention is not enabled.
+    """
+    sessions = {name: _ENABLED[t].session for name, t in _transformers(model).items() if t in _ENABLED}
+    if not sessions:
+        raise ValueError(
+            f"sparse attention is not enabled on this {type(model).__name__}, so nothing was recorded. "
+            f"Call `enable_sparse_attention()`, then run the pipeline."
+        )
+    return make_report(sessions)
+
+
+def _transformers(model: Any) -> dict[str, nn.Module]:
+    """The diffusion transformers of a pipeline by component name, or the model itself by its class name."""
+    if isinstance(model, nn.Module):
+        inner = _uncompiled(model)
+        return {type(inner).__name__: inner}
+    components = getattr(model, "components", None)
+    if not isinstance(components, Mapping):
+        raise TypeError(f"`model` must be a diffusers pipeline or a transformer, got {type(model).__name__}.")
+    modules = {name: _uncompiled(part) for name, part in components.items() if isinstance(part, nn.Module)}
+    transformers = {
+        name: module
+        for name, module in modules.items()
+        if find_family(module) is not None or name.startswith("transformer")
+    }
+    if not transformers:
+        raise ValueError(
+            f"{type(model).__name__} has no diffusion transformer among its components "
+            f"({', '.join(modules) or 'none'}), so there is no attention to make sparse."
+        )
+    return transformers
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "_orig_mod", module)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _open_session(transformer: nn.Module, config: SparseAttentionConfig, pipeline: Any) -> Session:
+    family = find_family(transformer)
+    if family is None:
+        logger.warning(
+            "%s is of no model family that diffsparse knows, so it stays dense. To add one, describe it as in "
+            "diffsparse/pipelines (class name, names of its self-attention modules, where a call says its frames, "
+            "height and width); these families are known: see `diffsparse doctor`.",
+            type(transformer).__name__,
+        )
+        return Session(transformer, UNKNOWN, (), config, pipeline)
+    names = tuple(
+        name
+        for name, _ in transformer.named_modules()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in family.layers)
+    )
+    return Session(transformer, family, names, config, pipeline)
+
+
+def _attach(transformer: nn.Module, session: Session) -> None:
+    for name, handle in zip(session.layer_names, session.handles):
+        if not make_sparse(transformer.get_submodule(name), handle):
+            logger.warning("%s keeps its own attention: its processor cannot be made sparse.", name)
+    if hasattr(transformer, "cache_context"):
+        transformer.__dict__["cache_context"] = CacheContextReceiver(transformer, session.clock)
+    hook = transformer.register_forward_pre_hook(_CallHook(session), with_kwargs=True)
+    _ENABLED[transformer] = _Enabled(session, hook)
+
+
+def _detach(transformer: nn.Module) -> None:
+    enabled = _ENABLED.pop(transformer)
+    enabled.call_hook.remove()
+    transformer.__dict__.pop("cache_context", None)
+    for name in enabled.session.layer_names:
+        make_stock(transformer.get_submodule(name))
+    enabled.session.close()
+
+
+class _CallHook:
+    """The forward pre-hook of an enabled transformer. In a copy or pickle of it, it does nothing."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._session.begin_call(module, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _idle_hook, ()
+
+
+def _idle_hook() -> Any:
+    return _do_nothing
+
+
+def _do_nothing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    pass
+
+
+def add_methods() -> None:
+    """Give diffusers' pipelines and models the functions above as methods."""
+    from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
+
+    for owner in (DiffusionPipeline, ModularPipeline, ModelMixin):
+        owner.enable_sparse_attention = enable_sparse_attention
+        owner.disable_sparse_attention = disable_sparse_attention
+        owner.is_sparse_attention_enabled = property(is_sparse_attention_enabled)
+        owner.sparse_attention_report = sparse_attention_report

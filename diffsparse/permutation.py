@@ -1,0 +1,112 @@
+"""The order of the tokens, per head, and its inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffsparse.grid import TokenGrid
+
+AXES = ("frame", "height", "width")
+
+
+def axis_order(grid: TokenGrid, axes: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
+    """The tokens sorted by `axes`, outermost first, text last: token indices [S].
+
+    `("frame", "height", "width")` is the natural, frame-major order; `("height", "width", "frame")` puts the
+    same place of all frames side by side, the token-major order.
+
+    Raises:
+        ValueError: `axes` is not an arrangement of "frame", "height", "width".
+    """
+    if sorted(axes) != sorted(AXES):
+        raise ValueError(f"`axes` must be an arrangement of {AXES}, got {tuple(axes)}.")
+    video = _video_tokens(grid, device).permute([AXES.index(axis) for axis in axes])
+    return _with_text_last(grid, video.reshape(-1))
+
+
+def tile_order(grid: TokenGrid, tile: tuple[int, int, int], device: torch.device | str = "cpu") -> Tensor:
+    """The tokens sorted by tiles of frames x height x width, text last: token indices [S].
+
+    Inside a tile the order is frame-major. Tiles at the far sides of the grid may be smaller, so any grid will do.
+
+    Raises:
+        ValueError: a tile side that is not positive.
+    """
+    if min(tile) < 1:
+        raise ValueError(f"`tile` must have three positive sides, in tokens, got {tile}.")
+    sizes = (grid.frames, grid.height, grid.width)
+    places = torch.meshgrid(*(torch.arange(size, device=device) for size in sizes), indexing="ij")
+    rank = torch.zeros(sizes, dtype=torch.long, device=device)
+    for place, side, size in zip(places, tile, sizes):
+        rank = rank * -(-size // side) + place // side
+    # A stable sort keeps the frame-major order inside each tile.
+    by_tile = torch.argsort(rank.reshape(-1), stable=True)
+    return _with_text_last(grid, _video_tokens(grid, device).reshape(-1)[by_tile])
+
+
+def _video_tokens(grid: TokenGrid, device: torch.device | str) -> Tensor:
+    tokens = torch.arange(grid.num_video_tokens, device=device) + grid.text_before
+    return tokens.view(grid.frames, grid.height, grid.width)
+
+
+def _with_text_last(grid: TokenGrid, video: Tensor) -> Tensor:
+    before = torch.arange(grid.text_before, device=video.device)
+    after = torch.arange(grid.num_tokens - grid.text_after, grid.num_tokens, device=video.device)
+    return torch.cat([video, before, after])
+
+
+@dataclass(frozen=True, eq=False)
+class Permutation:
+    """A token order per head: place i of head h holds token `order[h, i]`.
+
+    Attributes:
+        order: [H|1, S] int64, each row an arrangement of 0..S-1.
+        inverse: [H|1, S] int64, the place of every token.
+    """
+
+    order: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, order: Tensor) -> Permutation:
+        """The permutation of an order [H|1, S]."""
+        return cls(order, torch.argsort(order, dim=-1))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The tokens of x [B, H, S, D] in this order, [B, H, S, D] contiguous."""
+        batch, heads, tokens, dim = x.shape
+        if x.transpose(1, 2).is_contiguous():  # as projections leave it: [B, S, H, D] in memory
+            rows = x.transpose(1, 2).reshape(-1, dim)
+            head = torch.arange(heads, device=x.device)[:, None]
+            place = self.order * heads + head  # [H, S]
+        else:
+            rows = x.reshape(-1, dim)
+            place = _rows_by_head(self.order, heads)
+        return rows.index_select(0, _for_batch(place, batch)).view(batch, heads, tokens, dim)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Put the tokens of x [B, H, S, D] back where apply took them from.
+
+        The result is [B, H, S, D] with the memory layout [B, S, H, D], which the output projection wants.
+        """
+        batch, heads, tokens, dim = x.shape
+        place = _rows_by_head(self.inverse, heads).T.contiguous()  # [S, H]
+        rows = x.reshape(-1, dim).index_select(0, _for_batch(place, batch))
+        return rows.view(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def _rows_by_head(places: Tensor, heads: int) -> Tensor:
+    """Row numbers [H, S] of the places [H|1, S] in a tensor of rows [H * S, D]."""
+    return places + torch.arange(heads, device=places.device)[:, None] * places.shape[1]
+
+
+def _for_batch(rows: Tensor, batch: int) -> Tensor:
+    """Row numbers of one batch element [n, m], repeated for each element: [B * n * m]."""
+    if batch == 1:
+        return rows.reshape(-1)
+    offset = torch.arange(batch, device=rows.device)[:, None] * rows.numel()
+    return (rows.reshape(1, -1) + offset).reshape(-1)

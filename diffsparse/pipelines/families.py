@@ -1,0 +1,23 @@
+"""The families that diffsparse knows. A new one is a file of its own and a line here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from diffsparse.pipelines.cogvideox import COGVIDEOX
+from diffsparse.pipelines.family import Family
+from diffsparse.pipelines.flux import FLUX
+from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
+from diffsparse.pipelines.ltx import LTX
+from diffsparse.pipelines.wan import WAN
+
+FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, COGVIDEOX, LTX, FLUX)
+
+
+def find_family(transformer: nn.Module) -> Family | None:
+    """The family that names the transformer's class or, for a subclass, the nearest of its bases."""
+    for cls in type(transformer).__mro__:
+        for family in FAMILIES:
+            if cls.__name__ in family.transformers:
+                return family
+    return None

@@ -1,0 +1,47 @@
+"""What diffsparse has to know of a model family: its self-attention layers, and where their tokens sit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Layout(NamedTuple):
+    """Where the tokens of one attention sequence sit: `[text_before | grid | text_after]`.
+
+    The grid's tokens come frame by frame, row by row. "Text" is every token that has no place in the grid:
+    captions, reference images, registers.
+    """
+
+    frames: int
+    height: int
+    width: int
+    text_before: int = 0
+    text_after: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that lay out their tokens alike.
+
+    Attributes:
+        name: what the report calls it.
+        transformers: class names of the transformers, so that no release of diffusers has to have them all.
+        layers: `fnmatch` patterns over module names that match the self-attention modules and nothing else.
+            Layers are numbered in the order of `named_modules`, which has to be the order they run in.
+        layout: given the transformer and the named arguments of one call of it, where the tokens sit in its
+            self-attention; None when the call does not say, or when they do not form a grid. It runs once
+            for each call, so it goes by shapes and plain numbers: reading a tensor's values waits for the
+            device.
+        padding_mask: the mask that reaches self-attention is a bool [B, 1, 1, S] that hides nothing but a
+            tail of padded text, so that it can become a key length. Any other mask keeps a layer dense.
+    """
+
+    name: str
+    transformers: tuple[str, ...]
+    layers: tuple[str, ...]
+    layout: Callable[[nn.Module, Mapping[str, Any]], Layout | None]
+    padding_mask: bool = False

@@ -1,0 +1,81 @@
+"""FLUX.1: text, then the image as one frame, in one sequence; double-stream, then single-stream blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from diffsparse.pipelines.family import Family, Layout
+
+
+def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
+    """The text tokens, the grid that the position ids describe, then reference images' tokens (Kontext)."""
+    latents, text, ids = (call.get(name) for name in ("hidden_states", "encoder_hidden_states", "img_ids"))
+    if latents is None or text is None or ids is None or ids.shape[-2] != latents.shape[1]:
+        return None
+    size = _read_once(ids)
+    if size is None:
+        return None
+    height, width = size
+    return Layout(
+        frames=1,
+        height=height,
+        width=width,
+        text_before=text.shape[1],
+        text_after=latents.shape[1] - height * width,
+    )
+
+
+def _read_once(ids: Tensor) -> tuple[int, int] | None:
+    """`_image_size` of the position ids [S, 3] or [B, S, 3], read from the device once for each object.
+
+    The sizes are nowhere but in the values of a tensor on the device, and reading waits for it. Pipelines
+    make that tensor once and pass the same object at each step, so one wait serves a generation. What was
+    read is kept no longer than the object and not past a change in place. An inference tensor keeps no
+    count of its changes, so it is read at each call.
+    """
+    if ids.is_inference():
+        return _image_size(ids.cpu())
+    version, size = _SIZES.get(ids, (None, None))
+    if version != ids._version:
+        size = _image_size(ids.cpu())
+        _SIZES[ids] = (ids._version, size)
+    return size
+
+
+_SIZES: Any = WeakIdKeyDictionary()
+"""Position ids to their version and what was read off them."""
+
+
+def _image_size(ids: Tensor) -> tuple[int, int] | None:
+    """Height and width of the image that the ids on the CPU begin with; None if it is no full grid.
+
+    An id is (which image, row, column). The generated image comes first, row by row; references have
+    another first number.
+    """
+    ids = ids[0] if ids.ndim == 3 else ids
+    num_tokens = int((ids[:, 0] == ids[0, 0]).cumprod(0).sum())
+    rows, columns = ids[:num_tokens, 1], ids[:num_tokens, 2]
+    # Where the first row ends; the ids themselves may be too coarse to tell, bfloat16 has no 257.
+    width = int((rows == rows[0]).cumprod(0).sum())
+    height = num_tokens // width
+    if height * width != num_tokens:
+        return None
+    is_grid = (
+        bool((rows.reshape(height, width) == rows[::width, None]).all())
+        and bool((columns.reshape(height, width) == columns[:width]).all())
+        and bool((columns[1:width] >= columns[: width - 1]).all())
+        and (width == 1 or bool(columns[0] < columns[1]))
+    )
+    return (height, width) if is_grid else None
+
+
+FLUX = Family(
+    name="flux",
+    transformers=("FluxTransformer2DModel",),
+    layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    layout=layout,
+)

@@ -1,0 +1,64 @@
+"""What one layer computes: token order, block mask, pooled tail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffsparse.block_mask import BlockMask
+from diffsparse.kernels.block_sparse import block_sparse_attention
+from diffsparse.permutation import Permutation
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """Everything that a layer needs to run sparse attention, until it is planned again.
+
+    Attributes:
+        permutation: the order of the tokens, per head; None keeps the order.
+        mask: which key blocks each query block sees, in that order.
+        tail: [B|1, H|1] bool, heads whose skipped key blocks enter as their pooled mean; None for no head.
+        classes: [H] int64 of `HeadClass`, for the report; None where the strategy does not class heads.
+    """
+
+    permutation: Permutation | None
+    mask: BlockMask
+    tail: Tensor | None = None
+    classes: Tensor | None = None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_length: Tensor | None = None,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Sparse attention of query, key, value, each [B, H, S, D] in the tokens' own order: [B, H, S, D].
+
+        Args:
+            key_length: [B] int32, keys at or beyond it do not exist (padded text at the end of the sequence).
+            scale: factor on the scores, D ** -0.5 if None.
+            backend: the kernel's implementation; the best one that can run if None.
+        """
+        if self.permutation is not None:
+            query, key, value = (self.permutation.apply(x) for x in (query, key, value))
+        output = block_sparse_attention(
+            query,
+            key,
+            value,
+            self.mask.key_blocks,
+            self.mask.counts,
+            query_block_size=self.mask.query_block_size,
+            key_block_size=self.mask.key_block_size,
+            key_length=key_length,
+            tail=self.tail,
+            scale=scale,
+            backend=backend,
+            validate=False,
+        )
+        assert isinstance(output, Tensor)
+        return output if self.permutation is None else self.permutation.undo(output)

@@ -1,0 +1,286 @@
+"""The drop-in attention processor: a layer's own processor, its one attention call handed to the session.
+
+diffusers calls attention by a name in the module of each processor: `dispatch_attention_fn`, or
+`F.scaled_dot_product_attention`. A sparse processor is an instance of a subclass of the layer's own processor
+class, whose `__call__` is the very same code with these names bound to the functions below. So projections, norms,
+rotary embedding and everything a new release changes stay diffusers' own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import threading
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffsparse.session import Session, find_layer
+
+ATTENTION_NAMES = {"dispatch_attention_fn", "scaled_dot_product_attention"}
+
+
+def make_sparse(module: nn.Module, handle: Tensor) -> bool:
+    """Give an attention module a sparse processor for the layer of `handle`; False where it cannot have one."""
+    processor = getattr(module, "processor", None)
+    # A processor that is an nn.Module (IP-Adapter) carries weights of its own and is left alone.
+    if processor is None or isinstance(processor, (nn.Module, _SparseProcessor)):
+        return False
+    stock_class: type = type(processor)
+    sparse_class = _sparse_class(stock_class)
+    if sparse_class is None:
+        return False
+    sparse = copy.copy(processor)
+    sparse.__class__ = sparse_class
+    sparse._diffsparse_handle = handle
+    module.processor = sparse
+    return True
+
+
+def make_stock(module: nn.Module) -> None:
+    """Give an attention module its own processor back, with what was set on it meanwhile."""
+    processor = getattr(module, "processor", None)
+    if isinstance(processor, _SparseProcessor):
+        module.processor = processor._as_stock()
+
+
+class _SparseProcessor:
+    """What the sparse subclass adds. Made without a handle, as diffusers' loaders do, it runs dense."""
+
+    _diffsparse_handle: Tensor | None = None
+    _diffsparse_stock_class: type
+
+    def _as_stock(self) -> Any:
+        stock: Any = object.__new__(self._diffsparse_stock_class)
+        stock.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_diffsparse_handle"})
+        return stock
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy or pickle is the stock processor: it belongs to another model, which nobody enabled.
+        return _itself, (self._as_stock(),)
+
+
+def _itself(processor: Any) -> Any:
+    return processor
+
+
+@functools.cache
+def _sparse_class(stock: type) -> type | None:
+    """The subclass of a processor class that hands its attention to a session; None if it calls no attention."""
+    call = stock.__call__
+    if not isinstance(call, types.FunctionType) or not ATTENTION_NAMES & set(call.__code__.co_names):
+        return None
+    twin = types.FunctionType(
+        call.__code__,
+        _shadow_globals(call.__globals__["__name__"]),
+        call.__name__,
+        call.__defaults__,
+        call.__closure__,
+    )
+    twin.__kwdefaults__ = call.__kwdefaults__
+
+    def __call__(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        outer = _CURRENT.handle
+        _CURRENT.handle = self._diffsparse_handle
+        try:
+            return twin(self, attn, *args, **kwargs)
+        finally:
+            _CURRENT.handle = outer
+
+    # Attention modules read the parameters of `__call__` and pass on only what it names.
+    functools.update_wrapper(__call__, stock.__call__)
+    members = {"__call__": __call__, "__module__": __name__, "_diffsparse_stock_class": stock}
+    return type(f"Sparse{stock.__name__}", (_SparseProcessor, stock), members)
+
+
+@functools.cache
+def _shadow_globals(module_name: str) -> dict[str, Any]:
+    """The globals of a processor's module, with the attention functions re-bound.
+
+    They live in a real module of their own name: torch.compile finds a function's globals through `sys.modules`,
+    and would guard the wrong objects otherwise.
+    """
+    shadow = _shadow_module(sys.modules[module_name])
+    if hasattr(shadow, "dispatch_attention_fn"):
+        shadow.dispatch_attention_fn = dispatch_attention_fn  # type: ignore[attr-defined]
+    if getattr(shadow, "F", None) is F:
+        functional = _shadow_module(F)
+        functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[attr-defined]
+        shadow.F = functional  # type: ignore[attr-defined]
+    return shadow.__dict__
+
+
+def _shadow_module(module: types.ModuleType) -> types.ModuleType:
+    name = f"diffsparse._shadow.{module.__name__}"
+    if name not in sys.modules:
+        shadow = types.ModuleType(name)
+        kept = {"__name__", "__spec__", "__loader__"}
+        shadow.__dict__.update({k: v for k, v in module.__dict__.items() if k not in kept})
+        sys.modules[name] = shadow
+    return sys.modules[name]
+
+
+class _Current(threading.local):
+    """The layer whose processor runs in this thread."""
+
+    def __init__(self) -> None:
+        # Set here, not on the class: torch.compile guards where it found the attribute.
+        self.handle: Tensor | None = None
+
+
+_CURRENT = _Current()
+
+
+def dispatch_attention_fn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> Tensor:
+    """diffusers' function of this name, by the session of the running layer: query [B, S, H, D] to [B, S, H, D]."""
+    from diffusers.models import attention_dispatch
+
+    handle = _CURRENT.handle
+    obstacle = _obstacle(query, attn_mask, dropout_p, is_causal, enable_gqa, parallel_config)
+    if handle is not None and obstacle is None:
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        return _attend(*heads_first, attn_mask, scale, True, handle)
+    if handle is not None:
+        _count_fallback(handle, obstacle)
+    return attention_dispatch.dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        attention_kwargs,
+        backend=backend,
+        parallel_config=parallel_config,
+    )
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's function of this name, by the session of the running layer: query [B, H, S, D] to [B, H, S, D]."""
+    handle = _CURRENT.handle
+    obstacle = _obstacle(query, attn_mask, dropout_p, is_causal, enable_gqa, None)
+    if handle is not None and obstacle is None:
+        return _attend(query, key, value, attn_mask, scale, False, handle).transpose(1, 2)
+    if handle is not None:
+        _count_fallback(handle, obstacle)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _obstacle(
+    query: Tensor, mask: Any, dropout: float, is_causal: bool, enable_gqa: bool, parallel_config: Any
+) -> str | None:
+    """What no session can handle, seen without looking at any value."""
+    if query.requires_grad and torch.is_grad_enabled():
+        return "gradients are required"
+    if is_causal or enable_gqa or dropout:
+        return "causal attention, grouped queries or dropout"
+    if parallel_config is not None:
+        return "context parallelism"
+    if mask is not None and not isinstance(mask, Tensor):
+        return "the model's own block mask"
+    return None
+
+
+def _count_fallback(handle: Tensor, obstacle: str | None) -> None:
+    # Inside compiled code this would run while tracing, not at each call.
+    if obstacle is not None and not torch.compiler.is_compiling() and (found := find_layer(handle)) is not None:
+        session, layer = found
+        session.fall_back(layer, obstacle)
+
+
+@torch.library.custom_op(
+    "diffsparse::attend",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool by_dispatch, Tensor handle)"
+    " -> Tensor",
+)
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    by_dispatch: bool,
+    handle: Tensor,
+) -> Tensor:
+    """Attention of the layer of `handle`, query, key, value [B, H, S, D]: [B, S, H, D], contiguous.
+
+    Opaque to torch.compile: layer, step and plan are looked up in here, at each call.
+    """
+    found = find_layer(handle)
+    if found is None:
+        output = _dense(query, key, value, mask, scale, by_dispatch, None)
+    else:
+        session, layer = found
+        dense = functools.partial(_dense, query, key, value, mask, scale, by_dispatch, _user_backend(session, layer))
+        output = session.attend(layer, query, key, value, mask, scale, dense)
+    return output.transpose(1, 2).contiguous()
+
+
+@_attend.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    by_dispatch: bool,
+    handle: Tensor,
+) -> Tensor:
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, value.shape[-1])
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    by_dispatch: bool,
+    backend: Any,
+) -> Tensor:
+    """The model's own attention, [B, H, S, D]."""
+    if not by_dispatch:
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    from diffusers.models import attention_dispatch
+
+    tokens_first = (x.transpose(1, 2) for x in (query, key, value))
+    return attention_dispatch.dispatch_attention_fn(
+        *tokens_first, attn_mask=mask, scale=scale, backend=backend
+    ).transpose(1, 2)
+
+
+def _user_backend(session: Session, layer: int) -> Any:
+    """What the user chose by `set_attention_backend` for this layer."""
+    return getattr(session.processor(layer), "_attention_backend", None)

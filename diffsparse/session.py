@@ -1,0 +1,266 @@
+"""One enabled transformer: dense or sparse now, the plans it keeps, what ran."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffsparse.config import SparseAttentionConfig
+from diffsparse.grid import TokenGrid
+from diffsparse.plan import AttentionPlan
+from diffsparse.steps import Step, StepClock
+
+MAX_HEAD_DIM = 256
+
+
+class Family(Protocol):
+    """What the session asks of a model family; the families are described in `diffsparse/pipelines`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def padding_mask(self) -> bool: ...  # noqa: D102
+    @property
+    def layout(self) -> Callable[[nn.Module, Mapping[str, Any]], tuple[int, ...] | None]: ...  # noqa: D102
+
+
+class DenseFallback(RuntimeError):
+    """Raised instead of a dense fallback when the config is strict."""
+
+
+@dataclass
+class LayerTally:
+    """What ran in one layer. `density` sums the density of each head over the sparse calls, [H]."""
+
+    sparse_calls: int = 0
+    dense_reasons: Counter[str] = field(default_factory=Counter)
+    density: Tensor | None = None
+    classes: Tensor | None = None
+
+    def count_sparse(self, plan: AttentionPlan) -> None:
+        """One more sparse call with this plan. Nothing is read back from the device here."""
+        self.sparse_calls += 1
+        density = plan.mask.density
+        self.density = density if self.density is None else self.density + density
+        self.classes = plan.classes
+
+
+@dataclass(frozen=True, eq=False)
+class _KeptPlan:
+    plan: AttentionPlan | None
+    made_for: Hashable
+    made_at: int
+
+
+class Session:
+    """The state of one enabled transformer, found by its layers through their handles.
+
+    Args:
+        transformer: held weakly.
+        family: how the transformer lays out its tokens.
+        layer_names: its self-attention modules in the order they run.
+        config: what the user asked for.
+        pipeline: what runs the denoising loop; None for a transformer enabled on its own. Held weakly.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        family: Family,
+        layer_names: tuple[str, ...],
+        config: SparseAttentionConfig,
+        pipeline: Any = None,
+    ) -> None:
+        self.family = family
+        self.config = config
+        self.layer_names = layer_names
+        self.clock = StepClock(pipeline)
+        self.tallies = [LayerTally() for _ in layer_names]
+        self.num_heads = 0
+        self._modules = tuple(weakref.ref(transformer.get_submodule(name)) for name in layer_names)
+        self._model_name = type(transformer).__name__
+        self._argument_names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
+        self._dense_layers = self._resolve_dense_layers()
+        self._grid: TokenGrid | None = None
+        self._step: Step | None = None
+        self._plans: dict[tuple[int, Hashable], _KeptPlan] = {}
+        self.handles = tuple(_register(self, layer) for layer in range(len(layer_names)))
+        self.close = weakref.finalize(self, _forget, tuple(int(handle) for handle in self.handles))
+        """Forget the layers; calls with their handles run dense from now on."""
+
+    @torch.compiler.disable
+    def begin_call(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read step and layout off a call of the transformer; its forward pre-hook."""
+        call = dict(zip(self._argument_names, args)) | kwargs
+        self._step = self.clock.tick(call.get("timestep"))
+        if self._step.is_first_of_generation:
+            self._plans.clear()
+        layout = self.family.layout(transformer, call)
+        self._grid = TokenGrid(*layout) if layout is not None else None
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        dense: Callable[[], Tensor],
+    ) -> Tensor:
+        """Attention of one layer, by its plan or by `dense()`: [B, H, S, D].
+
+        Args:
+            layer: index into `layer_names`.
+            query, key, value: [B, H, S, D] after norms and rotary embedding.
+            mask: what the model passes to its own attention.
+            scale: factor on the scores, D ** -0.5 if None.
+            dense: the model's own attention of the same inputs.
+
+        Raises:
+            DenseFallback: the config is strict and this layer cannot run sparse.
+        """
+        self.num_heads = query.shape[1]
+        if (reason := self._policy(layer, query)) is not None:
+            self.count_dense(layer, reason)
+            return dense()
+        if (reason := self._obstacle(query, key, value, mask)) is None:
+            key_length = _key_length(mask, query.shape[0])
+            plan = self._plan(layer, query, key, value, key_length, scale)
+            if isinstance(plan, AttentionPlan):
+                self.tallies[layer].count_sparse(plan)
+                return plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
+            reason = plan
+        self.fall_back(layer, reason)
+        return dense()
+
+    def processor(self, layer: int) -> Any:
+        """The processor that the layer has now."""
+        return getattr(self._modules[layer](), "processor", None)
+
+    def count_dense(self, layer: int, reason: str) -> None:
+        """One more dense call of `layer`, for the report."""
+        self.tallies[layer].dense_reasons[reason] += 1
+
+    def fall_back(self, layer: int, reason: str) -> None:
+        """A dense call that policy did not ask for."""
+        self.count_dense(layer, reason)
+        if self.config.strict and reason != _STRATEGY_SAYS_DENSE:
+            raise DenseFallback(
+                f"layer {layer} ({self.layer_names[layer]}) cannot run sparse: {reason}. "
+                f"With strict=False it runs dense and the report counts it."
+            )
+
+    def _resolve_dense_layers(self) -> frozenset[int]:
+        count = len(self.layer_names)
+        for layer in self.config.dense_layers:
+            if not -count <= layer < count:
+                raise ValueError(
+                    f"`dense_layers` names layer {layer}, but {self._model_name} has {count} "
+                    f"self-attention layers: expected {-count} to {count - 1}."
+                )
+        return frozenset(layer % count for layer in self.config.dense_layers)
+
+    def _policy(self, layer: int, query: Tensor) -> str | None:
+        """Why the user's own settings want this call dense."""
+        if layer in self._dense_layers:
+            return "dense layer"
+        if self._step is not None and self._step.is_within_first(self.config.dense_steps):
+            return "early step"
+        if query.shape[2] < self.config.min_tokens:
+            return f"fewer than {self.config.min_tokens} tokens"
+        return None
+
+    def _obstacle(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+        """Why this call cannot run sparse."""
+        if self._step is None:
+            return "called outside its transformer"
+        if self._grid is None:
+            return "the call does not say the size of the grid"
+        if query.shape != key.shape or key.shape != value.shape:
+            return "query, key and value differ in shape"
+        if query.shape[2] != self._grid.num_tokens:
+            return f"{query.shape[2]} tokens where the layout says {self._grid.num_tokens}"
+        if query.shape[3] > MAX_HEAD_DIM:
+            return f"head dim {query.shape[3]} above {MAX_HEAD_DIM}"
+        if mask is not None and not (self.family.padding_mask and _hides_keys_only(mask)):
+            return "attention mask"
+        return None
+
+    def _plan(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_length: Tensor | None,
+        scale: float | None,
+    ) -> AttentionPlan | str:
+        """The layer's plan, kept or new, or why there is none."""
+        assert self._step is not None
+        assert self._grid is not None
+        made_for = (self._grid, query.shape, query.dtype, query.device, key_length is None)
+        slot = (layer, self._step.branch)
+        kept = self._plans.get(slot)
+        if (
+            kept is None
+            or kept.made_for != made_for
+            or not 0 <= self._step.index - kept.made_at < self.config.replan_every
+        ):
+            if not _is_finite(query, key, value):
+                return "NaN or infinity in query, key or value"
+            plan = self.config.strategy.plan(query, key, value, self._grid, key_length=key_length, scale=scale)
+            kept = self._plans[slot] = _KeptPlan(plan, made_for, self._step.index)
+        return _STRATEGY_SAYS_DENSE if kept.plan is None else kept.plan
+
+
+_STRATEGY_SAYS_DENSE = "the strategy keeps it dense"
+
+_LAYERS: dict[int, tuple[weakref.ref[Session], int]] = {}
+_numbers = itertools.count()
+
+
+def _register(session: Session, layer: int) -> Tensor:
+    """A handle for the layer: a 0-d CPU int64 tensor, which compiled code passes on without looking at it."""
+    number = next(_numbers)
+    _LAYERS[number] = (weakref.ref(session), layer)
+    return torch.tensor(number)
+
+
+def _forget(numbers: tuple[int, ...]) -> None:
+    for number in numbers:
+        _LAYERS.pop(number, None)
+
+
+def find_layer(handle: Tensor) -> tuple[Session, int] | None:
+    """The session and layer of a handle; None once the session is closed."""
+    reference, layer = _LAYERS.get(int(handle), (None, 0))
+    session = reference() if reference is not None else None
+    return None if session is None else (session, layer)
+
+
+def _hides_keys_only(mask: Tensor) -> bool:
+    """Whether a mask is [B|1, 1, 1, S] or [B, S] bool: the same keys for every query."""
+    return mask.dtype == torch.bool and (mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
+
+
+def _key_length(mask: Tensor | None, batch: int) -> Tensor | None:
+    """The lengths [B] int32 that a mask of a padded tail leaves."""
+    if mask is None:
+        return None
+    return mask.reshape(mask.shape[0], -1).sum(-1, dtype=torch.int32).expand(batch).contiguous()
+
+
+def _is_finite(*tensors: Tensor) -> bool:
+    """Whether planning can trust these values. On a GPU nobody waits for the answer: NaN stays in its own rows."""
+    return all(
+        tensor.device.type != "cpu" or bool(torch.isfinite(tensor.sum(dtype=torch.float32))) for tensor in tensors
+    )

@@ -1,0 +1,298 @@
+"""The default strategy: for each head the order and the mask that its own sampled rows say cost least."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffsparse.block_mask import BlockMask, num_blocks
+from diffsparse.grid import TokenGrid
+from diffsparse.heads import BlockSums, HeadClass, head_errors, sample_rows
+from diffsparse.kernels.pooling import block_means
+from diffsparse.permutation import Permutation, axis_order, tile_order
+from diffsparse.plan import AttentionPlan
+
+NEGLIGIBLE_ERROR = 1e-4
+"""A squared relative error that nobody sees; below it a head keeps its band."""
+
+PLANNING_BYTES = 1 << 29
+"""Memory that planning may take beside query, key and value."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token order and a rule for the key blocks that a query block sees in it.
+
+    Attributes:
+        head_class: what a head is called for which this is best.
+        order: "frame-major", "token-major" (the same place of all frames side by side) or "tiles".
+        rule: "band" (the nearest blocks), "top" (the highest scores between mean query and mean key) or "random"
+            (a baseline to beat).
+
+    Raises:
+        ValueError: an unknown order or rule.
+    """
+
+    head_class: HeadClass
+    order: str
+    rule: str
+
+    def __post_init__(self) -> None:
+        for name, known in (("order", ORDERS), ("rule", RULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}.")
+
+
+ORDERS = ("frame-major", "token-major", "tiles")
+RULES = ("band", "top", "random")
+
+CANDIDATES = (
+    Candidate(HeadClass.SPATIAL, "frame-major", "band"),
+    Candidate(HeadClass.TEMPORAL, "token-major", "band"),
+    Candidate(HeadClass.TEXTURAL, "frame-major", "top"),
+    Candidate(HeadClass.TEXTURAL, "token-major", "top"),
+    Candidate(HeadClass.TEXTURAL, "tiles", "top"),
+)
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Chooses for each head among a spatial band, a temporal band and content-chosen blocks, by measured error.
+
+    All candidates see the same number of key blocks. The one whose executed mask comes closest to exact attention on
+    the sampled rows names the class and the token order of the head. Where the rows say that it helps, what a head
+    skips enters its softmax as the pooled mean of each block. Text is always exact: every query sees it, and it sees
+    every key.
+
+    Args:
+        density: share of the key blocks that a query block sees, 0–1.
+        query_block_size, key_block_size: tokens a block.
+        tile: frames, height, width of the tiles of the third order, in tokens; None for a cube of 64 tokens, or for
+            a square where there is one frame.
+        sampled_rows: query rows a head that are computed exactly to judge the candidates.
+        band_margin: how much larger the error of a band may be than that of content-chosen blocks for the head to
+            keep its band, as a factor. A band's blocks stay right until the next plan, chosen blocks age.
+        tail: whether skipped blocks may enter as their mean.
+        candidates: what each head chooses from.
+        seed: of the sampled rows.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    density: float = 0.25
+    query_block_size: int = 64
+    key_block_size: int = 64
+    tile: tuple[int, int, int] | None = None
+    sampled_rows: int = 64
+    band_margin: float = 1.1
+    tail: bool = True
+    candidates: tuple[Candidate, ...] = CANDIDATES
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
+            raise ValueError(
+                f"`density` must be a fraction above 0 and at most 1, got {self.density!r}. "
+                f"To keep a quarter of the key blocks say 0.25."
+            )
+        for name in ("query_block_size", "key_block_size", "sampled_rows"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if self.tile is not None and (
+            len(self.tile) != 3 or not all(isinstance(side, int) and side > 0 for side in self.tile)
+        ):
+            raise ValueError(f"`tile` must be frames, height and width in tokens, like (4, 4, 4), got {self.tile!r}.")
+        if not self.candidates or not all(isinstance(each, Candidate) for each in self.candidates):
+            raise ValueError(f"`candidates` must be a tuple of at least one Candidate, got {self.candidates!r}.")
+        if not self.band_margin >= 1:
+            raise ValueError(f"`band_margin` must be at least 1, got {self.band_margin!r}.")
+
+    def plan(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: TokenGrid,
+        *,
+        key_length: Tensor | None = None,
+        scale: float | None = None,
+    ) -> AttentionPlan:
+        """The plan of a layer, each head judged on its own; see `Strategy.plan`."""
+        layout = _layout(grid, self, query.device)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        choices = [
+            self._choose(query[:, heads], key[:, heads], value[:, heads], layout, key_length, scale)
+            for heads in _head_slices(query, self.sampled_rows)
+        ]
+        visible, tail, order, classes = (
+            torch.cat(parts, dim=axis)
+            for axis, parts in zip((1, 0, 0, 0), zip(*((c.visible, c.tail, c.order, c.classes) for c in choices)))
+        )
+        mask = BlockMask.from_visible(
+            visible,
+            grid.num_tokens,
+            self.query_block_size,
+            self.key_block_size,
+            capacity=None if layout.has_text else layout.budget,
+        )
+        permutation = Permutation(*(x.index_select(0, order) for x in (layout.orders, layout.inverse)))  # [H, S]
+        return AttentionPlan(permutation, mask, tail[None] if self.tail else None, classes)
+
+    def _choose(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: _Layout, key_length: Tensor | None, scale: float
+    ) -> _Choice:
+        """The best candidate of each head of query, key, value [B, H, S, D]."""
+        rows = query.index_select(2, layout.rows).float() * scale
+        best = None
+        for name in sorted({candidate.order for candidate in self.candidates}, key=ORDERS.index):
+            number = ORDERS.index(name)
+            order = Permutation(layout.orders[number, None], layout.inverse[number, None])
+            ordered_query, ordered_key, ordered_value = (order.apply(x) for x in (query, key, value))
+            pooled_query, _ = block_means(ordered_query, self.query_block_size)
+            pooled_key, _ = block_means(ordered_key, self.key_block_size)
+            sums = BlockSums.of(rows, ordered_key, ordered_value, pooled_key, self.key_block_size, key_length)
+            exact = sums.exact()
+            block_of_row = layout.inverse[number].index_select(0, layout.rows) // self.query_block_size
+            for candidate in self.candidates:
+                if candidate.order != name:
+                    continue
+                visible = self._visible(candidate.rule, pooled_query, pooled_key, layout)
+                outputs = sums.masked(visible.index_select(2, block_of_row).transpose(-1, -2))
+                choice = self._judge(candidate, visible, *(head_errors(output, exact) for output in outputs))
+                best = choice if best is None else best.or_better(choice)
+        assert best is not None
+        return best
+
+    def _judge(self, candidate: Candidate, visible: Tensor, error: Tensor, error_with_tail: Tensor) -> _Choice:
+        """The candidate with what it costs each head: the smaller of the two errors [H]."""
+        tail = error_with_tail < error
+        if self.tail:
+            error = torch.minimum(error, error_with_tail)
+        if candidate.head_class is HeadClass.TEXTURAL:
+            error = error * self.band_margin + NEGLIGIBLE_ERROR
+        return _Choice(
+            error,
+            visible.expand(-1, len(error), -1, -1),
+            tail,
+            torch.full_like(tail, ORDERS.index(candidate.order), dtype=torch.long),
+            torch.full_like(tail, candidate.head_class, dtype=torch.long),
+        )
+
+    def _visible(self, rule: str, pooled_query: Tensor, pooled_key: Tensor, layout: _Layout) -> Tensor:
+        """The block map [B|1, H|1, Q, K] of a rule, `layout.always` included."""
+        if rule == "band":
+            return layout.band[None, None]
+        scores = pooled_query @ pooled_key.transpose(-1, -2)
+        if rule == "random":
+            generator = torch.Generator(scores.device).manual_seed(self.seed)
+            scores = torch.rand(scores.shape, generator=generator, device=scores.device)
+        top = scores.masked_fill(layout.always, torch.inf).topk(layout.budget, dim=-1, sorted=False).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, True) | layout.always
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What each head would run, all on the device.
+
+    Attributes:
+        error: [H], what it costs.
+        visible: [B|1, H, Q, K] bool, the block map.
+        tail: [H] bool, whether the pooled tail helps.
+        order, classes: [H] int64, index into ORDERS and `HeadClass`.
+    """
+
+    error: Tensor
+    visible: Tensor
+    tail: Tensor
+    order: Tensor
+    classes: Tensor
+
+    def or_better(self, other: _Choice) -> _Choice:
+        """For each head this one, or the other where its error is smaller."""
+        better = other.error < self.error
+        return _Choice(
+            torch.where(better, other.error, self.error),
+            torch.where(better[:, None, None], other.visible, self.visible),
+            torch.where(better, other.tail, self.tail),
+            torch.where(better, other.order, self.order),
+            torch.where(better, other.classes, self.classes),
+        )
+
+
+def _head_slices(query: Tensor, sampled_rows: int) -> list[slice]:
+    """Heads to judge at a time, so that what judging needs stays within `PLANNING_BYTES`."""
+    batch, heads, tokens, dim = query.shape
+    # float32 scores of the sampled rows; keys and values in another order and as float32; sums by block.
+    bytes_a_head = 4 * batch * tokens * (sampled_rows + 4 * dim)
+    step = max(1, PLANNING_BYTES // bytes_a_head)
+    return [slice(first, first + step) for first in range(0, heads, step)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """What depends on the grid and the options alone.
+
+    Attributes:
+        orders, inverse: frame-major, token-major and tile order, [3, S].
+        rows: the sampled rows, [R].
+        always: what every query block of every order sees, [Q, K] bool: text, and itself.
+        band: the blocks nearest to the diagonal, [Q, K] bool, with `always`.
+        budget: key blocks that a query block without text sees.
+        has_text: whether any row sees all.
+    """
+
+    orders: Tensor
+    inverse: Tensor
+    rows: Tensor
+    always: Tensor
+    band: Tensor
+    budget: int
+    has_text: bool
+
+
+@functools.lru_cache(maxsize=16)
+def _layout(grid: TokenGrid, options: Adaptive, device: torch.device) -> _Layout:
+    orders = torch.stack(
+        [
+            axis_order(grid, ("frame", "height", "width")),
+            axis_order(grid, ("height", "width", "frame")),
+            tile_order(grid, options.tile or ((4, 4, 4) if grid.frames > 1 else (1, 8, 8))),
+        ]
+    )
+    query_blocks = num_blocks(grid.num_tokens, options.query_block_size)
+    key_blocks = num_blocks(grid.num_tokens, options.key_block_size)
+    # In every order the text stands last; a block with a single text token is a text block.
+    first_text_query = grid.num_video_tokens // options.query_block_size
+    first_text_key = grid.num_video_tokens // options.key_block_size
+    has_text = grid.num_tokens > grid.num_video_tokens
+    always = torch.zeros(query_blocks, key_blocks, dtype=torch.bool)
+    distance = _block_distance(query_blocks, key_blocks, options)
+    always |= distance == distance.amin(-1, keepdim=True)
+    if has_text:
+        always[first_text_query:] = True
+        always[:, first_text_key:] = True
+    seen_by_all = int(always[:first_text_query].sum(-1).max()) if first_text_query else 0
+    budget = min(key_blocks, max(round(options.density * key_blocks), seen_by_all, 1))
+    nearest = distance.masked_fill(always, -1.0).topk(budget, dim=-1, largest=False).indices
+    band = torch.zeros_like(always).scatter_(-1, nearest, True) | always
+    return _Layout(
+        orders=orders.to(device),
+        inverse=torch.argsort(orders, dim=-1).to(device),
+        rows=sample_rows(grid, options.sampled_rows, options.seed).to(device),
+        always=always.to(device),
+        band=band.to(device),
+        budget=budget,
+        has_text=has_text,
+    )
+
+
+def _block_distance(query_blocks: int, key_blocks: int, options: Adaptive) -> Tensor:
+    """Tokens between the centres of query and key blocks, [Q, K]."""
+    queries = (torch.arange(query_blocks) + 0.5) * options.query_block_size
+    keys = (torch.arange(key_blocks) + 0.5) * options.key_block_size
+    return (queries[:, None] - keys).abs()

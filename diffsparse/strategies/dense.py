@@ -1,0 +1,27 @@
+"""Every layer dense: for tests and for comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffsparse.grid import TokenGrid
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Leaves every layer to the model's own attention."""
+
+    def plan(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: TokenGrid,
+        *,
+        key_length: Tensor | None = None,
+        scale: float | None = None,
+    ) -> None:
+        """No plan: the layer stays dense."""
+        return

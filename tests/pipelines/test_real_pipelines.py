@@ -1,0 +1,214 @@
+"""diffusers' own pipelines around tiny transformers: what they really pass is enough to run every layer sparse."""
+
+import diffusers
+import pytest
+import torch
+from tiny_models import TEXT_CHANNELS, TEXT_TOKENS, TINY, tiny_wan_pipeline
+
+import diffsparse
+from diffsparse import Adaptive, SparseAttentionConfig
+from diffsparse.grid import TokenGrid
+
+STEPS = 3
+
+
+def text(tokens=TEXT_TOKENS, channels=TEXT_CHANNELS):
+    return torch.randn(1, tokens, channels, generator=torch.Generator().manual_seed(tokens))
+
+
+def without_encoders(pipeline_class, **parts):
+    """A pipeline that is given its prompt as embeddings."""
+    names = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    wanted = pipeline_class.__init__.__code__.co_varnames
+    return pipeline_class(**({name: None for name in names if name in wanted} | parts))
+
+
+def flow_scheduler():
+    return diffusers.FlowMatchEulerDiscreteScheduler()
+
+
+def wan_image_to_video():
+    parts = tiny_wan_pipeline().components
+    transformer = TINY["wan"].make(in_channels=16 + 4 + 16, out_channels=16)
+    pipeline = diffusers.WanImageToVideoPipeline(**(parts | {"transformer": transformer}))
+    call = {
+        "image": torch.rand(1, 3, 48, 80),
+        "prompt_embeds": text(),
+        "negative_prompt_embeds": text(),
+        "height": 48,
+        "width": 80,
+        "num_frames": 9,
+    }
+    return pipeline, call, TokenGrid(3, 3, 5)
+
+
+def wan_clean_first_frame():
+    # Wan 2.2 5B: one model for text and for images, a timestep for each token.
+    parts = tiny_wan_pipeline().components | {"expand_timesteps": True}
+    pipeline = diffusers.WanImageToVideoPipeline(**parts)
+    call = {
+        "image": torch.rand(1, 3, 48, 80),
+        "prompt_embeds": text(),
+        "negative_prompt_embeds": text(),
+        "height": 48,
+        "width": 80,
+        "num_frames": 9,
+    }
+    return pipeline, call, TokenGrid(3, 3, 5)
+
+
+def hunyuan_video(true_cfg=False):
+    pipeline = without_encoders(
+        diffusers.HunyuanVideoPipeline,
+        transformer=TINY["hunyuan_video"].make(),
+        scheduler=flow_scheduler(),
+    )
+    mask = (torch.arange(TEXT_TOKENS) < 4)[None].long()
+    call = {
+        "prompt_embeds": text(),
+        "pooled_prompt_embeds": torch.randn(1, 8),
+        "prompt_attention_mask": mask,
+        "height": 48,
+        "width": 80,
+        "num_frames": 9,
+    }
+    if true_cfg:
+        call |= {f"negative_{name}": value for name, value in call.items() if name.startswith("p")}
+        call["true_cfg_scale"] = 2.0
+    return pipeline, call, TokenGrid(3, 3, 5, text_after=TEXT_TOKENS)
+
+
+def hunyuan_video_true_cfg():
+    return hunyuan_video(true_cfg=True)
+
+
+def cogvideox():
+    pipeline = without_encoders(
+        diffusers.CogVideoXPipeline,
+        transformer=TINY["cogvideox"].make(sample_height=6, sample_width=10),
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
+    )
+    call = {
+        "prompt_embeds": text(),
+        "negative_prompt_embeds": text(),
+        "height": 48,
+        "width": 80,
+        "num_frames": 9,
+    }
+    return pipeline, call, TokenGrid(3, 3, 5, text_before=TEXT_TOKENS)
+
+
+def cogvideox_1_5():
+    pipeline, call, _ = cogvideox()
+    pipeline.transformer = TINY["cogvideox"].make(
+        sample_height=6,
+        sample_width=10,
+        patch_size_t=2,
+        patch_bias=False,
+        use_rotary_positional_embeddings=True,
+    )
+    # Three latent frames become four, and two after patching.
+    return pipeline, call, TokenGrid(2, 3, 5, text_before=TEXT_TOKENS)
+
+
+def ltx():
+    pipeline = without_encoders(diffusers.LTXPipeline, transformer=TINY["ltx"].make(), scheduler=flow_scheduler())
+    mask = torch.ones(1, TEXT_TOKENS)
+    call = {
+        "prompt_embeds": text(),
+        "prompt_attention_mask": mask,
+        "negative_prompt_embeds": text(),
+        "negative_prompt_attention_mask": mask,
+        "height": 96,
+        "width": 160,
+        "num_frames": 17,
+    }
+    return pipeline, call, TokenGrid(3, 3, 5)
+
+
+def flux(pipeline_class=diffusers.FluxPipeline):
+    pipeline = without_encoders(
+        pipeline_class, transformer=TINY["flux"].make(guidance_embeds=True), scheduler=flow_scheduler()
+    )
+    call = {
+        "prompt_embeds": text(),
+        "pooled_prompt_embeds": torch.randn(1, 8),
+        "height": 7 * 16,
+        "width": 5 * 16,
+    }
+    return pipeline, call, TokenGrid(1, 7, 5, text_before=TEXT_TOKENS)
+
+
+def flux_true_cfg():
+    pipeline, call, grid = flux()
+    call |= {
+        "negative_prompt_embeds": text(),
+        "negative_pooled_prompt_embeds": torch.randn(1, 8),
+        "true_cfg_scale": 2.0,
+    }
+    return pipeline, call, grid
+
+
+def flux_kontext():
+    pipeline, call, _ = flux(diffusers.FluxKontextPipeline)
+    pipeline.vae = diffusers.AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=1,
+        norm_num_groups=2,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    pipeline.vae_scale_factor = 8
+    call |= {"image": torch.rand(1, 3, 48, 64), "max_area": 112 * 80, "_auto_resize": False}
+    return pipeline, call, TokenGrid(1, 7, 5, text_before=TEXT_TOKENS, text_after=3 * 4)
+
+
+PIPELINES = [
+    wan_image_to_video,
+    wan_clean_first_frame,
+    hunyuan_video,
+    hunyuan_video_true_cfg,
+    cogvideox,
+    cogvideox_1_5,
+    ltx,
+    flux,
+    flux_true_cfg,
+    flux_kontext,
+]
+
+
+class Watched(Adaptive):
+    """The default strategy, which passes on the grids that it is given."""
+
+    def plan(self, query, key, value, grid, **keywords):
+        assert query.shape[2] == grid.num_tokens
+        GRIDS.add(grid)
+        return super().plan(query, key, value, grid, **keywords)
+
+
+GRIDS: set[TokenGrid] = set()
+
+
+@pytest.mark.parametrize("make", PIPELINES)
+def test_every_call_of_the_pipeline_says_the_grid(make):
+    pipeline, call, grid = make()
+    pipeline.set_progress_bar_config(disable=True)
+    strategy = Watched(density=0.5, query_block_size=16, key_block_size=16)
+    # Strict: any fallback to dense is an error here.
+    diffsparse.enable_sparse_attention(
+        pipeline, SparseAttentionConfig(strategy, dense_steps=0.34, min_tokens=0, strict=True)
+    )
+    GRIDS.clear()
+    for _ in range(2):
+        pipeline(**call, num_inference_steps=STEPS, output_type="latent")
+    assert grid in GRIDS
+    assert len(GRIDS) == 1
+    (report,) = pipeline.sparse_attention_report().transformers
+    calls_per_step = (report.sparse_calls + report.dense_calls) / (2 * STEPS * report.num_layers)
+    assert calls_per_step in (1, 2)
+    # One of three steps is dense, in both generations.
+    assert report.sparse_calls == 2 * 2 * report.num_layers * calls_per_step
+    assert set(report.dense_reasons) == {"early step"}

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffsparse.grid import TokenGrid
+from diffsparse.heads import HeadClass
+from diffsparse.strategies.adaptive import Adaptive
+
+GRID = TokenGrid(12, 6, 8)
+SMALL = {"query_block_size": 16, "key_block_size": 16, "tile": (2, 2, 4), "sampled_rows": 32}
+
+
+def planted_head(cls: HeadClass, grid: TokenGrid, generator: torch.Generator) -> list[Tensor]:
+    """q, k, v [S, D] of a head that attends by frame, by place, or by a content of patches in space and time."""
+    frames, height, width = grid.frames, grid.height, grid.width
+    frame, row, column = (
+        x.reshape(-1) for x in torch.meshgrid(*(torch.arange(n) for n in (frames, height, width)), indexing="ij")
+    )
+    patch = ((frame // 2) * (height // 2) + row // 2) * (width // 4) + column // 4
+    content = torch.randint(0, 5, (int(patch.max()) + 1,), generator=generator)[patch]
+    label = {HeadClass.SPATIAL: frame, HeadClass.TEMPORAL: row * width + column, HeadClass.TEXTURAL: content}[cls]
+    directions = torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q[label] * 6
+    query, key = (directions + 0.3 * torch.randn(len(label), 48, generator=generator) for _ in range(2))
+    return [query, key, torch.randn(len(label), 48, generator=generator)]
+
+
+def test_planted_heads_get_their_class_100_of_100_times():
+    wrong = []
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        heads = [planted_head(cls, GRID, generator) for cls in HeadClass]
+        query, key, value = (torch.stack(parts)[None] for parts in zip(*heads))
+        classes = Adaptive(density=0.25, **SMALL).plan(query, key, value, GRID).classes.tolist()
+        if classes != list(HeadClass):
+            wrong.append((seed, classes))
+    assert not wrong
+
+
+def random_qkv(grid: TokenGrid, batch: int = 1, heads: int = 3, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(batch, heads, grid.num_tokens, 24).to(dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    "grid", [GRID, TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
+)
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_text_is_exact_and_the_budget_is_kept(grid, density):
+    options = Adaptive(density=density, **SMALL)
+    visible = options.plan(*random_qkv(grid, batch=2), grid).mask.visible()
+    text_blocks = slice(grid.num_video_tokens // 16, None) if grid.num_tokens > grid.num_video_tokens else slice(0, 0)
+    assert visible[:, :, text_blocks].all()
+    assert visible[..., text_blocks].all()
+    video_rows = visible[:, :, : grid.num_video_tokens // 16]
+    keys = visible.shape[-1]
+    least = len(range(keys)[text_blocks]) + 1
+    assert (video_rows.sum(-1) == min(keys, max(round(density * keys), least))).all()
+
+
+def test_every_query_block_sees_itself():
+    visible = Adaptive(density=0.05, **SMALL).plan(*random_qkv(GRID), GRID).mask.visible()
+    assert visible.diagonal(dim1=-2, dim2=-1).all()
+
+
+@pytest.mark.parametrize("grid", [GRID, TokenGrid(3, 5, 7, 2, 9)])
+def test_full_density_is_dense_attention(grid):
+    query, key, value = random_qkv(grid, batch=2)
+    output = Adaptive(density=1.0, **SMALL).plan(query, key, value, grid).attend(query, key, value)
+    assert torch.allclose(output, F.scaled_dot_product_attention(query, key, value), atol=1e-5)
+
+
+def test_an_easy_head_keeps_its_output_at_a_quarter_of_the_blocks():
+    generator = torch.Generator().manual_seed(0)
+    for cls in HeadClass:
+        query, key, value = (x[None, None] for x in planted_head(cls, GRID, generator))
+        output = Adaptive(density=0.25, **SMALL).plan(query, key, value, GRID).attend(query, key, value)
+        dense = F.scaled_dot_product_attention(query, key, value)
+        assert (output - dense).norm() < 0.2 * dense.norm(), cls
+
+
+def test_the_plan_is_the_same_each_time():
+    qkv = random_qkv(GRID)
+    first, second = (Adaptive(**SMALL).plan(*qkv, GRID) for _ in range(2))
+    assert torch.equal(first.mask.key_blocks, second.mask.key_blocks)
+    assert torch.equal(first.permutation.order, second.permutation.order)
+
+
+def test_the_tail_is_taken_only_where_it_helps_and_can_be_turned_off():
+    query, key, value = random_qkv(GRID)
+    key[:, :2] *= 0.05  # nearly uniform attention: the mean of a skipped block is what dense attention sees of it
+    plan = Adaptive(density=0.1, **SMALL).plan(query, key, value, GRID)
+    assert plan.tail[0, :2].all()
+    assert Adaptive(density=0.1, tail=False, **SMALL).plan(query, key, value, GRID).tail is None
+
+
+def test_padded_text_does_not_matter():
+    grid = TokenGrid(3, 5, 7, text_after=20)
+    query, key, value = random_qkv(grid, batch=2)
+    length = torch.tensor([110, 125], dtype=torch.int32)
+    options = Adaptive(density=0.3, **SMALL)
+    plan = options.plan(query, key, value, grid, key_length=length)
+    output = plan.attend(query, key, value, key_length=length)
+    key[0, :, 110:], value[0, :, 110:] = 50.0, -50.0
+    plan = options.plan(query, key, value, grid, key_length=length)
+    changed = plan.attend(query, key, value, key_length=length)
+    assert torch.allclose(output[0, :, :105], changed[0, :, :105], atol=1e-5)
+
+
+def test_half_precision_plans_like_single():
+    qkv = random_qkv(GRID)
+    halves = [x.bfloat16() for x in qkv]
+    single = Adaptive(**SMALL).plan(*(x.float() for x in halves), GRID)
+    half = Adaptive(**SMALL).plan(*halves, GRID)
+    assert torch.equal(single.classes, half.classes)
+
+
+def test_heads_judged_a_few_at_a_time_get_the_same_plan(monkeypatch):
+    qkv = random_qkv(GRID, batch=2)
+    together = Adaptive(**SMALL).plan(*qkv, GRID)
+    monkeypatch.setattr("diffsparse.strategies.adaptive.PLANNING_BYTES", 1)
+    apart = Adaptive(**SMALL).plan(*qkv, GRID)
+    assert torch.equal(together.mask.visible(), apart.mask.visible())
+    assert torch.equal(together.permutation.order, apart.permutation.order)
+    assert torch.equal(together.classes, apart.classes)
+    assert torch.equal(together.tail, apart.tail)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffsparse.grid import TokenGrid
+from diffsparse.heads import BlockSums, head_errors, sample_rows
+from diffsparse.kernels.pooling import block_means
+
+
+def attention_by_elements(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """Softmax attention of scaled query [..., R, D] over the keys where seen [..., R, S]."""
+    scores = (query.double() @ key.double().transpose(-1, -2)).masked_fill(~seen, -torch.inf)
+    return torch.softmax(scores, -1) @ value.double()
+
+
+@pytest.fixture
+def case():
+    """Rows and keys of 105 tokens in blocks of 16 (the last one ragged), and a random block map."""
+    torch.manual_seed(0)
+    rows, key, value = (torch.randn(2, 3, n, 8) for n in (5, 105, 105))
+    visible = torch.rand(2, 3, 7, 5) < 0.4
+    visible[:, :, 2] = True
+    return rows, key, value, visible, BlockSums.of(rows, key, value, block_means(key, 16)[0], 16)
+
+
+def test_exact_is_dense_attention(case):
+    rows, key, value, _, sums = case
+    everything = torch.ones(2, 3, 5, 105, dtype=torch.bool)
+    expected = attention_by_elements(rows, key, value, everything).transpose(-1, -2)
+    assert torch.allclose(sums.exact().double(), expected, atol=1e-5)
+
+
+def test_masked_is_attention_to_the_visible_blocks(case):
+    rows, key, value, visible, sums = case
+    seen = visible.transpose(-1, -2)[..., torch.arange(105) // 16]
+    expected = attention_by_elements(rows, key, value, seen).transpose(-1, -2)
+    assert torch.allclose(sums.masked(visible)[0].double(), expected, atol=1e-5)
+
+
+def test_the_tail_stands_for_each_hidden_block_as_often_as_it_has_tokens(case):
+    rows, key, value, visible, sums = case
+    # Hidden tokens replaced by the mean of their block: attention over them is the pooled tail.
+    block = torch.arange(105) // 16
+    mean_key, mean_value = (block_means(x, 16)[0][:, :, block] for x in (key, value))
+    seen = visible.transpose(-1, -2)[..., block]  # [B, H, R, S]
+    rows_of = rows[:, :, :, None]  # one query a row, each with keys of its own
+    keys = torch.where(seen[..., None], key[:, :, None], mean_key[:, :, None])
+    values = torch.where(seen[..., None], value[:, :, None], mean_value[:, :, None])
+    everything = torch.ones(2, 3, 5, 1, 105, dtype=torch.bool)
+    expected = attention_by_elements(rows_of, keys, values, everything)[:, :, :, 0].transpose(-1, -2)
+    assert torch.allclose(sums.masked(visible)[1].double(), expected, atol=1e-5)
+
+
+def test_keys_beyond_the_length_do_not_exist():
+    torch.manual_seed(0)
+    rows, key, value = (torch.randn(2, 3, n, 8) for n in (5, 105, 105))
+    length = torch.tensor([105, 90], dtype=torch.int32)
+    key[1, :, 90:] = 1e4  # what padding holds must not matter
+    sums = BlockSums.of(rows, key, value, block_means(key, 16, length)[0], 16, length)
+    seen = (torch.arange(105) < length[:, None])[:, None, None].expand(2, 3, 5, 105)
+    expected = attention_by_elements(rows, key, value, seen).transpose(-1, -2)
+    assert torch.allclose(sums.exact().double(), expected, atol=1e-5)
+
+
+def test_errors_are_relative_and_by_head():
+    exact = torch.ones(2, 2, 8, 5)
+    output = exact.clone()
+    output[:, 1] *= 1.1
+    assert torch.allclose(head_errors(output, exact), torch.tensor([0.0, 0.01]))
+    output[0, 0, 0, 0] = torch.nan
+    assert head_errors(output, exact)[0] == torch.inf
+
+
+@pytest.mark.parametrize("count", [1, 10, 64, 1000])
+def test_sampled_rows_are_video_tokens_spread_over_the_video(count):
+    grid = TokenGrid(3, 5, 7, text_before=4, text_after=9)
+    rows = sample_rows(grid, count, seed=1)
+    assert len(rows) == min(count, 105)
+    assert len(rows.unique()) == len(rows)
+    assert rows.min() >= 4
+    assert rows.max() < 109
+    assert (rows.diff() < 2 * 105 / len(rows) + 1).all()
+
+
+def test_sampled_rows_depend_on_the_seed_alone():
+    grid = TokenGrid(3, 5, 7)
+    assert torch.equal(sample_rows(grid, 10, seed=1), sample_rows(grid, 10, seed=1))
+    assert not torch.equal(sample_rows(grid, 10, seed=1), sample_rows(grid, 10, seed=2))

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from diffsparse.grid import TokenGrid
+from diffsparse.permutation import AXES, Permutation, axis_order, tile_order
+
+GRID = TokenGrid(3, 5, 7, text_before=2, text_after=4)
+
+
+def token(frame: int, row: int, column: int) -> int:
+    return GRID.text_before + (frame * GRID.height + row) * GRID.width + column
+
+
+@pytest.mark.parametrize("axes", itertools.permutations(AXES))
+def test_axis_order_runs_through_the_axes_in_turn(axes):
+    sizes = {"frame": 3, "height": 5, "width": 7}
+    places = itertools.product(*(range(sizes[axis]) for axis in axes))
+    expected = [token(*(dict(zip(axes, place))[axis] for axis in AXES)) for place in places]
+    assert axis_order(GRID, axes)[: GRID.num_video_tokens].tolist() == expected
+
+
+def test_token_major_order_puts_the_same_place_of_all_frames_side_by_side():
+    order = axis_order(GRID, ("height", "width", "frame"))
+    assert order[:6].tolist() == [token(f, 0, c) for c in (0, 1) for f in range(3)]
+
+
+def test_tile_order_fills_one_tile_before_the_next():
+    order = tile_order(GRID, (2, 2, 4)).tolist()
+    first_tile = [token(f, r, c) for f in range(2) for r in range(2) for c in range(4)]
+    ragged_tile = [token(f, r, c) for f in range(2) for r in range(2) for c in range(4, 7)]
+    assert order[: len(first_tile) + len(ragged_tile)] == first_tile + ragged_tile
+
+
+@pytest.mark.parametrize("order", [axis_order(GRID, ("width", "frame", "height")), tile_order(GRID, (2, 3, 2))])
+def test_every_token_appears_once_and_text_comes_last(order):
+    assert sorted(order.tolist()) == list(range(GRID.num_tokens))
+    assert order[GRID.num_video_tokens :].tolist() == [0, 1, *range(107, 111)]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("tokens_first", [False, True], ids=["heads first", "tokens first"])
+def test_undo_reverses_apply(batch, tokens_first):
+    heads, tokens, dim = 3, GRID.num_tokens, 5
+    permutation = Permutation.of(torch.stack([torch.randperm(tokens) for _ in range(heads)]))
+    x = torch.randn(batch, tokens, heads, dim).transpose(1, 2)
+    x = x if tokens_first else x.contiguous()
+    applied = permutation.apply(x)
+    for head in range(heads):
+        assert torch.equal(applied[:, head], x[:, head, permutation.order[head]])
+    assert torch.equal(permutation.undo(applied), x)
+
+
+def test_one_order_serves_all_heads():
+    permutation = Permutation.of(torch.randperm(11)[None])
+    x = torch.randn(2, 3, 11, 4)
+    assert torch.equal(permutation.apply(x), x[:, :, permutation.order[0]])
+    assert torch.equal(permutation.undo(permutation.apply(x)), x)
+
+
+def test_undo_leaves_the_memory_layout_of_projections():
+    permutation = Permutation.of(torch.randperm(11)[None])
+    assert permutation.undo(torch.randn(2, 3, 11, 4)).transpose(1, 2).is_contiguous()
+
+
+def test_refuses_unknown_axes_and_empty_tiles():
+    with pytest.raises(ValueError, match="`axes`"):
+        axis_order(GRID, ("time", "height", "width"))
+    with pytest.raises(ValueError, match="`tile`"):
+        tile_order(GRID, (2, 0, 2))
