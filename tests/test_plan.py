@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffsparse.block_mask import BlockMask
+from diffsparse.permutation import Permutation
+from diffsparse.plan import AttentionPlan
+
+
+@pytest.fixture
+def qkv():
+    torch.manual_seed(0)
+    return [torch.randn(2, 3, 65, 8) for _ in range(3)]
+
+
+def test_a_plan_computes_attention_to_the_tokens_of_the_visible_blocks_of_its_order(qkv):
+    order = torch.stack([torch.randperm(65) for _ in range(3)])
+    visible = torch.rand(1, 3, 5, 9) < 0.5
+    visible[..., 4] = True
+    plan = AttentionPlan(Permutation.of(order), BlockMask.from_visible(visible, 65, 16, 8))
+    for head in range(3):
+        seen = torch.zeros(65, 65, dtype=torch.bool)
+        for place_q, token_q in enumerate(order[head].tolist()):
+            for place_k, token_k in enumerate(order[head].tolist()):
+                seen[token_q, token_k] = visible[0, head, place_q // 16, place_k // 8]
+        query, key, value = (x[:, head] for x in qkv)
+        expected = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        assert torch.allclose(plan.attend(*qkv)[:, head], expected, atol=1e-5)
+
+
+def test_without_a_permutation_the_order_is_kept(qkv):
+    everything = torch.ones(1, 1, 5, 9, dtype=torch.bool)
+    plan = AttentionPlan(None, BlockMask.from_visible(everything, 65, 16, 8))
+    assert torch.allclose(plan.attend(*qkv), F.scaled_dot_product_attention(*qkv), atol=1e-5)
+
+
+def test_scale_and_key_length_reach_the_kernel(qkv):
+    everything = torch.ones(1, 1, 5, 9, dtype=torch.bool)
+    plan = AttentionPlan(None, BlockMask.from_visible(everything, 65, 16, 8))
+    length = torch.tensor([65, 40], dtype=torch.int32)
+    exists = (torch.arange(65) < length[:, None])[:, None, None]
+    expected = F.scaled_dot_product_attention(*qkv, attn_mask=exists, scale=0.7)
+    assert torch.allclose(plan.attend(*qkv, key_length=length, scale=0.7), expected, atol=1e-5)

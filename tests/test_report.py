@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_models import wan
+
+import diffsparse
+from diffsparse import Adaptive, SparseAttentionConfig
+from diffsparse.report import SparseAttentionReport, TransformerReport
+
+
+def part(sparse_calls: int, dense_reasons: dict[str, int], density: float | None) -> TransformerReport:
+    dense_calls = sum(dense_reasons.values())
+    total = sparse_calls + dense_calls
+    overall = (sparse_calls * (density or 0) + dense_calls) / total if total else None
+    return TransformerReport(
+        name="transformer",
+        family="wan",
+        num_layers=1,
+        num_heads=2,
+        sparse_calls=sparse_calls,
+        dense_calls=dense_calls,
+        dense_reasons=dense_reasons,
+        density=density,
+        overall_density=overall,
+        head_classes=[["spatial", "textural"]],
+        head_densities=[[0.2, 0.3]],
+    )
+
+
+def test_two_transformers_weigh_by_their_calls():
+    report = SparseAttentionReport((part(30, {"early step": 10}, 0.2), part(10, {}, 0.4)))
+    assert report.density == pytest.approx((30 * 0.2 + 10 * 0.4) / 40)
+    assert report.overall_density == pytest.approx((30 * 0.2 + 10 + 10 * 0.4) / 50)
+
+
+def test_nothing_has_run_yet():
+    report = SparseAttentionReport((part(0, {}, None),))
+    assert report.density is None
+    assert report.overall_density is None
+    assert "none yet" in str(report)
+
+
+def test_the_table_names_every_reason_and_class():
+    table = str(SparseAttentionReport((part(3, {"early step": 2, "attention mask": 1}, 0.25),)))
+    for text in ("wan", "3 sparse, 3 dense", "early step", "attention mask", "25.0 %", "50.0 % spatial"):
+        assert text in table
+
+
+def test_the_dict_is_ready_for_json():
+    report = SparseAttentionReport((part(3, {"early step": 2}, 0.25),))
+    found = json.loads(json.dumps(report.as_dict()))
+    assert found["density"] == 0.25
+    assert found["transformers"][0]["class_shares"] == {"spatial": 0.5, "textural": 0.5}
+
+
+def test_nothing_to_report_is_an_error_that_says_so():
+    transformer = wan()
+    with pytest.raises(ValueError, match="not enabled"):
+        diffsparse.sparse_attention_report(transformer)
+    transformer.enable_sparse_attention(SparseAttentionConfig(Adaptive(density=0.5)))
+    assert transformer.sparse_attention_report().density is None
