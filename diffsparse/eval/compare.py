@@ -1,0 +1,176 @@
+"""`diffsparse eval compare A B`: how close two videos are, frame by frame."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffsparse.eval.lpips_metric import SMALLEST_SIDE, Lpips, lpips_or_reason
+from diffsparse.eval.metrics import Frames, FrameScores, psnr_db, ssim
+from diffsparse.eval.video_io import read_frames, whole_file
+
+# Frames held at once of each video: bounds the memory, whatever their number.
+WINDOW = 8
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How close two videos are. Without LPIPS its place says why, and how to get it."""
+
+    num_frames: int
+    height: int
+    width: int
+    psnr_db: FrameScores
+    ssim: FrameScores
+    lpips: FrameScores | str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "num_frames": self.num_frames,
+            "height": self.height,
+            "width": self.width,
+            "psnr_db": self.psnr_db.as_dict(),
+            "ssim": self.ssim.as_dict(),
+            "lpips": self.lpips if isinstance(self.lpips, str) else self.lpips.as_dict(),
+        }
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Metric, mean and worst frame, in words, for a table. Why LPIPS is missing does not fit in one: `notes`."""
+        rows = [
+            ("PSNR (dB, higher is closer)", *_mean_and_worst(self.psnr_db, ".2f")),
+            ("SSIM (1 is equal)", *_mean_and_worst(self.ssim, ".4f")),
+        ]
+        if isinstance(self.lpips, str):
+            rows.append(("LPIPS (0 is equal)", "n/a", "see below"))
+        else:
+            rows.append(("LPIPS (0 is equal)", *_mean_and_worst(self.lpips, ".4f")))
+        return rows
+
+    def notes(self) -> list[str]:
+        """What a reader of the rows has to know besides."""
+        notes = []
+        identical = self.psnr_db.num_identical
+        if 0 < identical < self.num_frames:
+            notes.append(f"{identical} of {self.num_frames} frames are exactly equal, and left out of the mean PSNR.")
+        if isinstance(self.lpips, str):
+            notes.append(f"LPIPS {self.lpips}.")
+        return notes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Two videos, and where to look for LPIPS' backbone."""
+    parser.add_argument("a", type=Path, metavar="A", help="video file, or folder with one image a frame")
+    parser.add_argument("b", type=Path, metavar="B", help="the other one, of the same size and length")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every frame's scores to FILE")
+    parser.add_argument(
+        "--lpips-backbone",
+        type=Path,
+        metavar="FILE",
+        help="torchvision's AlexNet weights for LPIPS (default: looked for in torch's cache, never downloaded)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, write the JSON."""
+    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise ValueError(f"--json must name a file in a folder that exists, got {args.json}.")
+    lpips = lpips_or_reason(args.lpips_backbone)
+    comparison = compare(windows_of(args.a, args.b), lpips)
+    _print(comparison)
+    if args.json is not None:
+        contents = {"a": str(args.a), "b": str(args.b)} | comparison.as_dict()
+        with whole_file(args.json) as unfinished:
+            unfinished.write_text(json.dumps(contents, indent=2) + "\n")
+    return 0
+
+
+def compare(windows: Iterable[tuple[Frames, Frames]], lpips: Lpips | str) -> Comparison:
+    """Score two videos given in windows of frames [F, H, W, 3]; lpips is the metric, or the reason for having none."""
+    psnr_scores: list[float] = []
+    ssim_scores: list[float] = []
+    lpips_scores: list[float] = []
+    height = width = 0
+    for a, b in windows:
+        height, width = a.shape[1:3]
+        if not isinstance(lpips, str) and min(height, width) < SMALLEST_SIDE:
+            lpips = f"n/a: LPIPS needs frames of at least {SMALLEST_SIDE} pixels a side, got {width} × {height}"
+        psnr_scores += psnr_db(a, b)
+        ssim_scores += ssim(a, b)
+        if not isinstance(lpips, str):
+            lpips_scores += lpips(a, b)
+    return Comparison(
+        num_frames=len(psnr_scores),
+        height=height,
+        width=width,
+        psnr_db=FrameScores(tuple(psnr_scores), higher_is_better=True),
+        ssim=FrameScores(tuple(ssim_scores), higher_is_better=True),
+        lpips=lpips if isinstance(lpips, str) else FrameScores(tuple(lpips_scores), higher_is_better=False),
+    )
+
+
+def windows_of(a: Path, b: Path) -> Iterator[tuple[Frames, Frames]]:
+    """Two videos side by side, a window of frames at a time.
+
+    Raises:
+        ValueError: different sizes or lengths, or a file that cannot be read.
+    """
+    pairs = _pairs(a, b)
+    while window := list(itertools.islice(pairs, WINDOW)):
+        yield np.stack([first for first, _ in window]), np.stack([second for _, second in window])
+
+
+def _pairs(a: Path, b: Path) -> Iterator[tuple[Any, Any]]:
+    frames_a, frames_b = read_frames(a), read_frames(b)
+    size = None
+    for index in itertools.count():
+        first, second = next(frames_a, None), next(frames_b, None)
+        if first is None and second is None:
+            return
+        if first is None or second is None:
+            length_a = index + sum(1 for _ in frames_a) + (first is not None)
+            length_b = index + sum(1 for _ in frames_b) + (second is not None)
+            raise ValueError(f"The videos differ in length: {a} has {length_a} frames, {b} has {length_b}.")
+        size = size or first.shape
+        for path, frame in ((a, first), (b, second)):
+            if frame.shape != size:
+                raise ValueError(
+                    f"The sizes differ: frame 0 of {a} is {size[1]} × {size[0]} (width × height), "
+                    f"frame {index} of {path} is {frame.shape[1]} × {frame.shape[0]}."
+                )
+        yield first, second
+
+
+def _mean_and_worst(scores: FrameScores, digits: str) -> tuple[str, str]:
+    return in_words(scores.mean, digits), f"{in_words(scores.worst, digits)} (frame {scores.worst_frame})"
+
+
+def in_words(score: float, digits: str) -> str:
+    """A score for people to read."""
+    if math.isnan(score):
+        return "not a number"
+    return "infinite (equal)" if math.isinf(score) else format(score, digits)
+
+
+def _print(comparison: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{comparison.num_frames} frames of {comparison.width} × {comparison.height}")
+    for heading in ("", "mean", "worst frame"):
+        table.add_column(heading, overflow="fold")
+    for row in comparison.rows():
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    for note in comparison.notes():
+        # Long addresses stay in one piece, to be copied.
+        console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,254 @@
+"""`diffsparse demo`: one prompt, dense and sparse, with the embedded model; how much faster, and how close."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffsparse.config import PRESETS, SparseAttentionConfig, as_config
+from diffsparse.eval.compare import Comparison, compare
+from diffsparse.eval.doctor import devices, versions
+from diffsparse.eval.generate import Generation, Sampling, choose_device, generate, load_pipeline
+from diffsparse.eval.head_picture import draw_head_classes
+from diffsparse.eval.lpips_metric import lpips_or_reason
+from diffsparse.eval.side_by_side import side_by_side
+from diffsparse.eval.video_io import whole_file, write_video
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from diffsparse.report import SparseAttentionReport
+
+ASSETS = Path(__file__).parent.parent / "assets"
+MODEL = ASSETS / "demo"
+PROMPTS = ASSETS / "demo_prompts.txt"
+
+LARGEST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Demo:
+    """Both videos, and all that is known of them."""
+
+    prompt: str
+    config: SparseAttentionConfig
+    sampling: Sampling
+    dense: Generation
+    sparse: Generation
+    comparison: Comparison
+    attention: SparseAttentionReport
+    load_seconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to generate, how, and where to put it."""
+    parser.add_argument(
+        "--prompt",
+        help="what to show; the embedded model has seen a few shapes, patterns, colours and motions only, such as "
+        "“a yellow star turns over a purple striped background” (default: the first of its own prompts)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="balanced", help="how sparse (default: balanced)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: the best one here)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("diffsparse-demo"),
+        metavar="FOLDER",
+        help="where videos, picture and report go (default: diffsparse-demo)",
+    )
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help="another pipeline with a demo.json")
+    parser.add_argument(
+        "--lpips-backbone",
+        type=Path,
+        metavar="FILE",
+        help="torchvision's AlexNet weights for LPIPS (default: looked for in torch's cache, never downloaded)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate twice, compare, write, print. What is wrong with the arguments is found before generating."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    sampling = _sampling(args)
+    prompt = _prompt(args)
+    device = choose_device(args.device)
+    lpips = lpips_or_reason(args.lpips_backbone)
+    _make_writable(args.output)
+
+    started = time.perf_counter()
+    pipe = load_pipeline(args.model, device)
+    load_seconds = time.perf_counter() - started
+    console.print(
+        f"“{prompt}”, seed {args.seed}: {sampling.width} × {sampling.height}, "
+        f"{sampling.num_inference_steps} steps on {device}; model loaded in {load_seconds:.1f} s",
+        markup=False,
+    )
+    _warn_of_cut_prompt(pipe, prompt, sampling, console)
+    config = as_config(args.preset)
+    dense, sparse, attention = _generate_both(pipe, prompt, args.seed, sampling, config, console)
+    comparison = compare([(dense.frames, sparse.frames)], lpips)
+    demo = Demo(prompt, config, sampling, dense, sparse, comparison, attention, load_seconds)
+    _write(demo, args, device)
+    _print(demo, args, console)
+    return 0
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {args.steps}.")
+    if not 0 <= args.seed <= LARGEST_SEED:
+        raise ValueError(f"--seed must be between 0 and {LARGEST_SEED}, got {args.seed}.")
+    sampling = Sampling.read(args.model)
+    return sampling if args.steps is None else dataclasses.replace(sampling, num_inference_steps=args.steps)
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt is None:
+        prompts = [line.strip() for line in PROMPTS.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not prompts:
+            raise ValueError(f"{PROMPTS} is empty. Give a prompt by --prompt, or install diffsparse again.")
+        return prompts[0]
+    prompt: str = args.prompt.strip()
+    if not prompt:
+        raise ValueError("--prompt is empty: say what the video shall show, or leave the option out.")
+    return prompt
+
+
+def _make_writable(folder: Path) -> None:
+    """Make the folder, and find out now whether a file can be written there."""
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"Nothing can be written to --output {folder}: {error.strerror}. Name another folder."
+        ) from error
+
+
+def _warn_of_cut_prompt(pipe: Any, prompt: str, sampling: Sampling, console: Console) -> None:
+    num_tokens = len(pipe.tokenizer(prompt).input_ids)
+    if num_tokens > sampling.max_sequence_length:
+        limit = sampling.max_sequence_length
+        console.print(f"The prompt has {num_tokens} tokens; the model reads only the first {limit}.")
+
+
+def _generate_both(
+    pipe: Any, prompt: str, seed: int, sampling: Sampling, config: SparseAttentionConfig, console: Console
+) -> tuple[Generation, Generation, SparseAttentionReport]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    import diffsparse
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        # First calls are slower: memory is fetched, kernels are compiled. One step each way, outside the timing.
+        warm_up = progress.add_task("warm-up", total=2)
+        one_step = dataclasses.replace(sampling, num_inference_steps=1)
+        dense_task = progress.add_task("dense", total=sampling.num_inference_steps, start=False)
+        sparse_task = progress.add_task("sparse", total=sampling.num_inference_steps, start=False)
+
+        def timed(task: Any) -> Generation:
+            progress.start_task(task)
+            made = generate(pipe, prompt, seed, sampling, on_step=lambda: progress.advance(task))
+            progress.stop_task(task)
+            return made
+
+        generate(pipe, prompt, seed, one_step, on_step=lambda: progress.advance(warm_up))
+        diffsparse.enable_sparse_attention(pipe, dataclasses.replace(config, dense_steps=0.0))
+        generate(pipe, prompt, seed, one_step, on_step=lambda: progress.advance(warm_up))
+        diffsparse.disable_sparse_attention(pipe)
+
+        dense = timed(dense_task)
+        diffsparse.enable_sparse_attention(pipe, config)
+        sparse = timed(sparse_task)
+        attention = diffsparse.sparse_attention_report(pipe)
+        diffsparse.disable_sparse_attention(pipe)
+    return dense, sparse, attention
+
+
+def _write(demo: Demo, args: argparse.Namespace, device: str) -> None:
+    folder: Path = args.output
+    fps = demo.sampling.fps
+    picture, report = folder / "head_classes.png", folder / "report.json"
+    # An earlier run's must not stand beside these videos.
+    for stale in (picture, report):
+        stale.unlink(missing_ok=True)
+    write_video(folder / "dense.mp4", demo.dense.frames, fps)
+    write_video(folder / "sparse.mp4", demo.sparse.frames, fps)
+    titles = f"dense  {demo.dense.total_seconds:.1f} s", f"sparse  {demo.sparse.total_seconds:.1f} s"
+    subtitles = "all of the attention", _in_short(demo)
+    pair = side_by_side(demo.dense.frames, demo.sparse.frames, titles, subtitles, heading=demo.prompt)
+    write_video(folder / "side_by_side.mp4", pair, fps)
+    if demo.attention.density is not None:
+        draw_head_classes(demo.attention, picture)
+    with whole_file(report) as unfinished:
+        unfinished.write_text(json.dumps(_as_dict(demo, args, device), indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _in_short(demo: Demo) -> str:
+    # With the dense steps in it, as the time is.
+    density = demo.attention.overall_density if demo.attention.density is not None else None
+    ran = "sparse attention never ran" if density is None else f"{100 * density:.0f} % of the attention"
+    return f"{ran}, {demo.dense.total_seconds / demo.sparse.total_seconds:.2f}× the speed"
+
+
+def _as_dict(demo: Demo, args: argparse.Namespace, device: str) -> dict[str, Any]:
+    command = ["diffsparse", "demo", "--prompt", demo.prompt, "--seed", str(args.seed), "--preset", args.preset]
+    command += ["--steps", str(demo.sampling.num_inference_steps), "--device", device]
+    if args.model != MODEL:
+        command += ["--model", str(args.model)]
+    return {
+        "command": shlex.join(command),
+        "prompt": demo.prompt,
+        "seed": args.seed,
+        "preset": args.preset,
+        "config": repr(demo.config),
+        "sampling": dataclasses.asdict(demo.sampling),
+        "device": device,
+        "machine": devices(),
+        "versions": versions(),
+        "load_seconds": demo.load_seconds,
+        "dense": _times(demo.dense),
+        "sparse": _times(demo.sparse),
+        "speed_up": {
+            "steps": demo.dense.seconds_per_step / demo.sparse.seconds_per_step,
+            "total": demo.dense.total_seconds / demo.sparse.total_seconds,
+        },
+        "quality": demo.comparison.as_dict(),
+        "attention": demo.attention.as_dict(),
+    }
+
+
+def _times(made: Generation) -> dict[str, Any]:
+    return {
+        "total_seconds": made.total_seconds,
+        "seconds_per_step": made.seconds_per_step,
+        "other_seconds": made.other_seconds,
+        "step_seconds": made.step_seconds,
+    }
+
+
+def _print(demo: Demo, args: argparse.Namespace, console: Console) -> None:
+    from diffsparse.eval.demo_tables import attention_table, quality_table, time_table
+
+    console.print(time_table(demo.dense, demo.sparse))
+    console.print(quality_table(demo.comparison))
+    console.print(attention_table(demo.attention))
+    notes = demo.comparison.notes()
+    if demo.attention.density is None:
+        notes.append("Sparse attention never ran: the reasons are in the table.")
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+    console.print(f"Look at {args.output / 'side_by_side.mp4'}; the rest is beside it.", markup=False, soft_wrap=True)

@@ -1,0 +1,194 @@
+"""Making a video with a pipeline from a folder, step by timed step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SAMPLING_FILE = "demo.json"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the model of a folder wants to be called; `demo.json` beside its model_index.json."""
+
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    max_sequence_length: int
+    fps: float
+
+    @classmethod
+    def read(cls, folder: Path) -> Sampling:
+        """Read it from the folder of a pipeline.
+
+        Raises:
+            ValueError: the folder or the file is missing or damaged, with what is wrong.
+        """
+        file = folder / SAMPLING_FILE
+        for needed in (folder / "model_index.json", file):
+            if not needed.is_file():
+                raise ValueError(
+                    f"The model is incomplete: {needed} is missing. Install diffsparse again, or name another model."
+                )
+        try:
+            values = json.loads(file.read_text())
+            chosen = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}). {_WAY_OUT}") from error
+        wrong = {name: value for name, value in chosen.items() if not _is_positive_number(value)}
+        if wrong:
+            raise ValueError(f"{file} is damaged: expected numbers above 0, got {wrong}. {_WAY_OUT}")
+        return cls(**chosen)
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One video and the time it took.
+
+    Attributes:
+        frames: [F, H, W, 3] floats between 0 and 1.
+        step_seconds: of each denoising step.
+        total_seconds: of the whole call: text encoder, steps and VAE.
+    """
+
+    frames: NDArray[np.float32]
+    step_seconds: tuple[float, ...]
+    total_seconds: float
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean over all steps."""
+        return sum(self.step_seconds) / len(self.step_seconds)
+
+    @property
+    def other_seconds(self) -> float:
+        """What is not denoising: text encoder and VAE."""
+        return self.total_seconds - sum(self.step_seconds)
+
+
+def choose_device(name: str | None) -> str:
+    """The device of this name, or for None the best one here.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    import torch
+
+    if name is None:
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if name not in available:
+        raise ValueError(f"There is no device {name!r} here, only {', '.join(available)}.")
+    return name
+
+
+def load_pipeline(folder: Path, device: str) -> Any:
+    """The pipeline in a folder, quiet, on a device; nothing is downloaded.
+
+    It computes in float32; on CUDA its transformers compute in bfloat16.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    # A damaged file fails in as many ways as there are libraries that read it.
+    except Exception as error:
+        raise ValueError(
+            f"The model in {folder} cannot be loaded ({type(error).__name__}: {error}). {_WAY_OUT}"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device, torch.float32)
+    if device.startswith("cuda"):
+        for transformer in _transformers(pipe):
+            transformer.to(torch.bfloat16)
+    return pipe
+
+
+def generate(
+    pipe: Any, prompt: str, seed: int, sampling: Sampling, on_step: Callable[[], None] = lambda: None
+) -> Generation:
+    """Make the video of a prompt and a seed: the same noise on every device. `on_step` is called after each step."""
+    import torch
+
+    ticks: list[float] = []
+
+    def tick(*_: Any) -> None:
+        _wait_for_device()
+        ticks.append(time.perf_counter())
+
+    def start(*_: Any) -> None:
+        if not ticks:
+            tick()
+
+    def end_of_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        tick()
+        on_step()
+        return tensors
+
+    hooks = [transformer.register_forward_pre_hook(start) for transformer in _transformers(pipe)]
+    started = time.perf_counter()
+    try:
+        frames = pipe(
+            prompt,
+            height=sampling.height,
+            width=sampling.width,
+            num_frames=sampling.num_frames,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            max_sequence_length=sampling.max_sequence_length,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+            callback_on_step_end=end_of_step,
+        ).frames[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seconds = time.perf_counter() - started
+    return Generation(frames, tuple(np.diff(ticks).tolist()), seconds)
+
+
+_WAY_OUT = "Install diffsparse again, or name another model."
+
+
+def _transformers(pipe: Any) -> list[Any]:
+    # Wan 2.2 has a second one, for the early steps.
+    components = pipe.components.items()
+    return [component for name, component in components if name.startswith("transformer") and component is not None]
+
+
+def _wait_for_device() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
+
+
+def _is_positive_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

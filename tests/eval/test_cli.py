@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from diffsparse.eval import cli, doctor
+
+
+def fail_with(error, monkeypatch):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(doctor, "run", run)
+
+
+@pytest.mark.parametrize("argv", [[], ["demo"], ["bench"], ["doctor"], ["eval"], ["eval", "compare"]])
+def test_every_command_has_help(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*argv, "--help"])
+    assert stop.value.code == 0
+    assert "usage: diffsparse" in capsys.readouterr().out
+
+
+def test_every_option_has_a_help_text():
+    parsers = [cli.make_parser()]
+    while parsers:
+        parser = parsers.pop()
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            else:
+                assert action.help, f"{parser.prog} {action.option_strings or action.dest}"
+
+
+def test_the_exit_code_is_the_commands(monkeypatch):
+    monkeypatch.setattr(doctor, "run", lambda args: 7)
+    assert cli.main(["doctor"]) == 7
+
+
+@pytest.mark.parametrize("error", [ValueError("`x` is wrong.\n  Say y."), OSError("`x` is wrong. Say y.")])
+def test_what_the_user_can_mend_is_told_in_one_line(monkeypatch, capsys, error):
+    fail_with(error, monkeypatch)
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "diffsparse: error: `x` is wrong. Say y.\n"
+
+
+def test_traceback_shows_where_it_comes_from(monkeypatch):
+    fail_with(ValueError("wrong"), monkeypatch)
+    with pytest.raises(ValueError, match="wrong"):
+        cli.main(["--traceback", "doctor"])
+
+
+def test_our_own_mistakes_are_not_hidden(monkeypatch):
+    fail_with(AttributeError("a mistake of ours"), monkeypatch)
+    with pytest.raises(AttributeError):
+        cli.main(["doctor"])
+
+
+def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
+    fail_with(KeyboardInterrupt(), monkeypatch)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "diffsparse: interrupted\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["eval"], ["no-such-command"], ["eval", "compare", "only-one.mp4"]])
+def test_a_wrong_command_line_is_an_error_with_usage(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert "usage: diffsparse" in capsys.readouterr().err
+
+
+def test_python_m_is_the_same_command(tmp_path):
+    missing = str(tmp_path / "none.mp4")
+    command = [sys.executable, "-m", "diffsparse.eval", "eval", "compare", missing, missing]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("diffsparse: error: ")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+import numpy as np
+import pytest
+
+from diffsparse.eval import compare
+from diffsparse.eval.compare import WINDOW, windows_of
+from diffsparse.eval.video_io import write_images, write_video
+
+
+@pytest.fixture(autouse=True)
+def no_lpips(monkeypatch):
+    monkeypatch.setattr(compare, "lpips_or_reason", lambda backbone: "n/a: get it at this address")
+
+
+def noise(frames, seed=0, height=32, width=48):
+    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+def run(*argv):
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    return compare.run(parser.parse_args([str(arg) for arg in argv]))
+
+
+def test_a_known_difference_has_its_known_psnr(tmp_path, capsys):
+    a = np.full((WINDOW + 3, 16, 16, 3), 100, dtype=np.uint8)
+    b = a.copy()
+    b[5] += 20
+    b[7] += 10
+    write_images(tmp_path / "a", a)
+    write_images(tmp_path / "b", b)
+    assert run(tmp_path / "a", tmp_path / "b", "--json", tmp_path / "scores.json") == 0
+    psnr = json.loads((tmp_path / "scores.json").read_text())["psnr_db"]
+    worst, better = (20 * math.log10(255 / difference) for difference in (20, 10))
+    assert psnr["per_frame"] == ["infinite"] * 5 + [
+        pytest.approx(worst),
+        "infinite",
+        pytest.approx(better),
+    ] + ["infinite"] * (WINDOW - 5)
+    assert psnr["mean"] == pytest.approx((worst + better) / 2)
+    assert (psnr["worst"], psnr["worst_frame"]) == (pytest.approx(worst), 5)
+    shown = capsys.readouterr().out
+    assert f"{worst:.2f} (frame 5)" in shown
+    assert f"{WINDOW + 1} of {WINDOW + 3} frames are exactly equal" in shown
+
+
+def test_equal_videos_are_shown_as_equal(tmp_path, capsys):
+    write_video(tmp_path / "a.mp4", noise(3), fps=8)
+    assert run(tmp_path / "a.mp4", tmp_path / "a.mp4", "--json", tmp_path / "scores.json") == 0
+    assert "infinite (equal)" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["psnr_db"]["mean"] == "infinite"
+    assert scores["ssim"]["mean"] == pytest.approx(1, abs=1e-6)
+
+
+def test_missing_lpips_is_shown_with_the_way_to_get_it(tmp_path, capsys):
+    write_images(tmp_path / "a", noise(1))
+    run(tmp_path / "a", tmp_path / "a", "--json", tmp_path / "scores.json")
+    assert "n/a: get it at this address" in capsys.readouterr().out
+    assert json.loads((tmp_path / "scores.json").read_text())["lpips"].startswith("n/a")
+
+
+def test_a_video_compares_with_a_folder_of_its_frames(tmp_path):
+    smooth = np.broadcast_to(np.arange(48, dtype=np.uint8)[None, None, :, None] * 4, (3, 32, 48, 3))
+    write_video(tmp_path / "a.mp4", smooth, fps=8)
+    write_images(tmp_path / "b", smooth)
+    comparison = compare.compare(windows_of(tmp_path / "a.mp4", tmp_path / "b"), "n/a")
+    assert comparison.num_frames == 3
+    assert comparison.psnr_db.worst > 35
+
+
+def test_lpips_is_asked_window_by_window_and_not_for_tiny_frames():
+    def fake(a, b):
+        return [float(len(a))] * len(a)
+
+    frames = noise(2, height=64, width=64)
+    scored = compare.compare([(frames, frames), (frames[:1], frames[:1])], fake)
+    assert scored.lpips.per_frame == (2.0, 2.0, 1.0)
+    tiny = noise(2, height=16, width=64)
+    assert "64 × 16" in compare.compare([(tiny, tiny)], fake).lpips
+
+
+def test_windows_hold_every_frame_once(tmp_path):
+    video = noise(2 * WINDOW + 1, height=4, width=4)
+    write_images(tmp_path / "a", video)
+    windows = list(windows_of(tmp_path / "a", tmp_path / "a"))
+    assert [len(a) for a, _ in windows] == [WINDOW, WINDOW, 1]
+    assert np.array_equal(np.concatenate([b for _, b in windows]), video)
+
+
+@pytest.mark.parametrize("lengths", [(3, 7), (7, 3), (1, 2)])
+def test_different_lengths_are_an_error_that_gives_both(tmp_path, lengths):
+    for name, length in zip("ab", lengths):
+        write_images(tmp_path / name, noise(length))
+    with pytest.raises(ValueError, match=rf"a has {lengths[0]} frames, .*b has {lengths[1]}\."):
+        run(tmp_path / "a", tmp_path / "b")
+
+
+def test_different_sizes_are_an_error_that_gives_both(tmp_path):
+    write_images(tmp_path / "a", noise(2))
+    write_images(tmp_path / "b", noise(2, height=34))
+    with pytest.raises(ValueError, match=r"48 × 32 .* 48 × 34"):
+        run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_folder_of_mixed_sizes_is_an_error(tmp_path):
+    write_images(tmp_path / "a", noise(2))
+    write_images(tmp_path / "other", noise(2, height=34))
+    (tmp_path / "other" / "00001.png").replace(tmp_path / "a" / "00001.png")
+    with pytest.raises(ValueError, match="frame 1 of"):
+        run(tmp_path / "a", tmp_path / "a")
+
+
+def test_a_json_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    with pytest.raises(ValueError, match="--json"):
+        run("no-video.mp4", "no-video.mp4", "--json", tmp_path / "no" / "scores.json")

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import os
+
+import imageio.v3
+import numpy as np
+import pytest
+
+from diffsparse.eval.video_io import as_bytes, read_frames, whole_file, write_images, write_video
+
+
+def moving_square(frames=7, height=32, width=48):
+    video = np.full((frames, height, width, 3), 60, dtype=np.uint8)
+    for index in range(frames):
+        video[index, 8:24, 4 * index : 4 * index + 16] = (200, 120, 40)
+    return video
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_video_comes_back_with_its_size_and_length_and_nearly_its_colours(tmp_path):
+    video = moving_square()
+    write_video(tmp_path / "a.mp4", video, fps=8)
+    back = np.stack(list(read_frames(tmp_path / "a.mp4")))
+    assert back.shape == video.shape
+    # H.264 keeps a quarter of the colour samples, so edges blur; flat parts keep their value within a few of 255.
+    assert np.median(np.abs(back.astype(int) - video)) <= 3
+    assert names_in(tmp_path) == ["a.mp4"]
+
+
+@pytest.mark.parametrize("height", [16, 18, 34])
+def test_heights_that_no_macro_block_divides_are_kept(tmp_path, height):
+    write_video(tmp_path / "a.mp4", moving_square(height=height), fps=8)
+    assert next(read_frames(tmp_path / "a.mp4")).shape == (height, 48, 3)
+
+
+def test_odd_sizes_are_refused_for_video_and_kept_for_images(tmp_path):
+    odd = moving_square(height=31)
+    with pytest.raises(ValueError, match="48 × 31"):
+        write_video(tmp_path / "a.mp4", odd, fps=8)
+    write_images(tmp_path / "frames", odd)
+    assert np.array_equal(np.stack(list(read_frames(tmp_path / "frames"))), odd)
+
+
+def test_images_come_in_the_order_of_their_numbers(tmp_path):
+    for number in (10, 2, 1):
+        image = np.full((4, 5, 3), number, dtype=np.uint8)
+        imageio.v3.imwrite(tmp_path / f"frame_{number}.png", image)
+    assert [int(frame[0, 0, 0]) for frame in read_frames(tmp_path)] == [1, 2, 10]
+
+
+def test_grey_and_transparent_images_are_read_as_rgb(tmp_path):
+    imageio.v3.imwrite(tmp_path / "0.png", np.full((4, 5), 7, dtype=np.uint8))
+    imageio.v3.imwrite(tmp_path / "1.png", np.full((4, 5, 4), 7, dtype=np.uint8))
+    assert [frame.shape for frame in read_frames(tmp_path)] == [(4, 5, 3)] * 2
+
+
+def test_floats_are_rounded_and_cut_off():
+    assert as_bytes(np.array([-1, 0, 0.5, 1, 2, np.nan])).tolist() == [0, 0, 128, 255, 255, 0]
+
+
+def test_the_folder_of_images_is_never_written_over(tmp_path):
+    write_images(tmp_path / "frames", moving_square(2))
+    with pytest.raises(FileExistsError, match="frames"):
+        write_images(tmp_path / "frames", moving_square(2))
+
+
+def test_nothing_there_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.mp4"):
+        read_frames(tmp_path / "none.mp4")
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match="no images"):
+        list(read_frames(tmp_path))
+
+
+@pytest.mark.parametrize("contents", [b"", b"this is no video", os.urandom(5000)])
+def test_a_damaged_video_is_an_error_that_names_it(tmp_path, contents):
+    (tmp_path / "bad.mp4").write_bytes(contents)
+    with pytest.raises(ValueError, match=r"bad\.mp4"):
+        list(read_frames(tmp_path / "bad.mp4"))
+
+
+def test_a_damaged_image_is_an_error_that_names_it(tmp_path):
+    write_images(tmp_path / "frames", moving_square(3))
+    (tmp_path / "frames" / "00001.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"00001\.png"):
+        list(read_frames(tmp_path / "frames"))
+
+
+def test_a_variable_frame_rate_repeats_and_drops_nothing(tmp_path):
+    import subprocess
+
+    import imageio_ffmpeg
+
+    write_video(tmp_path / "even.mp4", moving_square(), fps=8)
+    # Frame n at n² eighths of a second.
+    retimed = ["-vf", "setpts=N*N/8/TB", "-fps_mode", "passthrough", "-c:v", "libx264"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(tmp_path / "even.mp4"), *retimed]
+    subprocess.run([*command, str(tmp_path / "uneven.mp4")], check=True)
+    assert sum(1 for _ in read_frames(tmp_path / "uneven.mp4")) == 7
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def write_half():
+        with whole_file(path) as unfinished:
+            unfinished.write_text("half of the n")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["a.json"]
+
+
+def test_an_interrupted_video_leaves_nothing(tmp_path, monkeypatch):
+    def frames_then_stop(frames):
+        yield from frames[:3]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffsparse.eval.video_io.as_bytes", frames_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_video(tmp_path / "a.mp4", moving_square(), fps=8)
+    with pytest.raises(KeyboardInterrupt):
+        write_images(tmp_path / "frames", moving_square())
+    assert names_in(tmp_path) == []
