@@ -86,9 +86,11 @@ class BlockSums:
         # A block's mean score never exceeds its largest, so the tail needs a bound of its own only by its length.
         peak = scores.amax(2, keepdim=True)  # [B, H, 1, R]
         weights = scores.sub_(peak).exp_()
-        padding = blocks * block_size - tokens
-        weights = F.pad(weights, (0, 0, 0, padding)).view(batch, heads, blocks, block_size, -1)
-        values = F.pad(value.float(), (0, 0, 0, padding)).view(batch, heads, blocks, block_size, dim)
+        values = value.float()
+        if (padding := blocks * block_size - tokens) > 0:
+            weights, values = (F.pad(x, (0, 0, 0, padding)) for x in (weights, values))
+        weights = weights.view(batch, heads, blocks, block_size, -1)
+        values = values.view(batch, heads, blocks, block_size, dim)
         return cls(
             numerators=values.transpose(-1, -2) @ weights,
             denominators=weights.sum(3),

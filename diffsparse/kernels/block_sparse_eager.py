@@ -120,8 +120,9 @@ class _Head:
         seen = [_attention(query, keys, values, self.scale) for keys, values in self._listed_tiles(listed, scratch)]
         if self.tail is not None and self.tail.is_seen[i]:
             seen.append(_attention(query, self.tail.keys, self.tail.values, self.scale, self.tail.bias[i]))
-        nothing = query.new_zeros(()), query.new_tensor(-torch.inf)
-        self._write(rows, *(reduce(_merge, seen) if seen else nothing))
+        if not seen:
+            seen.append((query.new_zeros(()), query.new_tensor(-torch.inf)))
+        self._write(rows, *reduce(_merge, seen))
 
     def _write(self, rows: slice, out: Tensor, lse: Tensor) -> None:
         self.out[rows] = out

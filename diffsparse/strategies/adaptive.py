@@ -151,8 +151,7 @@ class Adaptive:
         best = None
         for name in sorted({candidate.order for candidate in self.candidates}, key=ORDERS.index):
             number = ORDERS.index(name)
-            order = Permutation(layout.orders[number, None], layout.inverse[number, None])
-            ordered_query, ordered_key, ordered_value = (order.apply(x) for x in (query, key, value))
+            ordered_query, ordered_key, ordered_value = (layout.ordered(x, number) for x in (query, key, value))
             pooled_query, _ = block_means(ordered_query, self.query_block_size)
             pooled_key, _ = block_means(ordered_key, self.key_block_size)
             sums = BlockSums.of(rows, ordered_key, ordered_value, pooled_key, self.key_block_size, key_length)
@@ -244,6 +243,7 @@ class _Layout:
         band: the blocks nearest to the diagonal, [Q, K] bool, with `always`.
         budget: key blocks that a query block without text sees.
         has_text: whether any row sees all.
+        starts_with_video: whether the frame-major order is the tokens' own.
     """
 
     orders: Tensor
@@ -253,6 +253,13 @@ class _Layout:
     band: Tensor
     budget: int
     has_text: bool
+    starts_with_video: bool
+
+    def ordered(self, x: Tensor, number: int) -> Tensor:
+        """The tokens of x [B, H, S, D] in the order of this number, contiguous."""
+        if number == 0 and self.starts_with_video:
+            return x.contiguous()
+        return Permutation(self.orders[number, None], self.inverse[number, None]).apply(x)
 
 
 @functools.lru_cache(maxsize=16)
@@ -288,6 +295,7 @@ def _layout(grid: TokenGrid, options: Adaptive, device: torch.device) -> _Layout
         band=band.to(device),
         budget=budget,
         has_text=has_text,
+        starts_with_video=grid.text_before == 0,
     )
 
 

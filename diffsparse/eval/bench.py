@@ -1,0 +1,291 @@
+"""`diffsparse bench`: how fast sparse attention is against dense attention on this machine.
+
+Dense and sparse calls take turns in one run, so that whatever else the machine does slows both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from torch import Tensor
+
+DTYPES = ("float32", "bfloat16", "float16")
+# What random inputs in float32 may be off by against float64; a wrong kernel's speed is worth nothing.
+LARGEST_ERROR = 1e-4
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One attention call: random inputs, random lists of key blocks."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: str
+    query_block_size: int
+    key_block_size: int
+    density: float
+    ragged: bool  # counts from one block to twice the mean, or all equal
+    tail: bool  # skipped blocks enter pooled, in every head
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [1, H, S, D], the same for the same sizes."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (
+            torch.randn((1, self.heads, self.tokens, self.head_dim), generator=generator)
+            .to(getattr(torch, self.dtype))
+            .to(device)
+            for _ in range(3)
+        )
+        return query, key, value
+
+    def lists(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Key blocks [1, H, Q, C] and counts [1, H, Q] of about the density, in random order."""
+        import torch
+
+        generator = torch.Generator().manual_seed(1)
+        rows, columns = -(-self.tokens // self.query_block_size), -(-self.tokens // self.key_block_size)
+        mean = self.density * columns
+        counts = torch.full((1, self.heads, rows), mean)
+        if self.ragged:
+            counts = 1 + (2 * mean - 2) * torch.rand((1, self.heads, rows), generator=generator)
+        counts = counts.round().clamp(1, columns).to(torch.int32)
+        shuffled = torch.rand((1, self.heads, rows, columns), generator=generator).argsort(dim=-1)
+        return shuffled[..., : int(counts.max())].to(torch.int32).contiguous().to(device), counts.to(device)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One case measured: medians over the repeats, the speed-up over pairs of neighbouring calls."""
+
+    case: AttentionCase
+    executed_density: float
+    dense_seconds: float
+    sparse_seconds: float
+    speed_up: float
+
+    @property
+    def share_of_linear(self) -> float:
+        """1 where a quarter of the blocks takes a quarter of the time."""
+        return self.speed_up * self.executed_density
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The shapes to measure and where to write."""
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of the sequence (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=2, help="attention heads (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=64, help="numbers per head (default: %(default)s)")
+    parser.add_argument(
+        "--densities", type=float, nargs="+", default=[0.25, 0.1], help="shares of key blocks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--blocks",
+        nargs="+",
+        default=["128x128"],
+        metavar="QUERYxKEY",
+        help="block sizes in tokens, of query and key (default: %(default)s)",
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of calls per case (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: what torch takes)")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=Path("diffsparse_bench.json"), help="JSON file to write (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, write the JSON file; 1 if the kernel is wrong and its speed was not measured."""
+    import torch
+    from rich.console import Console
+
+    from diffsparse.kernels.block_sparse import self_test
+
+    console = Console()
+    cases = make_cases(args)
+    if not args.output.parent.is_dir():
+        raise ValueError(f"`--output` must be in a folder that exists, got {args.output}. Make the folder first.")
+    device = torch.device(args.device)
+    threads_before = torch.get_num_threads()
+    try:
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        backend = fastest_backend(device)
+        error = self_test(backend, device)
+        # Not `error > LARGEST_ERROR`, which is false for an error that is not a number.
+        if not error <= LARGEST_ERROR:
+            console.print(f"The backend {backend} is wrong by {error:.1e}, so its speed was not measured.")
+            return 1
+        speeds = [bench_attention(case, args.repeats, device, backend) for case in cases]
+        print_speeds(speeds, console)
+        record = {
+            "machine": describe_machine(device),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "arguments": {
+                name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, list))
+            },
+            "backend": backend,
+            "self_test_error": error,
+            "attention": [{**asdict(speed), "share_of_linear": speed.share_of_linear} for speed in speeds],
+        }
+    finally:
+        torch.set_num_threads(threads_before)
+    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    console.print(f"Written to {args.output}")
+    return 0
+
+
+def make_cases(args: argparse.Namespace) -> list[AttentionCase]:
+    """Every dtype, block size and density, with equal and ragged counts, and equal counts with the tail."""
+    for name in ("tokens", "heads", "head_dim", "repeats"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(args, name)}.")
+    for density in args.densities:
+        if not 0 < density <= 1:
+            raise ValueError(f"`--densities` must be above 0 and at most 1, got {density}. For 25 % say 0.25.")
+    return [
+        AttentionCase(
+            tokens=args.tokens,
+            heads=args.heads,
+            head_dim=args.head_dim,
+            dtype=dtype,
+            query_block_size=query_block_size,
+            key_block_size=key_block_size,
+            density=density,
+            ragged=ragged,
+            tail=tail,
+        )
+        for dtype, (query_block_size, key_block_size), density, (ragged, tail) in itertools.product(
+            args.dtypes,
+            map(parse_block_sizes, args.blocks),
+            args.densities,
+            [(False, False), (True, False), (False, True)],
+        )
+    ]
+
+
+def parse_block_sizes(blocks: str) -> tuple[int, int]:
+    """Query and key block size of a text such as 128x64."""
+    query, _, key = blocks.partition("x")
+    if not (query.isdecimal() and key.isdecimal() and int(query) and int(key)):
+        raise ValueError(f"`--blocks` must be query x key block size in tokens, got {blocks!r}. Say 128x64.")
+    return int(query), int(key)
+
+
+def fastest_backend(device: torch.device) -> str:
+    """The backend that a call on the device takes by default."""
+    from diffsparse.kernels.block_sparse import available_backends
+
+    return next(name for name, reason in available_backends(device).items() if reason is None)
+
+
+def bench_attention(case: AttentionCase, repeats: int, device: torch.device, backend: str) -> Speed:
+    """Time dense attention and the sparse kernel in turn."""
+    import torch
+    from torch.nn import functional as F
+
+    from diffsparse.kernels.block_sparse import block_sparse_attention
+
+    query, key, value = case.inputs(device)
+    key_blocks, counts = case.lists(device)
+    tail = torch.ones((1, 1), dtype=torch.bool, device=device) if case.tail else None
+
+    def dense() -> None:
+        F.scaled_dot_product_attention(query, key, value)
+
+    def sparse() -> None:
+        block_sparse_attention(
+            query,
+            key,
+            value,
+            key_blocks,
+            counts,
+            query_block_size=case.query_block_size,
+            key_block_size=case.key_block_size,
+            tail=tail,
+            backend=backend,
+            validate=False,
+        )
+
+    dense_seconds, sparse_seconds = seconds_in_turn(dense, sparse, repeats, device)
+    return Speed(
+        case=case,
+        executed_density=float(counts.float().mean()) / -(-case.tokens // case.key_block_size),
+        dense_seconds=statistics.median(dense_seconds),
+        sparse_seconds=statistics.median(sparse_seconds),
+        speed_up=statistics.median(a / b for a, b in zip(dense_seconds, sparse_seconds)),
+    )
+
+
+def seconds_in_turn(
+    one: Callable[[], None], other: Callable[[], None], repeats: int, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Seconds of each call of one and other, called in turn, after a first call of each that is not counted."""
+    import torch
+
+    def seconds(call: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    pairs = [(seconds(one), seconds(other)) for _ in range(repeats + 1)][1:]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def print_speeds(speeds: list[Speed], console: Console) -> None:
+    """A row for each measured case."""
+    from rich.table import Table
+
+    case = speeds[0].case
+    title = f"{case.tokens} tokens, {case.heads} heads x {case.head_dim}, against torch's attention"
+    table = Table(
+        "dtype", "blocks", "density", "counts", "tail", "dense s", "sparse s", "speed-up", "of linear", title=title
+    )
+    for speed in speeds:
+        case = speed.case
+        table.add_row(
+            case.dtype,
+            f"{case.query_block_size}x{case.key_block_size}",
+            f"{speed.executed_density:.1%}",
+            "ragged" if case.ragged else "equal",
+            "yes" if case.tail else "no",
+            f"{speed.dense_seconds:.3f}",
+            f"{speed.sparse_seconds:.3f}",
+            f"{speed.speed_up:.2f}x",
+            f"{speed.share_of_linear:.0%}",
+        )
+    console.print(table)
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int]:
+    """What the numbers depend on: processor or GPU, threads, versions."""
+    import torch
+
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from diffsparse.eval import bench
+from diffsparse.kernels import block_sparse
+from diffsparse.kernels.block_sparse import check_lists
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+SMALL = ("--tokens", "300", "--heads", "1", "--head-dim", "8", "--blocks", "64x32", "--repeats", "1")
+
+
+def test_every_case_is_measured_and_written(tmp_path, capsys):
+    output = tmp_path / "speed.json"
+    arguments = parse(*SMALL, "--densities", "0.5", "--dtypes", "float32", "bfloat16", "--output", str(output))
+    assert bench.run(arguments) == 0
+    written = json.loads(output.read_text())
+    assert written["machine"]["torch"] == torch.__version__
+    assert written["self_test_error"] < 1e-5
+    measured = [(row["case"]["dtype"], row["case"]["ragged"], row["case"]["tail"]) for row in written["attention"]]
+    assert sorted(measured) == [
+        (dtype, ragged, tail)
+        for dtype in ("bfloat16", "float32")
+        for ragged, tail in [(False, False), (False, True), (True, False)]
+    ]
+    for row in written["attention"]:
+        assert row["dense_seconds"] > 0
+        # One pair of calls, so the speed-up is the ratio of the medians.
+        assert row["speed_up"] == pytest.approx(row["dense_seconds"] / row["sparse_seconds"])
+        assert row["share_of_linear"] == pytest.approx(row["speed_up"] * row["executed_density"])
+    assert "ragged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("density", [0.1, 0.25, 1.0])
+def test_lists_have_about_the_density(ragged, density):
+    (case,) = {
+        case
+        for case in bench.make_cases(parse("--tokens", "4096", "--densities", str(density), "--blocks", "32x32"))
+        if case.ragged == ragged and not case.tail and case.dtype == "float32"
+    }
+    key_blocks, counts = case.lists(torch.device("cpu"))
+    check_lists(key_blocks, counts, 128)
+    assert (counts.unique().numel() > 1) == ragged
+    if density < 1 or not ragged:
+        # The mean of 256 counts spread evenly up to twice their mean is within a tenth of it.
+        assert float(counts.float().mean()) / 128 == pytest.approx(density, rel=0.1)
+
+
+def test_calls_take_turns_after_a_first_pair_that_is_not_counted():
+    calls = []
+    dense, sparse = bench.seconds_in_turn(
+        lambda: calls.append("dense"), lambda: calls.append("sparse"), 2, torch.device("cpu")
+    )
+    assert calls == ["dense", "sparse"] * 3
+    assert len(dense) == len(sparse) == 2
+
+
+def test_a_wrong_kernel_is_not_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(block_sparse, "self_test", lambda *args: float("nan"))
+    output = tmp_path / "speed.json"
+    assert bench.run(parse(*SMALL, "--output", str(output))) == 1
+    assert "speed was not measured" in capsys.readouterr().out
+    assert not output.exists()
+
+
+def test_threads_are_left_as_they_were(tmp_path):
+    before = torch.get_num_threads()
+    bench.run(parse(*SMALL, "--threads", "1", "--output", str(tmp_path / "speed.json")))
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tokens", "0"), "`--tokens` must be at least 1, got 0"),
+        (("--head-dim", "-8"), "`--head-dim` must be at least 1, got -8"),
+        (("--densities", "25"), "`--densities` must be above 0 and at most 1, got 25.0. For 25 % say 0.25"),
+        (("--blocks", "128"), "`--blocks` must be query x key block size in tokens, got '128'"),
+        (("--output", "/nowhere/speed.json"), "`--output` must be in a folder that exists"),
+    ],
+)
+def test_bad_arguments_are_an_error_that_names_them(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bench.run(parse(*arguments))

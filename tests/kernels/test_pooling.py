@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffsparse.kernels.pooling import block_means, block_token_counts
+
+
+@pytest.mark.parametrize("num_tokens", [64, 65, 105, 7])
+@pytest.mark.parametrize("lengths", [None, [105, 50, 1], [0, 16, 33]])
+def test_a_mean_is_over_the_tokens_that_exist(num_tokens, lengths):
+    x = torch.randn(3, 2, num_tokens, 5, generator=torch.Generator().manual_seed(0))
+    key_length = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    means, counts = block_means(x, 16, key_length)
+    assert means.shape == (3, 2, -(-num_tokens // 16), 5)
+    for b in range(3):
+        end = num_tokens if lengths is None else min(lengths[b], num_tokens)
+        for block in range(means.shape[2]):
+            tokens = x[b, :, block * 16 : max(block * 16, min(end, block * 16 + 16))]
+            expected = tokens.mean(dim=1) if tokens.shape[1] else torch.zeros(2, 5)
+            torch.testing.assert_close(means[b, :, block], expected)
+            assert counts.expand(3, -1)[b, block] == tokens.shape[1]
+
+
+def test_what_lies_beyond_the_key_length_is_never_read():
+    x = torch.ones(1, 1, 40, 4)
+    x[:, :, 20:] = torch.nan
+    means, counts = block_means(x, 16, torch.tensor([20], dtype=torch.int32))
+    assert means.tolist() == [[[[1.0] * 4, [1.0] * 4, [0.0] * 4]]]
+    assert counts.tolist() == [[16, 4, 0]]
+
+
+def test_strided_input_gives_the_same_means():
+    x = torch.randn(2, 40, 3, 8).transpose(1, 2)
+    assert torch.equal(block_means(x, 16)[0], block_means(x.contiguous(), 16)[0])
+
+
+def test_half_precision_is_summed_in_fp32():
+    # In bfloat16 a sum of ones stops at 256.
+    means, _ = block_means(torch.ones(1, 1, 1024, 2, dtype=torch.bfloat16), 1024)
+    assert means.dtype == torch.float32
+    assert means.tolist() == [[[[1.0, 1.0]]]]
+
+
+def test_counts_without_a_key_length_are_one_row():
+    assert block_token_counts(105, 32).tolist() == [[32, 32, 32, 9]]
