@@ -116,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
+    from diffsparse.eval.bench_planning import bench_planning
     from diffsparse.kernels.block_sparse import self_test
 
     console = Console()
@@ -135,6 +136,17 @@ def run(args: argparse.Namespace) -> int:
             return 1
         speeds = [bench_attention(case, args.repeats, device, backend) for case in cases]
         print_speeds(speeds, console)
+        overheads = {
+            dtype: bench_planning(
+                args.tokens, args.heads, args.head_dim, dtype, args.densities[0], args.repeats, device
+            )
+            for dtype in args.dtypes
+        }
+        for dtype, overhead in overheads.items():
+            console.print(
+                f"{dtype}: planning {overhead.plan_seconds:.3f} s, kept {overhead.replan_every} steps; "
+                f"permuting {overhead.permute_seconds:.3f} s; together {overhead.share_of_dense:.1%} of the dense call"
+            )
         record = {
             "machine": describe_machine(device),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -143,6 +155,10 @@ def run(args: argparse.Namespace) -> int:
             },
             "backend": backend,
             "self_test_error": error,
+            "planning": {
+                dtype: {**asdict(overhead), "share_of_dense": overhead.share_of_dense}
+                for dtype, overhead in overheads.items()
+            },
             "attention": [{**asdict(speed), "share_of_linear": speed.share_of_linear} for speed in speeds],
         }
     finally:
@@ -235,12 +251,12 @@ def bench_attention(case: AttentionCase, repeats: int, device: torch.device, bac
 
 
 def seconds_in_turn(
-    one: Callable[[], None], other: Callable[[], None], repeats: int, device: torch.device
+    one: Callable[[], object], other: Callable[[], object], repeats: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
     """Seconds of each call of one and other, called in turn, after a first call of each that is not counted."""
     import torch
 
-    def seconds(call: Callable[[], None]) -> float:
+    def seconds(call: Callable[[], object]) -> float:
         start = time.perf_counter()
         call()
         if device.type == "cuda":

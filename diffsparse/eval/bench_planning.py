@@ -1,0 +1,87 @@
+"""What planning and permuting cost beside the dense attention that they replace."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from diffsparse.grid import TokenGrid
+
+if TYPE_CHECKING:
+    import torch
+
+FRAMES = 16
+"""The measured grid: as many frames, as near to square as the tokens allow."""
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Seconds of one call each, medians, in one run.
+
+    Attributes:
+        plan: making the plan of a layer, which then serves `replan_every` steps.
+        permute: query, key and value into the order of the plan, and the output back; at each call.
+        replan_every: steps for which a plan is kept by default.
+    """
+
+    dense_seconds: float
+    plan_seconds: float
+    permute_seconds: float
+    replan_every: int
+
+    @property
+    def share_of_dense(self) -> float:
+        """Planning, spread over the steps that it serves, and permuting, as a share of the dense call."""
+        return (self.plan_seconds / self.replan_every + self.permute_seconds) / self.dense_seconds
+
+
+def bench_planning(
+    tokens: int, heads: int, head_dim: int, dtype: str, density: float, repeats: int, device: torch.device
+) -> Overhead:
+    """Plan and permute random inputs laid out as projections leave them, in turn with dense attention."""
+    import torch
+    from torch.nn import functional as F
+
+    from diffsparse.config import SparseAttentionConfig
+    from diffsparse.eval.bench import seconds_in_turn
+    from diffsparse.strategies.adaptive import Adaptive
+
+    grid = _grid(tokens)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn((1, grid.num_tokens, heads, head_dim), generator=generator)
+        .to(getattr(torch, dtype))
+        .to(device)
+        .transpose(1, 2)
+        for _ in range(3)
+    )
+    strategy = Adaptive(density=density)
+    plan = strategy.plan(query, key, value, grid)
+
+    def permute() -> None:
+        assert plan.permutation is not None
+        for x in (query, key, value):
+            ordered = plan.permutation.apply(x)
+        plan.permutation.undo(ordered)
+
+    def dense() -> None:
+        F.scaled_dot_product_attention(query, key, value)
+
+    dense_seconds, plan_seconds = seconds_in_turn(
+        dense, lambda: strategy.plan(query, key, value, grid), repeats, device
+    )
+    _, permute_seconds = seconds_in_turn(dense, permute, repeats, device)
+    return Overhead(
+        dense_seconds=statistics.median(dense_seconds),
+        plan_seconds=statistics.median(plan_seconds),
+        permute_seconds=statistics.median(permute_seconds),
+        replan_every=SparseAttentionConfig().replan_every,
+    )
+
+
+def _grid(tokens: int) -> TokenGrid:
+    """The grid of about so many tokens."""
+    frames = min(FRAMES, tokens)
+    height = max(1, round((tokens / frames) ** 0.5))
+    return TokenGrid(frames, height, max(1, round(tokens / frames / height)))
