@@ -76,7 +76,7 @@ class BlockSums:
         """
         batch, heads, tokens, dim = key.shape
         blocks = pooled_key.shape[2]
-        lengths = block_token_counts(tokens, block_size)[0].to(key.device).float()
+        lengths = block_token_counts(tokens, block_size, device=key.device)[0].float()
         transposed = query.transpose(-1, -2)
         scores = key.float() @ transposed  # [B, H, S, R]
         tail = pooled_key @ transposed + lengths.log()[:, None]  # [B, H, K, R]

@@ -1,29 +1,24 @@
 """Block-sparse attention in plain PyTorch: the specification of every other backend, and the CPU path.
 
-For one query block: gather the listed key blocks, attend to them; a tile of keys at a time, so that memory stays
-bounded, and tiles are merged by their logsumexp. Products and sums are fp32 whatever the inputs are. On the CPU each
-thread takes whole query blocks, so no thread waits for another and ragged counts cost no more than equal ones.
-Query blocks that list every key block need no gather: all of them in one call of PyTorch's own attention.
+Query blocks with equally long lists are taken together: gather their key blocks, attend to them in one batched call.
+Tiles of keys bound the memory and are merged by their logsumexp; so is the pooled tail. Gathered keys and values are
+fp32 whatever the inputs are. Query blocks that list every key block need no gather: they go to PyTorch's own attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
-from itertools import groupby, product
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffsparse.kernels.pooling import block_means
+from diffsparse.kernels.pooling import block_means, block_token_counts
 
-# The most keys gathered at a time; measured: fewer cost more merging, more leave the cache.
-TILE_TOKENS = 4096
-# With fewer scores than this in all, starting threads costs more than it gains.
-MIN_SCORES_FOR_THREADS = 1 << 20
+# The most keys gathered at a time, over all query blocks taken together.
+TILE_TOKENS = 9216
 
 
 def why_not(query: Tensor, query_block_size: int, key_block_size: int) -> str | None:
@@ -48,205 +43,200 @@ def attend(
     """The output [B, H, S, D] in query's dtype, and the logsumexp [B, H, S] fp32 (empty if not asked for)."""
     batch, heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
-    out = query.new_empty((batch, heads, num_queries, head_dim))
-    lse = query.new_empty((batch, heads, num_queries) if return_lse else (0,), dtype=torch.float32)
-    lengths = [num_keys] * batch if key_length is None else key_length.clamp(0, num_keys).tolist()
-    lists = key_blocks.expand(batch, heads, -1, -1)
-    counts_of = counts.expand(batch, heads, -1).tolist()
-    has_tail = [[False] * heads] * batch if tail is None else tail.expand(batch, heads).tolist()
-    pooled_keys = pooled_values = sizes = query.new_empty((batch, heads, 0))
-    if any(map(any, has_tail)):
-        pooled_keys, sizes = block_means(key, key_block_size, key_length)
+    if key_length is not None:
+        # What lies beyond may hold anything, and NaN would survive a bias of -inf.
+        beyond = (torch.arange(num_keys, device=key.device) >= key_length[:, None])[:, None, :, None]
+        key, value = key.masked_fill(beyond, 0.0), value.masked_fill(beyond, 0.0)
+    queries, keys, values = (
+        _split_blocks(x, size)
+        for x, size in ((query, query_block_size), (key, key_block_size), (value, key_block_size))
+    )
+    out = torch.zeros_like(queries)  # [B, H, Q, query_block * D]
+    lse = query.new_full((batch, heads, queries.shape[2], query_block_size), -torch.inf, dtype=torch.float32)
+    sizes = block_token_counts(num_keys, key_block_size, key_length, query.device).expand(batch, -1)  # [B, K]
+
+    sees_all = (counts.expand(batch, heads, -1) == keys.shape[2]) & (sizes.sum(-1) > 0)[:, None, None]
+    lengths = sizes.sum(-1).tolist()
+    for b, h in (sees_all.any(-1)).nonzero().tolist():
+        for first, end in _runs(sees_all[b, h].tolist()):
+            rows = queries[b, h, first:end].view(-1, head_dim)
+            exist = (x[b, h].view(-1, head_dim)[: lengths[b]] for x in (keys, values))
+            result, row_lse = _attention(rows[None], *(x[None] for x in exist), scale)
+            out[b, h, first:end] = result.view(end - first, -1)
+            lse[b, h, first:end] = row_lse.view(end - first, -1)
+
+    rows = _Rows.of(key_blocks, counts, sizes, tail, heads, key_block_size)
+    pooled = None
+    if tail is not None:
+        pooled_keys, _ = block_means(key, key_block_size, key_length)
         pooled_values, _ = block_means(value, key_block_size, key_length)
-        sizes = sizes.expand(batch, -1)
-    keys, values = _split_blocks(key, key_block_size), _split_blocks(value, key_block_size)
+        pooled = pooled_keys.flatten(0, 1), pooled_values.flatten(0, 1)
+    gather = _Gather(keys, values, key_block_size)
+    for group in rows.groups((~sees_all).flatten(), key_block_size):
+        result, row_lse = group.attend(queries.flatten(0, 2), gather, pooled, scale)
+        out.view(-1, query_block_size * head_dim)[group.index] = result.flatten(1).to(out.dtype)
+        lse.view(-1, query_block_size)[group.index] = row_lse
 
-    blocks: list[tuple[_Head, int, int]] = []
-    for b, h in product(range(batch), range(heads)):
-        head = _Head(
-            query=query[b, h],
-            keys=keys[b, h],
-            values=values[b, h],
-            lists=lists[b, h],
-            tail=_Tail.prepare(pooled_keys[b, h], pooled_values[b, h], sizes[b], lists[b, h], counts_of[b][h])
-            if has_tail[b][h]
-            else None,
-            out=out[b, h],
-            lse=lse[b, h] if return_lse else None,
-            num_keys=lengths[b],
-            query_block_size=query_block_size,
-            key_block_size=key_block_size,
-            scale=scale,
-        )
-        sees_everything = [count == len(head.keys) and head.num_keys > 0 for count in counts_of[b][h]]
-        for is_dense, run in groupby(range(len(sees_everything)), sees_everything.__getitem__):
-            indices = list(run)
-            if is_dense:
-                head.attend_everything(indices[0], indices[-1] + 1)
-            else:
-                blocks += [(head, i, counts_of[b][h][i]) for i in indices]
-    _attend_in_threads(blocks, query)
-    return out, lse
+    out = out.view(batch, heads, -1, head_dim)[:, :, :num_queries].contiguous()
+    return out, lse.flatten(2)[:, :, :num_queries].contiguous() if return_lse else lse.new_empty(0)
 
 
-@dataclass(frozen=True, eq=False)
-class _Head:
-    """One head of one batch entry: what its query blocks read and where they write."""
+class _Gather:
+    """Fetches key blocks into memory of its own, used again and again: fresh memory costs more than the copy."""
 
-    query: Tensor  # [S, D]
-    keys: Tensor  # [K, key_block_size * D]
-    values: Tensor  # [K, key_block_size * D]
-    lists: Tensor  # [Q, C]
-    tail: _Tail | None
-    out: Tensor  # [S, D]
-    lse: Tensor | None  # [S]
-    num_keys: int  # that exist
-    query_block_size: int
-    key_block_size: int
-    scale: float
+    def __init__(self, keys: Tensor, values: Tensor, key_block_size: int) -> None:
+        self.sources = keys.flatten(0, 2), values.flatten(0, 2)  # [B * H * K, k * D]
+        self.head_dim = keys.shape[-1] // key_block_size
+        self.max_blocks = max(1, TILE_TOKENS // key_block_size)
+        shape = 2, self.max_blocks, keys.shape[-1]
+        self.gathered = keys.new_empty(shape)
+        self.in_fp32 = self.gathered if keys.dtype == torch.float32 else keys.new_empty(shape, dtype=torch.float32)
 
-    def attend_everything(self, first: int, end: int) -> None:
-        """Query blocks first to end see every key: no gather, all of them in one call."""
-        rows = slice(first * self.query_block_size, end * self.query_block_size)
-        head_dim = self.query.shape[1]
-        keys, values = (x.view(-1, head_dim)[: self.num_keys] for x in (self.keys, self.values))
-        self._write(rows, *_attention(self.query[rows].contiguous(), keys, values, self.scale))
-
-    def attend_block(self, i: int, count: int, scratch: _Scratch) -> None:
-        """Query block i sees the first `count` blocks of its list, and the rest pooled if there is a tail."""
-        rows = slice(i * self.query_block_size, (i + 1) * self.query_block_size)
-        query = self.query[rows].float().contiguous()  # [q, D]
-        listed = self.lists[i, :count]
-        seen = [_attention(query, keys, values, self.scale) for keys, values in self._listed_tiles(listed, scratch)]
-        if self.tail is not None and self.tail.is_seen[i]:
-            seen.append(_attention(query, self.tail.keys, self.tail.values, self.scale, self.tail.bias[i]))
-        if not seen:
-            seen.append((query.new_zeros(()), query.new_tensor(-torch.inf)))
-        self._write(rows, *reduce(_merge, seen))
-
-    def _write(self, rows: slice, out: Tensor, lse: Tensor) -> None:
-        self.out[rows] = out
-        if self.lse is not None:
-            self.lse[rows] = lse
-
-    def _listed_tiles(self, listed: Tensor, scratch: _Scratch) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values [n, D] of the listed blocks; of a block that ends early, only what exists."""
-        num_missing = 0
-        if self.num_keys < len(self.keys) * self.key_block_size:
-            num_whole, num_rest = divmod(self.num_keys, self.key_block_size)
-            # The block that ends early comes last, so that what is missing can be cut off.
-            ends_early = listed[listed == num_whole] if num_rest else listed[:0]
-            num_missing = len(ends_early) * (self.key_block_size - num_rest)
-            listed = torch.cat([listed[listed < num_whole], ends_early])
-        for first, end in _even_ranges(len(listed), scratch.num_blocks):
-            keys, values = scratch.gather(self.keys, self.values, listed[first:end])
-            num_tokens = len(keys) - (num_missing if end == len(listed) else 0)
-            yield keys[:num_tokens], values[:num_tokens]
+    def __call__(self, blocks: Tensor) -> Iterator[Tensor]:
+        """Keys, then values of the blocks [n, count], each [n, count * k, D] fp32, until the next call."""
+        for source, gathered, in_fp32 in zip(self.sources, self.gathered, self.in_fp32):
+            torch.index_select(source, 0, blocks.flatten(), out=gathered[: blocks.numel()])
+            if in_fp32.dtype != gathered.dtype:
+                in_fp32[: blocks.numel()].copy_(gathered[: blocks.numel()])
+            yield in_fp32[: blocks.numel()].view(len(blocks), -1, self.head_dim)
 
 
 @dataclass(frozen=True, eq=False)
-class _Tail:
-    """The pooled blocks of one head, and which of them each query block sees: those it does not list."""
+class _Rows:
+    """All query blocks of all heads, one after the other.
 
-    keys: Tensor  # [K, D] fp32
-    values: Tensor  # [K, D] fp32
-    bias: Tensor  # [Q, K] fp32: log of the block's size, -inf where the block is listed or has no key
-    is_seen: list[bool]  # for each query block, whether anything is left to see
+    Attributes:
+        lists: [R, C] int64, key blocks numbered over all heads; what lies beyond a count is any valid number.
+        counts: [R] int64.
+        sizes: [B * H * K], how many tokens of each key block exist.
+        tail: [R] bool, whether unlisted blocks enter pooled.
+    """
+
+    lists: Tensor
+    counts: Tensor
+    sizes: Tensor
+    tail: Tensor
+    num_blocks: int
 
     @classmethod
-    def prepare(cls, keys: Tensor, values: Tensor, sizes: Tensor, lists: Tensor, counts: list[int]) -> _Tail:
-        """The tail for blocks of the given sizes [K] and lists [Q, C]."""
-        num_rows, num_blocks = len(lists), len(sizes)
-        # What lies beyond a list's count goes to a column of its own, which is cut off.
-        listed = torch.arange(lists.shape[1], device=lists.device) < torch.tensor(counts, device=lists.device)[:, None]
-        bias = keys.new_zeros((num_rows, num_blocks + 1))
-        bias.scatter_(1, lists.where(listed, num_blocks).long(), -torch.inf)
-        bias = bias[:, :-1] + sizes.log()
-        return cls(keys, values, bias, (bias > -torch.inf).any(dim=1).tolist())
+    def of(
+        cls, key_blocks: Tensor, counts: Tensor, sizes: Tensor, tail: Tensor | None, heads: int, key_block_size: int
+    ) -> _Rows:
+        batch, num_blocks = sizes.shape
+        num_rows = counts.shape[2]
+        lists = key_blocks.long().expand(batch, heads, -1, -1)
+        counts = counts.long().expand(batch, heads, -1)
+        listed = torch.arange(lists.shape[-1], device=lists.device) < counts[..., None]
+        head = torch.arange(batch * heads, device=lists.device).view(batch, heads, 1, 1)
+        lists = lists.where(listed, 0) + head * num_blocks
+        has_tail = counts.new_zeros((batch, heads)) if tail is None else tail.expand(batch, heads)
+        return cls(
+            lists.flatten(0, 2),
+            counts.flatten(),
+            sizes[:, None].expand(-1, heads, -1).flatten(),
+            has_tail.bool()[..., None].expand(-1, -1, num_rows).flatten(),
+            num_blocks,
+        )
+
+    def groups(self, wanted: Tensor, key_block_size: int) -> Iterator[_Group]:
+        """The wanted rows [R] in groups of equal count that need the same things, each a tile of keys at most."""
+        listed = torch.arange(self.lists.shape[1], device=self.lists.device) < self.counts[:, None]
+        num_seen = (self.sizes[self.lists] * listed).sum(-1)
+        is_whole = num_seen == self.counts * key_block_size
+        kind = torch.stack([self.counts, is_whole.long(), self.tail.long()], dim=1)
+        index = wanted.nonzero()[:, 0]
+        if len(index) == 0:
+            return
+        kinds, kind_of_row = kind[index].unique(dim=0, return_inverse=True)
+        in_order = index[kind_of_row.argsort(stable=True)]
+        for (count, whole, tail), rows in zip(kinds.tolist(), in_order.split(kind_of_row.bincount().tolist())):
+            step = max(1, TILE_TOKENS // (count * key_block_size))
+            for part in rows.split(step):
+                yield _Group(part, self.lists[part, :count], self, bool(whole), bool(tail), key_block_size)
 
 
-class _Scratch:
-    """One thread's memory for the keys and values of one tile."""
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Query blocks with equally long lists."""
 
-    def __init__(self, head: _Head) -> None:
-        self.num_blocks = max(1, TILE_TOKENS // head.key_block_size)
-        self.head_dim = head.query.shape[1]
-        tile = head.keys.new_empty((2, self.num_blocks, head.keys.shape[1]))
-        self.gathered = tile.unbind()
-        self.in_fp32 = self.gathered if tile.dtype == torch.float32 else torch.empty_like(tile, dtype=torch.float32)
+    index: Tensor  # [n]
+    lists: Tensor  # [n, count]
+    rows: _Rows
+    is_whole: bool  # every token of every listed block exists
+    tail: bool
+    key_block_size: int
 
-    def gather(self, keys: Tensor, values: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """The given blocks [n] of keys and values as rows [n * key_block_size, D] fp32."""
-        rows = []
-        for source, gathered, in_fp32 in zip((keys, values), self.gathered, self.in_fp32):
-            torch.index_select(source, 0, blocks, out=gathered[: len(blocks)])
-            if in_fp32 is not gathered:
-                in_fp32[: len(blocks)].copy_(gathered[: len(blocks)])
-            rows.append(in_fp32[: len(blocks)].view(-1, self.head_dim))
-        return rows[0], rows[1]
+    def attend(
+        self, queries: Tensor, gather: _Gather, pooled: tuple[Tensor, Tensor] | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Output [n, q, D] fp32 and logsumexp [n, q] of these query blocks.
+
+        queries [R, q * D]; pooled keys and values [B * H, K, D].
+        """
+        query = queries[self.index].float().view(len(self.index), -1, gather.head_dim)
+        seen = []
+        for tile in self.lists.split(gather.max_blocks, dim=1):
+            bias = None if self.is_whole else self._hide_missing(tile)
+            seen.append(_attention(query, *gather(tile), scale, bias))
+        if self.tail and pooled is not None:
+            head = self.lists[:, 0] // self.rows.num_blocks
+            seen.append(_attention(query, pooled[0][head], pooled[1][head], scale, self._tail_bias(head)))
+        out, lse = seen[0]
+        for other in seen[1:]:
+            out, lse = _merge(out, lse, *other)
+        return out, lse
+
+    def _hide_missing(self, tile: Tensor) -> Tensor:
+        """0 for the tokens of the listed blocks that exist, -inf for the others: [n, count * k]."""
+        exists = torch.arange(self.key_block_size, device=tile.device) < self.rows.sizes[tile][..., None]
+        return torch.where(exists, 0.0, -torch.inf).flatten(1)
+
+    def _tail_bias(self, head: Tensor) -> Tensor:
+        """The log of each block's size, -inf where it is listed or has no token: [n, K]."""
+        sizes = self.rows.sizes.view(-1, self.rows.num_blocks)[head].float()
+        return sizes.scatter(1, self.lists % self.rows.num_blocks, 0.0).log()
 
 
 def _attention(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Output [q, D] and logsumexp [q] of query [q, D] on keys and values [n, D], bias [n] added to the logits."""
-    if query.device.type != "cpu":
-        logits = query.float() @ keys.float().T * scale + (0 if bias is None else bias)
-        return logits.softmax(dim=1) @ values.float(), logits.logsumexp(dim=1)
-    # What F.scaled_dot_product_attention runs on the CPU, called by name because it returns the logsumexp too.
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[None, None],
-        keys[None, None],
-        values[None, None],
-        attn_mask=None if bias is None else bias.expand(1, 1, len(query), -1),
-        scale=scale,
-    )
-    return out[0, 0], lse[0, 0]
+    """Output [n, q, D] and logsumexp [n, q] of query [n, q, D] on keys and values [n, k, D].
+
+    `bias` [n, k] is added to the logits. Where it leaves nothing to see, the output is 0 and the logsumexp -inf.
+    """
+    sees_nothing = None if bias is None else (bias == -torch.inf).all(1)
+    if bias is not None and sees_nothing is not None:
+        bias = bias.masked_fill(sees_nothing[:, None], 0.0)
+    if query.device.type == "cpu":
+        # What F.scaled_dot_product_attention runs on the CPU, called by name because it returns the logsumexp too.
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query[:, None],
+            keys[:, None],
+            values[:, None],
+            attn_mask=None if bias is None else bias[:, None, None].expand(-1, 1, query.shape[1], -1),
+            scale=scale,
+        )
+        out, lse = out[:, 0], lse[:, 0]
+    else:
+        logits = query.float() @ keys.float().mT * scale + (0 if bias is None else bias[:, None])
+        out, lse = logits.softmax(-1) @ values.float(), logits.logsumexp(-1)
+    if sees_nothing is not None:
+        out = out.masked_fill(sees_nothing[:, None, None], 0.0)
+        lse = lse.masked_fill(sees_nothing[:, None], -torch.inf)
+    return out, lse
 
 
-def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Output [q, D] and logsumexp [q] of one softmax over two sets of keys, from those of each."""
-    share = torch.sigmoid(other[1] - one[1])
-    return torch.lerp(one[0], other[0], share[:, None]), torch.logaddexp(one[1], other[1])
+def _merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [n, q, D] and logsumexp [n, q] of one softmax over two sets of keys, from those of each."""
+    both = torch.logaddexp(lse, other_lse)
+    share = torch.exp(other_lse - both).nan_to_num(0.0)  # where neither sees anything
+    return torch.lerp(out, other_out, share[..., None]), both
 
 
-def _attend_in_threads(blocks: list[tuple[_Head, int, int]], query: Tensor) -> None:
-    """Attend the given query blocks (head, index, count), each thread taking the next one when it is free."""
-    if not blocks:
-        return
-    head = blocks[0][0]
-    num_scores = sum(count for _, _, count in blocks) * head.query_block_size * head.key_block_size
-    num_threads = torch.get_num_threads()
-    remaining = iter(blocks)
-
-    def work(scratch: _Scratch) -> None:
-        for head, i, count in remaining:
-            head.attend_block(i, count, scratch)
-
-    if num_threads == 1 or num_scores < MIN_SCORES_FOR_THREADS or query.device.type != "cpu":
-        work(_Scratch(head))
-        return
-
-    def work_in_thread(scratch: _Scratch) -> None:
-        # Grad mode, inference mode and the number of threads of an operator belong to a thread.
-        torch.set_num_threads(1)
-        with torch.inference_mode(head.out.is_inference()), torch.no_grad():
-            work(scratch)
-
-    try:
-        with ThreadPoolExecutor(num_threads) as threads:
-            list(threads.map(work_in_thread, [_Scratch(head) for _ in range(num_threads)]))
-    finally:
-        # set_num_threads above also left 1 behind as what later threads start with.
-        torch.set_num_threads(num_threads)
-
-
-def _even_ranges(num: int, largest: int) -> list[tuple[int, int]]:
-    """First and end of equal ranges that cover num things, none longer than `largest`."""
-    if num == 0:
-        return []
-    size = -(-num // -(-num // largest))
-    return [(first, min(first + size, num)) for first in range(0, num, size)]
+def _runs(flags: list[bool]) -> list[tuple[int, int]]:
+    """First and end of each run of true flags."""
+    runs = [[i for i, _ in run] for flag, run in groupby(enumerate(flags), lambda pair: pair[1]) if flag]
+    return [(run[0], run[-1] + 1) for run in runs]
 
 
 def _split_blocks(x: Tensor, block_size: int) -> Tensor:

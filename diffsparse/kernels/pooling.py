@@ -13,7 +13,7 @@ def block_means(x: Tensor, block_size: int, key_length: Tensor | None = None) ->
     without any token left has mean 0 and count 0. Nothing is synchronised with the host.
     """
     batch, heads, num_tokens, head_dim = x.shape
-    token_counts = block_token_counts(num_tokens, block_size, key_length)
+    token_counts = block_token_counts(num_tokens, block_size, key_length, x.device)
     if key_length is not None:
         beyond = torch.arange(num_tokens, device=x.device) >= key_length.to(x.device)[:, None]
         x = x.masked_fill(beyond[:, None, :, None], 0)
@@ -26,9 +26,12 @@ def block_means(x: Tensor, block_size: int, key_length: Tensor | None = None) ->
     return sums / token_counts.clamp(min=1)[:, None, :, None], token_counts
 
 
-def block_token_counts(num_tokens: int, block_size: int, key_length: Tensor | None = None) -> Tensor:
+def block_token_counts(
+    num_tokens: int, block_size: int, key_length: Tensor | None = None, device: torch.device | None = None
+) -> Tensor:
     """How many tokens of each block exist, [B|1, K] int64: fewer in a ragged last block and beyond `key_length` [B]."""
-    device = None if key_length is None else key_length.device
+    device = device if key_length is None else key_length.device
     starts = torch.arange(0, num_tokens, block_size, device=device)
-    lengths = torch.tensor([num_tokens]) if key_length is None else key_length.long().clamp(max=num_tokens)
-    return (lengths[:, None] - starts).clamp(min=0, max=block_size)
+    if key_length is None:
+        return (num_tokens - starts).clamp(max=block_size)[None]
+    return (key_length.long().clamp(max=num_tokens)[:, None] - starts).clamp(min=0, max=block_size)
