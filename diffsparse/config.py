@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffsparse.kernels.block_sparse import BACKENDS
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.strategy import Strategy
 
@@ -59,8 +60,8 @@ class SparseAttentionConfig:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         if not isinstance(self.strict, bool):
             raise TypeError(f"`strict` must be True or False, got {self.strict!r}.")
-        if self.backend is not None and not isinstance(self.backend, str):
-            raise TypeError(f"`backend` must be the name of a backend or None, got {self.backend!r}.")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"`backend` must be None or one of {', '.join(BACKENDS)}, got {self.backend!r}.")
 
 
 PRESETS: dict[str, Callable[[], SparseAttentionConfig]] = {

@@ -53,6 +53,11 @@ def enable_sparse_attention(model: Any, config: SparseAttentionConfig | str | No
     """
     chosen = as_config(config)
     transformers = _transformers(model)
+    if not transformers:
+        raise ValueError(
+            f"{type(model).__name__} has no diffusion transformer among its components, so there is no attention to "
+            f"make sparse. diffsparse works on pipelines whose denoiser is a transformer, not a UNet."
+        )
     active = next((name for name, t in transformers.items() if t in _ENABLED), None)
     if active is not None:
         raise ValueError(
@@ -103,17 +108,11 @@ def _transformers(model: Any) -> dict[str, nn.Module]:
     if not isinstance(components, Mapping):
         raise TypeError(f"`model` must be a diffusers pipeline or a transformer, got {type(model).__name__}.")
     modules = {name: _uncompiled(part) for name, part in components.items() if isinstance(part, nn.Module)}
-    transformers = {
+    return {
         name: module
         for name, module in modules.items()
         if find_family(module) is not None or name.startswith("transformer")
     }
-    if not transformers:
-        raise ValueError(
-            f"{type(model).__name__} has no diffusion transformer among its components "
-            f"({', '.join(modules) or 'none'}), so there is no attention to make sparse."
-        )
-    return transformers
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:

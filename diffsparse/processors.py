@@ -153,7 +153,7 @@ def dispatch_attention_fn(
     from diffusers.models import attention_dispatch
 
     handle = _CURRENT.handle
-    obstacle = _obstacle(query, attn_mask, dropout_p, is_causal, enable_gqa, parallel_config)
+    obstacle = _obstacle((query, key, value), attn_mask, dropout_p, is_causal, enable_gqa, parallel_config)
     if handle is not None and obstacle is None:
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
         return _attend(*heads_first, attn_mask, scale, True, handle)
@@ -186,7 +186,7 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """torch's function of this name, by the session of the running layer: query [B, H, S, D] to [B, H, S, D]."""
     handle = _CURRENT.handle
-    obstacle = _obstacle(query, attn_mask, dropout_p, is_causal, enable_gqa, None)
+    obstacle = _obstacle((query, key, value), attn_mask, dropout_p, is_causal, enable_gqa, None)
     if handle is not None and obstacle is None:
         return _attend(query, key, value, attn_mask, scale, False, handle).transpose(1, 2)
     if handle is not None:
@@ -197,10 +197,10 @@ def scaled_dot_product_attention(
 
 
 def _obstacle(
-    query: Tensor, mask: Any, dropout: float, is_causal: bool, enable_gqa: bool, parallel_config: Any
+    inputs: tuple[Tensor, ...], mask: Any, dropout: float, is_causal: bool, enable_gqa: bool, parallel_config: Any
 ) -> str | None:
     """What no session can handle, seen without looking at any value."""
-    if query.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return "gradients are required"
     if is_causal or enable_gqa or dropout:
         return "causal attention, grouped queries or dropout"

@@ -56,7 +56,6 @@ class LayerTally:
 @dataclass(frozen=True, eq=False)
 class _KeptPlan:
     plan: AttentionPlan | None
-    made_for: Hashable
     made_at: int
 
 
@@ -208,17 +207,14 @@ class Session:
         assert self._step is not None
         assert self._grid is not None
         made_for = (self._grid, query.shape, query.dtype, query.device, key_length is None)
-        slot = (layer, self._step.branch)
+        # Guidance branches share a plan: their errors then point the same way, and guidance does not amplify them.
+        slot = (layer, made_for)
         kept = self._plans.get(slot)
-        if (
-            kept is None
-            or kept.made_for != made_for
-            or not 0 <= self._step.index - kept.made_at < self.config.replan_every
-        ):
+        if kept is None or not 0 <= self._step.index - kept.made_at < self.config.replan_every:
             if not _is_finite(query, key, value):
                 return "NaN or infinity in query, key or value"
             plan = self.config.strategy.plan(query, key, value, self._grid, key_length=key_length, scale=scale)
-            kept = self._plans[slot] = _KeptPlan(plan, made_for, self._step.index)
+            kept = self._plans[slot] = _KeptPlan(plan, self._step.index)
         return _STRATEGY_SAYS_DENSE if kept.plan is None else kept.plan
 
 
@@ -232,7 +228,7 @@ def _register(session: Session, layer: int) -> Tensor:
     """A handle for the layer: a 0-d CPU int64 tensor, which compiled code passes on without looking at it."""
     number = next(_numbers)
     _LAYERS[number] = (weakref.ref(session), layer)
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")
 
 
 def _forget(numbers: tuple[int, ...]) -> None:

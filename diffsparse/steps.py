@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,14 +126,14 @@ class CacheContextReceiver:
 
     def __init__(self, transformer: torch.nn.Module, clock: StepClock) -> None:
         self._transformer = weakref.ref(transformer)
-        self._stock: Callable[..., AbstractContextManager[None]] = _stock_cache_context(transformer)
         self._clock = clock
 
     @contextmanager
     def __call__(self, name: str, **fields: Any) -> Iterator[None]:
         """As `CacheMixin.cache_context` of diffusers."""
         step = self._clock.receive(name, fields.get("step_index"), fields.get("num_inference_steps"))
-        with step, self._stock(name, **fields):
+        # Looked up anew, since a method kept here would keep the transformer alive.
+        with step, _stock_cache_context(self._transformer())(name, **fields):
             yield
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -36,7 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, how much of it, and where the results go."""
     parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help="a pipeline with a demo.json")
     parser.add_argument("--prompts", type=int, default=8, help="how many of the demo's prompts (default: 8)")
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.25, 0.125], metavar="D")
+    parser.add_argument(
+        "--densities",
+        type=float,
+        nargs="+",
+        default=[0.25, 0.125],
+        metavar="D",
+        help="shares of key blocks (default: 0.25 0.125)",
+    )
     parser.add_argument("--dense-steps", type=float, default=0.2, metavar="SHARE", help="(default: 0.2)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--device", help="cpu, cuda, … (default: the best one here)")

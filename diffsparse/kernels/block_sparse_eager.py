@@ -59,9 +59,9 @@ def attend(
     lengths = sizes.sum(-1).tolist()
     for b, h in (sees_all.any(-1)).nonzero().tolist():
         for first, end in _runs(sees_all[b, h].tolist()):
-            rows = queries[b, h, first:end].view(-1, head_dim)
+            query_rows = queries[b, h, first:end].view(-1, head_dim)
             exist = (x[b, h].view(-1, head_dim)[: lengths[b]] for x in (keys, values))
-            result, row_lse = _attention(rows[None], *(x[None] for x in exist), scale)
+            result, row_lse = _attention(query_rows[None], next(exist)[None], next(exist)[None], scale)
             out[b, h, first:end] = result.view(end - first, -1)
             lse[b, h, first:end] = row_lse.view(end - first, -1)
 
@@ -177,7 +177,8 @@ class _Group:
         seen = []
         for tile in self.lists.split(gather.max_blocks, dim=1):
             bias = None if self.is_whole else self._hide_missing(tile)
-            seen.append(_attention(query, *gather(tile), scale, bias))
+            keys, values = gather(tile)
+            seen.append(_attention(query, keys, values, scale, bias))
         if self.tail and pooled is not None:
             head = self.lists[:, 0] // self.rows.num_blocks
             seen.append(_attention(query, pooled[0][head], pooled[1][head], scale, self._tail_bias(head)))

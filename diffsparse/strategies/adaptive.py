@@ -94,22 +94,30 @@ class Adaptive:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
+        if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
             raise ValueError(
                 f"`density` must be a fraction above 0 and at most 1, got {self.density!r}. "
                 f"To keep a quarter of the key blocks say 0.25."
             )
-        for name in ("query_block_size", "key_block_size", "sampled_rows"):
+        for name, least in (("query_block_size", 1), ("key_block_size", 1), ("sampled_rows", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        if not isinstance(self.tail, bool):
+            raise ValueError(f"`tail` must be True or False, got {self.tail!r}.")
         if self.tile is not None and (
-            len(self.tile) != 3 or not all(isinstance(side, int) and side > 0 for side in self.tile)
+            not isinstance(self.tile, tuple)
+            or len(self.tile) != 3
+            or not all(isinstance(side, int) and side > 0 for side in self.tile)
         ):
             raise ValueError(f"`tile` must be frames, height and width in tokens, like (4, 4, 4), got {self.tile!r}.")
-        if not self.candidates or not all(isinstance(each, Candidate) for each in self.candidates):
+        if (
+            not isinstance(self.candidates, tuple)
+            or not self.candidates
+            or not all(isinstance(each, Candidate) for each in self.candidates)
+        ):
             raise ValueError(f"`candidates` must be a tuple of at least one Candidate, got {self.candidates!r}.")
-        if not self.band_margin >= 1:
+        if not isinstance(self.band_margin, (int, float)) or not self.band_margin >= 1:
             raise ValueError(f"`band_margin` must be at least 1, got {self.band_margin!r}.")
 
     def plan(

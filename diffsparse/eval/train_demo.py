@@ -1,0 +1,139 @@
+"""Trains the embedded demo pipeline: `python -m diffsparse.eval.train_demo --output DIR --minutes 90 --seed 0`.
+
+Can be interrupted and started again with the same arguments. `DIR/pipeline` is the result; `--export-only` writes it
+from the newest checkpoint, also while a training run is under way.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from transformers import PreTrainedTokenizerFast
+
+from diffsparse.eval.data_parallel import Workers
+from diffsparse.eval.demo_tokenizer import build_tokenizer
+from diffsparse.eval.synthetic_video import demo_prompts
+from diffsparse.eval.train_demo_export import contact_sheet, export_pipeline, write_model_card
+from diffsparse.eval.train_demo_latents import fit_demo_vae
+from diffsparse.eval.train_demo_transformer import (
+    PHASES,
+    Phase,
+    TextToLatents,
+    build_model,
+    train_transformer,
+)
+from diffsparse.eval.training_run import TrainingRun
+
+ALONE = Workers()
+NOTES = "Read the contact sheet: colours, textures, backgrounds and directions should follow the caption."
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of the models and the schedule."""
+
+    latent_channels: int = 24
+    num_heads: int = 3
+    head_dim: int = 64
+    num_layers: int = 6
+    ffn_dim: int = 768
+    text_dim: int = 128
+    phases: tuple[Phase, ...] = PHASES
+
+
+def train(
+    output: Path,
+    minutes: float,
+    seed: int,
+    recipe: Recipe | None = None,
+    *,
+    steps: int | None = None,
+    workers: Workers = ALONE,
+) -> tuple[AutoencoderKLWan, TextToLatents, PreTrainedTokenizerFast]:
+    """Train, or go on training, for `minutes` or `steps` in all, whichever ends first; gives the averaged models."""
+    recipe = recipe or Recipe()
+    output.mkdir(parents=True, exist_ok=True)
+    vae, model, tokenizer = _build(recipe, seed)
+    run = TrainingRun(output, "transformer", 60 * minutes, steps)
+    train_transformer(model, tokenizer, vae, run, seed, workers=workers, phases=recipe.phases)
+    return vae, model, tokenizer
+
+
+def load(
+    output: Path, seed: int, recipe: Recipe | None = None
+) -> tuple[AutoencoderKLWan, TextToLatents, PreTrainedTokenizerFast]:
+    """The averaged models of the newest checkpoints in `output`."""
+    recipe = recipe or Recipe()
+    vae, model, tokenizer = _build(recipe, seed)
+    saved = TrainingRun(output, "transformer", 0).resume()
+    if saved is None:
+        raise FileNotFoundError(f"{output} holds no checkpoint, transformer.pt: train first.")
+    model.load_state_dict(saved["average"])
+    return vae, model, tokenizer
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="checkpoints, log.jsonl and pipeline/ go here")
+    parser.add_argument("--minutes", type=float, default=90.0, help="time budget, interruptions not counted")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that train together, one thread each")
+    parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint, do not train")
+    parser.add_argument("--pipeline", type=Path, help="where to export to; OUTPUT/pipeline if not given")
+    parser.add_argument("--samples", type=int, default=6, help="prompts on the contact sheet")
+    parser.add_argument("--notes", default=NOTES, help="what comes out, for the model card")
+    arguments = parser.parse_args()
+    if arguments.workers > 1 and not arguments.export_only:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "meeting").unlink(missing_ok=True)
+        torch.multiprocessing.spawn(_train_together, (arguments,), nprocs=arguments.workers)
+    elif not arguments.export_only:
+        train(arguments.output, arguments.minutes, arguments.seed)
+    parts = load(arguments.output, arguments.seed)
+    folder = arguments.pipeline or arguments.output / "pipeline"
+    grid = PHASES[-1].grid
+    pipe = export_pipeline(folder, *parts, grid)
+    if arguments.samples > 0:
+        prompts = demo_prompts()[: arguments.samples]
+        contact_sheet(pipe, prompts, folder / "samples.png", grid)
+        log = arguments.output / "log.jsonl"
+        write_model_card(
+            folder,
+            log,
+            minutes=arguments.minutes,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            prompts=prompts,
+            notes=arguments.notes,
+        )
+
+
+def _train_together(rank: int, arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    workers = Workers.join(rank, arguments.workers, (arguments.output / "meeting").absolute())
+    train(arguments.output, arguments.minutes, arguments.seed, workers=workers)
+
+
+def _build(recipe: Recipe, seed: int) -> tuple[AutoencoderKLWan, TextToLatents, PreTrainedTokenizerFast]:
+    torch.manual_seed(seed)
+    vae = fit_demo_vae(seed, recipe.latent_channels)
+    tokenizer = build_tokenizer(seed)
+    model = build_model(
+        len(tokenizer),
+        latent_channels=recipe.latent_channels,
+        num_heads=recipe.num_heads,
+        head_dim=recipe.head_dim,
+        num_layers=recipe.num_layers,
+        ffn_dim=recipe.ffn_dim,
+        text_dim=recipe.text_dim,
+    )
+    return vae, model, tokenizer
+
+
+if __name__ == "__main__":
+    main()

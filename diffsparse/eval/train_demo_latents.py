@@ -1,0 +1,58 @@
+"""Training clips for the demo model: rendered, then encoded by the linear autoencoder."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from diffsparse.eval.linear_vae import PATCH_SIZE, fit_linear_vae
+from diffsparse.eval.synthetic_video import random_scene, render
+
+
+def fit_demo_vae(seed: int, num_components: int, num_clips: int = 200, side: int = 64) -> AutoencoderKLWan:
+    """The autoencoder, fitted to parts of the canvas at the scales of all training grids."""
+    generator = torch.Generator().manual_seed(seed)
+    clips = []
+    for _ in range(num_clips):
+        zoom, x, y = torch.rand(3, generator=generator).tolist()
+        look_at = (0.6 * x - 0.3, 0.6 * y - 0.3)
+        clips.append(render(random_scene(generator), 3, side, side, zoom=1 + zoom, look_at=look_at))
+    return fit_linear_vae(torch.stack(clips) * 2 - 1, num_components)
+
+
+def normalized_latents(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """Video [B, 3, F, H, W] in 0..1 as the latents [B, C, F, H/8, W/8] that the transformer sees."""
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    with torch.no_grad():
+        return (vae.encode(video * 2 - 1).latent_dist.mode() - mean) / std
+
+
+class LatentPool:
+    """The newest rendered and encoded clips of one grid, with their captions."""
+
+    def __init__(self, vae: AutoencoderKLWan, grid: tuple[int, int, int], capacity: int = 2048) -> None:
+        self.vae = vae
+        self.grid = grid
+        self.capacity = capacity
+        self.clips: list[tuple[Tensor, str]] = []
+        self._oldest = 0
+
+    def grow(self, count: int, generator: torch.Generator) -> None:
+        """Render and encode `count` new clips; past the capacity they replace the oldest."""
+        frames, height, width = self.grid
+        for _ in range(count):
+            scene = random_scene(generator)
+            video = render(scene, frames, PATCH_SIZE * height, PATCH_SIZE * width)
+            clip = (normalized_latents(self.vae, video[None])[0], scene.caption)
+            if len(self.clips) < self.capacity:
+                self.clips.append(clip)
+            else:
+                self.clips[self._oldest] = clip
+                self._oldest = (self._oldest + 1) % self.capacity
+
+    def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+        """Latents [batch, C, F, H, W] and captions, drawn without replacement."""
+        chosen = torch.randperm(len(self.clips), generator=generator)[:batch].tolist()
+        return torch.stack([self.clips[i][0] for i in chosen]), [self.clips[i][1] for i in chosen]
