@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 from types import SimpleNamespace
 
 import hypothesis
