@@ -90,7 +90,7 @@ class Session:
         self._dense_layers = self._resolve_dense_layers()
         self._grid: TokenGrid | None = None
         self._step: Step | None = None
-        self._plans: dict[tuple[int, Hashable], _KeptPlan] = {}
+        self._plans: dict[Hashable, _KeptPlan] = {}
         self.handles = tuple(_register(self, layer) for layer in range(len(layer_names)))
         self.close = weakref.finalize(self, _forget, tuple(int(handle) for handle in self.handles))
         """Forget the layers; calls with their handles run dense from now on."""
@@ -100,10 +100,11 @@ class Session:
         """Read step and layout off a call of the transformer; its forward pre-hook."""
         call = dict(zip(self._argument_names, args)) | kwargs
         self._step = self.clock.tick(call.get("timestep"))
-        if self._step.is_first_of_generation:
-            self._plans.clear()
         layout = self.family.layout(transformer, call)
-        self._grid = TokenGrid(*layout) if layout is not None else None
+        last, self._grid = self._grid, TokenGrid(*layout) if layout is not None else None
+        # Branches may differ in their text, but never in the size of the video.
+        if self._step.is_first_of_generation or _video_size(self._grid) != _video_size(last):
+            self._plans.clear()
 
     def attend(
         self,
@@ -208,7 +209,7 @@ class Session:
         assert self._grid is not None
         made_for = (self._grid, query.shape, query.dtype, query.device, key_length is None)
         # Guidance branches share a plan: their errors then point the same way, and guidance does not amplify them.
-        slot = (layer, made_for)
+        slot = (layer, made_for, None if self._step.branch_is_named else self._step.branch)
         kept = self._plans.get(slot)
         if kept is None or not 0 <= self._step.index - kept.made_at < self.config.replan_every:
             if not _is_finite(query, key, value):
@@ -241,6 +242,10 @@ def find_layer(handle: Tensor) -> tuple[Session, int] | None:
     reference, layer = _LAYERS.get(int(handle), (None, 0))
     session = reference() if reference is not None else None
     return None if session is None else (session, layer)
+
+
+def _video_size(grid: TokenGrid | None) -> tuple[int, int, int] | None:
+    return None if grid is None else (grid.frames, grid.height, grid.width)
 
 
 def _hides_keys_only(mask: Tensor) -> bool:

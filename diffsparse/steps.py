@@ -23,7 +23,9 @@ class Step:
     Attributes:
         index: 0 at the first denoising step.
         total: how many steps there are; None when nothing says so.
-        branch: what tells apart the calls of one step (conditional, unconditional, …).
+        branch: what tells apart the calls of one step (conditional, unconditional, …): a name, or a count where nothing
+            names it.
+        branch_is_named: whether something does. A call that nothing names may also be of another generation.
         is_first_of_generation: whether what was kept from earlier calls belongs to another generation.
     """
 
@@ -31,6 +33,7 @@ class Step:
     total: int | None
     branch: Hashable
     is_first_of_generation: bool
+    branch_is_named: bool = False
 
     def is_within_first(self, fraction: float) -> bool:
         """Whether this step is among the first `fraction` of all; without a total, only step 0 is."""
@@ -64,11 +67,12 @@ class StepClock:
         index, total, branch = self._read(timestep)
         last = self._last
         same_step = last is not None and index == last.index
+        is_named = branch is not None
         if branch is None:
             branch = len(self._branches) % MAX_UNNAMED_BRANCHES if same_step else 0
         is_first = last is None or index < last.index or (same_step and branch in self._branches)
         self._branches = self._branches | {branch} if same_step and not is_first else {branch}
-        self._last = Step(index, total, branch, is_first)
+        self._last = Step(index, total, branch, is_first, is_named)
         return self._last
 
     @contextmanager

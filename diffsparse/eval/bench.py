@@ -10,8 +10,6 @@ import itertools
 import json
 import platform
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -217,6 +215,7 @@ def bench_attention(case: AttentionCase, repeats: int, device: torch.device, bac
     import torch
     from torch.nn import functional as F
 
+    from diffsparse.eval.timing import seconds_in_turn
     from diffsparse.kernels.block_sparse import block_sparse_attention
 
     query, key, value = case.inputs(device)
@@ -248,23 +247,6 @@ def bench_attention(case: AttentionCase, repeats: int, device: torch.device, bac
         sparse_seconds=statistics.median(sparse_seconds),
         speed_up=statistics.median(a / b for a, b in zip(dense_seconds, sparse_seconds)),
     )
-
-
-def seconds_in_turn(
-    one: Callable[[], object], other: Callable[[], object], repeats: int, device: torch.device
-) -> tuple[list[float], list[float]]:
-    """Seconds of each call of one and other, called in turn, after a first call of each that is not counted."""
-    import torch
-
-    def seconds(call: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    pairs = [(seconds(one), seconds(other)) for _ in range(repeats + 1)][1:]
-    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def print_speeds(speeds: list[Speed], console: Console) -> None:

@@ -44,7 +44,7 @@ def bench_planning(
     from torch.nn import functional as F
 
     from diffsparse.config import SparseAttentionConfig
-    from diffsparse.eval.bench import seconds_in_turn
+    from diffsparse.eval.timing import seconds_in_turn
     from diffsparse.strategies.adaptive import Adaptive
 
     grid = _grid(tokens)

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from diffsparse.eval import bench
+from diffsparse.eval import bench, timing
 from diffsparse.kernels import block_sparse
 from diffsparse.kernels.block_sparse import check_lists
 
@@ -59,7 +59,7 @@ def test_lists_have_about_the_density(ragged, density):
 
 def test_calls_take_turns_after_a_first_pair_that_is_not_counted():
     calls = []
-    dense, sparse = bench.seconds_in_turn(
+    dense, sparse = timing.seconds_in_turn(
         lambda: calls.append("dense"), lambda: calls.append("sparse"), 2, torch.device("cpu")
     )
     assert calls == ["dense", "sparse"] * 3
