@@ -1,9 +1,9 @@
 """Online head classes: what a candidate mask would do to a few sampled rows of each head.
 
-For at most 64 query rows a head, exact attention is computed once and kept as partial sums by key block. From these
-the output of any block mask, with or without a pooled tail, is a small sum, so that candidates are judged by the
-error of the very mask that would be executed. The idea of choosing by sampled output error is Sparse VideoGen's
-(arXiv:2502.01776, algorithm 1), that of three classes RainFusion's (arXiv:2505.21036).
+For at most 64 query rows a head, exact attention is computed once for each token order and kept as partial sums by
+key block. From these the output of any block mask, with or without a pooled tail, is a small sum, so that candidates
+are judged by the error of the very mask that would be executed. The idea of choosing by sampled output error is
+Sparse VideoGen's (arXiv:2502.01776, algorithm 1), that of three classes RainFusion's (arXiv:2505.21036).
 """
 
 from __future__ import annotations

@@ -766,3 +766,33 @@ def _as_double(call):
 
 def _contents(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("name", ["to_q", "to_k", "to_v"])
+def test_gradients_through_one_projection_alone_are_those_of_the_stock_model(name):
+    model = TINY["wan"].make().requires_grad_(False)
+    weight = getattr(model.blocks[0].attn1, name).weight.requires_grad_(True)
+    call = TINY["wan"].call(model, (3, 7, 5))
+
+    def gradient():
+        return torch.autograd.grad(model(**call, return_dict=False)[0].square().sum(), weight)[0]
+
+    stock = gradient()
+    model.enable_sparse_attention(SPARSE)
+    assert torch.equal(gradient(), stock)
+
+
+def test_a_pipeline_without_a_transformer_can_be_asked_but_not_enabled():
+    pipeline = diffusers.DDPMPipeline(
+        diffusers.UNet2DModel(
+            sample_size=8,
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+        ),
+        diffusers.DDPMScheduler(),
+    )
+    assert not pipeline.is_sparse_attention_enabled
+    with pytest.raises(ValueError, match="no diffusion transformer"):
+        pipeline.enable_sparse_attention()

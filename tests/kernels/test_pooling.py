@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffsparse.kernels.pooling import block_means, block_token_counts
 
@@ -44,3 +45,11 @@ def test_half_precision_is_summed_in_fp32():
 
 def test_counts_without_a_key_length_are_one_row():
     assert block_token_counts(105, 32).tolist() == [[32, 32, 32, 9]]
+
+
+def test_everything_is_made_on_the_device_of_the_input():
+    # Fake tensors notice a CPU tensor among CUDA ones, on a machine that has no CUDA.
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 100, 8, device="cuda")
+        means, token_counts = block_means(x, 16)
+    assert means.device == token_counts.device == x.device
