@@ -71,3 +71,14 @@ def test_refuses_unknown_axes_and_empty_tiles():
         axis_order(GRID, ("time", "height", "width"))
     with pytest.raises(ValueError, match="`tile`"):
         tile_order(GRID, (2, 0, 2))
+
+
+def test_heads_may_choose_among_few_orders():
+    grid = TokenGrid(3, 5, 7)
+    orders = torch.stack([axis_order(grid, axes) for axes in (AXES, AXES[::-1])])
+    choice = torch.tensor([1, 0, 1, 1])
+    x = torch.randn(2, 4, grid.num_tokens, 8)
+    chosen = Permutation(orders, orders.argsort(-1), choice)
+    written_out = Permutation.of(orders[choice])
+    assert torch.equal(chosen.apply(x), written_out.apply(x))
+    assert torch.equal(chosen.undo(x), written_out.undo(x))

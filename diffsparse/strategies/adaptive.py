@@ -148,7 +148,7 @@ class Adaptive:
             self.key_block_size,
             capacity=None if layout.has_text else layout.budget,
         )
-        permutation = Permutation(*(x.index_select(0, order) for x in (layout.orders, layout.inverse)))  # [H, S]
+        permutation = Permutation(layout.orders, layout.inverse, choice=order)
         return AttentionPlan(permutation, mask, tail[None] if self.tail else None, classes)
 
     def _choose(
