@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.block_sparse import MAX_HEAD_DIM
 from diffsparse.plan import AttentionPlan
 from diffsparse.steps import Step, StepClock
-
-MAX_HEAD_DIM = 256
 
 
 class Family(Protocol):

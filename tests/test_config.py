@@ -34,7 +34,7 @@ def test_presets_go_from_quality_to_fast():
         ({"min_tokens": 1.5}, ValueError, "`min_tokens`"),
         ({"replan_every": 0}, ValueError, "`replan_every`"),
         ({"strict": "yes"}, TypeError, "`strict`"),
-        ({"backend": "tritn"}, ValueError, "`backend` must be None or one of eager, got 'tritn'"),
+        ({"backend": "tritn"}, ValueError, "`backend` must be None or one of triton, eager, got 'tritn'"),
         ({"strategy": "adaptive"}, TypeError, "`strategy` must be a strategy object"),
         ({"strategy": Adaptive}, TypeError, "`strategy`"),
     ],

@@ -6,6 +6,7 @@ A backend is a module with `why_not` and `attend` as in `block_sparse_eager.py`,
 
 from __future__ import annotations
 
+import functools
 from importlib import import_module
 from types import ModuleType
 
@@ -14,10 +15,13 @@ from torch import Tensor
 
 # Name and module, the fastest first. Imported when asked for: what a module needs may be missing here.
 BACKENDS = {
+    "triton": "diffsparse.kernels.block_sparse_triton",
     "eager": "diffsparse.kernels.block_sparse_eager",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+# Relative error of a backend in fp32 against float64, on random inputs.
+LARGEST_ERROR = 1e-4
 
 
 def block_sparse_attention(
@@ -128,6 +132,8 @@ def pick_backend(name: str | None, query: Tensor, query_block_size: int, key_blo
     reasons = {}
     for candidate in BACKENDS if name is None else (name,):
         reasons[candidate] = _why_not(candidate, query, query_block_size, key_block_size)
+        if reasons[candidate] is None and query.device.type != "cpu":
+            reasons[candidate] = _why_not_trusted(candidate, query.device, query.dtype)
         if reasons[candidate] is None:
             return import_module(BACKENDS[candidate])
     raise ValueError(
@@ -143,6 +149,18 @@ def _why_not(name: str, query: Tensor, query_block_size: int, key_block_size: in
         return f"its module does not import ({error})"
     reason: str | None = module.why_not(query, query_block_size, key_block_size)
     return reason
+
+
+@functools.cache
+def _why_not_trusted(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What the backend's self-test found before its first use on this device and dtype, None if it is right."""
+    try:
+        error = self_test(name, device, dtype)
+    except Exception as failure:  # a compiler or a driver may raise anything; there is another backend
+        return f"its self-test failed ({type(failure).__name__}: {failure})"
+    allowed = max(LARGEST_ERROR, 4 * torch.finfo(dtype).eps)
+    # Not `error > allowed`, which is false for an error that is not a number.
+    return None if error <= allowed else f"its self-test is off by {error:.1e}, {allowed:.1e} is allowed"
 
 
 @torch.library.custom_op(
@@ -258,6 +276,10 @@ def self_test(backend: str, device: torch.device | str | None = None, dtype: tor
     if device is None:
         kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         device = next((kind for kind in kinds if available_backends(kind).get(backend) is None), "cpu")
+    reason = _why_not(backend, torch.empty((1, 1, 128, 64), dtype=dtype, device=device), 64, 64)
+    if reason is not None:
+        raise ValueError(f"`backend` {backend!r} cannot run on {device}: {reason}. Name another backend or device.")
+    module = import_module(BACKENDS[backend])
     generator = torch.Generator().manual_seed(0)
     errors = []
     for head_dim, has_tail, has_length in [(64, False, False), (40, True, False), (128, False, True), (64, True, True)]:
@@ -269,14 +291,14 @@ def self_test(backend: str, device: torch.device | str | None = None, dtype: tor
         key_length = torch.tensor([300, 77], dtype=torch.int32) if has_length else None
         expected = _float64_attention(query, key, value, visible, 64, key_length, tail)
         inputs = [query, key, value, key_blocks, visible.sum(dim=-1, dtype=torch.int32)]
-        actual = block_sparse_attention(
+        actual = module.attend(
             *(x.to(device) for x in inputs),
             query_block_size=64,
             key_block_size=64,
             key_length=None if key_length is None else key_length.to(device),
             tail=None if tail is None else tail.to(device),
+            scale=head_dim**-0.5,
             return_lse=True,
-            backend=backend,
         )
         errors += [float((a.cpu().double() - e).norm() / e.norm()) for a, e in zip(actual, expected)]
     # Unlike max(), a sum keeps an error that is not a number.

@@ -1,0 +1,106 @@
+"""The Triton backend in Triton's interpreter, on the CPU.
+
+Not collected with the rest: the interpreter has to be asked for before Triton is first imported, so
+`test_block_sparse_triton.py` runs this file in a process of its own. The interpreter does not know bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import triton
+
+from diffsparse.kernels import block_sparse_eager, block_sparse_triton
+
+assert triton.knobs.runtime.interpret, "run this file with TRITON_INTERPRET=1"
+
+
+def make_inputs(
+    *,
+    batch=1,
+    heads=2,
+    tokens=105,
+    head_dim=64,
+    query_block_size=32,
+    key_block_size=16,
+    lengths=None,
+    tail=None,
+    dtype=torch.float32,
+    shared_lists=False,
+):
+    """Random, laid out as projections leave them, lists of random length with nonsense after their counts."""
+    generator = torch.Generator().manual_seed(0)
+    shape = batch, tokens, heads, head_dim
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for _ in range(3))
+    if lengths is not None:
+        for b, length in enumerate(lengths):
+            key[b, :, length:] = value[b, :, length:] = math.nan
+    rows, columns = -(-tokens // query_block_size), -(-tokens // key_block_size)
+    leading = (1, 1) if shared_lists else (batch, heads)
+    counts = torch.randint(1, columns + 1, (*leading, rows), generator=generator, dtype=torch.int32)
+    key_blocks = torch.rand((*leading, rows, columns), generator=generator).argsort(-1).to(torch.int32)
+    key_blocks[torch.arange(columns) >= counts[..., None]] = -7
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "key_blocks": key_blocks,
+        "counts": counts,
+        "query_block_size": query_block_size,
+        "key_block_size": key_block_size,
+        "key_length": None if lengths is None else torch.tensor(lengths, dtype=torch.int32),
+        "tail": None if tail is None else torch.tensor(tail),
+        "scale": head_dim**-0.5,
+        "return_lse": True,
+    }
+
+
+def check(inputs):
+    """As close to the specification as the roundings allow: of weights, of means, of the output."""
+    out, lse = block_sparse_triton.attend(**inputs)
+    expected, expected_lse = block_sparse_eager.attend(**inputs)
+    assert (out.dtype, out.shape, lse.dtype) == (expected.dtype, expected.shape, torch.float32)
+    assert out.isfinite().all()
+    roundoff = max(torch.finfo(out.dtype).eps / 2, 2.0**-19)
+    assert (out.float() - expected.float()).norm() <= 3 * roundoff * expected.float().norm()
+    seen = expected_lse > -math.inf
+    assert torch.equal(lse > -math.inf, seen)
+    assert (lse - expected_lse)[seen].norm() <= 3 * roundoff * expected_lse[seen].norm()
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tail", [None, [[True, True]], [[True, False], [False, True]]])
+@pytest.mark.parametrize("lengths", [None, [105, 50], [16, 0]])
+def test_it_keeps_to_the_specification(dtype, tail, lengths):
+    check(make_inputs(batch=2, tail=tail, lengths=lengths, dtype=dtype))
+
+
+@pytest.mark.parametrize("head_dim", [32, 40, 80, 96, 112, 128, 256])
+def test_every_head_dim(head_dim):
+    check(make_inputs(heads=1, head_dim=head_dim, tail=[[True]]))
+
+
+@pytest.mark.parametrize(("query_block_size", "key_block_size"), [(64, 64), (128, 64), (64, 128), (128, 128)])
+def test_block_sizes(query_block_size, key_block_size):
+    blocks = {"query_block_size": query_block_size, "key_block_size": key_block_size}
+    check(make_inputs(tokens=300, tail=[[True, False]], shared_lists=True, **blocks))
+
+
+def test_more_means_than_a_tile():
+    check(make_inputs(heads=1, tokens=1100, head_dim=16, tail=[[True]]))
+
+
+def test_the_logsumexp_is_left_out_unless_asked_for():
+    inputs = make_inputs()
+    out, lse = block_sparse_triton.attend(**inputs | {"return_lse": False})
+    assert lse.shape == (0,)
+    assert torch.equal(out, block_sparse_triton.attend(**inputs)[0])
+
+
+def test_large_logits_do_not_overflow():
+    inputs = make_inputs(tail=[[True, True]])
+    inputs["query"] *= 1000
+    assert all(x.isfinite().all() for x in block_sparse_triton.attend(**inputs))
