@@ -38,10 +38,10 @@ class Phase:
 
 
 PHASES = (
-    Phase(0.34, (5, 8, 8), batch=12, new_clips=3),
-    Phase(0.43, (17, 8, 8), batch=4, new_clips=1),
-    Phase(0.78, (5, 16, 16), batch=3, new_clips=1),
-    Phase(0.84, (9, 16, 16), batch=2, new_clips=1),
+    Phase(0.16, (5, 8, 8), batch=12, new_clips=3),
+    Phase(0.20, (17, 8, 8), batch=4, new_clips=1),
+    Phase(0.60, (5, 16, 16), batch=3, new_clips=1),
+    Phase(0.76, (9, 16, 16), batch=2, new_clips=1),
     Phase(1.00, (17, 16, 16), batch=1, new_clips=1),
 )
 
