@@ -20,12 +20,17 @@ class AttentionPlan:
         mask: which key blocks each query block sees, in that order.
         tail: [B|1, H|1] bool, heads whose skipped key blocks enter as their pooled mean; None for no head.
         classes: [H] int64 of `HeadClass`, for the report; None where the strategy does not class heads.
+        key_permutation: the order of keys and values where it is not that of the queries; None where it is. Padded
+            text stays last in both.
+        skipped: [H] bool, heads whose output is 0; None for no head.
     """
 
     permutation: Permutation | None
     mask: BlockMask
     tail: Tensor | None = None
     classes: Tensor | None = None
+    key_permutation: Permutation | None = None
+    skipped: Tensor | None = None
 
     def attend(
         self,
@@ -44,8 +49,11 @@ class AttentionPlan:
             scale: factor on the scores, D ** -0.5 if None.
             backend: the kernel's implementation; the best one that can run if None.
         """
+        key_permutation = self.permutation if self.key_permutation is None else self.key_permutation
         if self.permutation is not None:
-            query, key, value = (self.permutation.apply(x) for x in (query, key, value))
+            query = self.permutation.apply(query)
+        if key_permutation is not None:
+            key, value = key_permutation.apply(key), key_permutation.apply(value)
         output = block_sparse_attention(
             query,
             key,
@@ -61,4 +69,6 @@ class AttentionPlan:
             validate=False,
         )
         assert isinstance(output, Tensor)
+        if self.skipped is not None:
+            output = output.masked_fill(self.skipped[:, None, None], 0.0)
         return output if self.permutation is None else self.permutation.undo(output)

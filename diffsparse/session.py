@@ -18,6 +18,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import MAX_HEAD_DIM
 from diffsparse.plan import AttentionPlan
 from diffsparse.steps import Step, StepClock
+from diffsparse.strategies.strategy import AttentionCall
 
 
 class Family(Protocol):
@@ -213,7 +214,16 @@ class Session:
         if kept is None or not 0 <= self._step.index - kept.made_at < self.config.replan_every:
             if not _is_finite(query, key, value):
                 return "NaN or infinity in query, key or value"
-            plan = self.config.strategy.plan(query, key, value, self._grid, key_length=key_length, scale=scale)
+            call = AttentionCall(
+                grid=self._grid,
+                layer=layer,
+                num_layers=len(self.layer_names),
+                step=self._step.index,
+                num_steps=self._step.total,
+                key_length=key_length,
+                scale=scale,
+            )
+            plan = self.config.strategy.plan(query, key, value, call)
             kept = self._plans[slot] = _KeptPlan(plan, self._step.index)
         return _STRATEGY_SAYS_DENSE if kept.plan is None else kept.plan
 

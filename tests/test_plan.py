@@ -36,6 +36,27 @@ def test_without_a_permutation_the_order_is_kept(qkv):
     assert torch.allclose(plan.attend(*qkv), F.scaled_dot_product_attention(*qkv), atol=1e-5)
 
 
+def test_keys_may_have_an_order_of_their_own(qkv):
+    orders = [torch.stack([torch.randperm(65) for _ in range(3)]) for _ in range(2)]
+    visible = torch.eye(5, dtype=torch.bool)[None, None]
+    mask = BlockMask.from_visible(visible, 65, 16, 16)
+    plan = AttentionPlan(Permutation.of(orders[0]), mask, key_permutation=Permutation.of(orders[1]))
+    for head in range(3):
+        block_of_query, block_of_key = (order[head].argsort() // 16 for order in orders)
+        query, key, value = (x[:, head] for x in qkv)
+        seen = block_of_query[:, None] == block_of_key
+        expected = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        assert torch.allclose(plan.attend(*qkv)[:, head], expected, atol=1e-5)
+
+
+def test_skipped_heads_give_zero_and_the_others_what_they_gave(qkv):
+    mask = BlockMask.from_visible(torch.ones(1, 1, 5, 9, dtype=torch.bool), 65, 16, 8)
+    skipped = torch.tensor([False, True, False])
+    output = AttentionPlan(None, mask, skipped=skipped).attend(*qkv)
+    assert (output[:, 1] == 0).all()
+    assert torch.equal(output[:, ~skipped], AttentionPlan(None, mask).attend(*qkv)[:, ~skipped])
+
+
 def test_scale_and_key_length_reach_the_kernel(qkv):
     everything = torch.ones(1, 1, 5, 9, dtype=torch.bool)
     plan = AttentionPlan(None, BlockMask.from_visible(everything, 65, 16, 8))

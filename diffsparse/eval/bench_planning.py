@@ -46,6 +46,7 @@ def bench_planning(
     from diffsparse.config import SparseAttentionConfig
     from diffsparse.eval.timing import seconds_in_turn
     from diffsparse.strategies.adaptive import Adaptive
+    from diffsparse.strategies.strategy import AttentionCall
 
     grid = _grid(tokens)
     generator = torch.Generator().manual_seed(0)
@@ -57,7 +58,8 @@ def bench_planning(
         for _ in range(3)
     )
     strategy = Adaptive(density=density)
-    plan = strategy.plan(query, key, value, grid)
+    call = AttentionCall(grid)
+    plan = strategy.plan(query, key, value, call)
 
     def permute() -> None:
         assert plan.permutation is not None
@@ -69,7 +71,7 @@ def bench_planning(
         F.scaled_dot_product_attention(query, key, value)
 
     dense_seconds, plan_seconds = seconds_in_turn(
-        dense, lambda: strategy.plan(query, key, value, grid), repeats, device
+        dense, lambda: strategy.plan(query, key, value, call), repeats, device
     )
     _, permute_seconds = seconds_in_turn(dense, permute, repeats, device)
     return Overhead(

@@ -10,6 +10,7 @@ that of FlashAttention-2 (arXiv:2307.08691), in base 2 with the scale folded int
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -284,7 +285,8 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes that a program may use; what every supported GPU has where there is none to ask."""
     if device.type != "cuda":
         return 99 * 1024
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # not all of them are declared in every release
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _on(device: torch.device) -> torch.cuda.device:

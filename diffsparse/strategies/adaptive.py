@@ -14,6 +14,7 @@ from diffsparse.heads import BlockSums, HeadClass, head_errors, sample_rows
 from diffsparse.kernels.pooling import block_means
 from diffsparse.permutation import Permutation, axis_order, tile_order
 from diffsparse.plan import AttentionPlan
+from diffsparse.strategies.strategy import AttentionCall
 
 NEGLIGIBLE_ERROR = 1e-4
 """A squared relative error that nobody sees; below it a head keeps its band."""
@@ -120,21 +121,12 @@ class Adaptive:
         if not isinstance(self.band_margin, (int, float)) or not self.band_margin >= 1:
             raise ValueError(f"`band_margin` must be at least 1, got {self.band_margin!r}.")
 
-    def plan(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        grid: TokenGrid,
-        *,
-        key_length: Tensor | None = None,
-        scale: float | None = None,
-    ) -> AttentionPlan:
+    def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer, each head judged on its own; see `Strategy.plan`."""
-        layout = _layout(grid, self, query.device)
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        layout = _layout(call.grid, self, query.device)
+        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
         choices = [
-            self._choose(query[:, heads], key[:, heads], value[:, heads], layout, key_length, scale)
+            self._choose(query[:, heads], key[:, heads], value[:, heads], layout, call.key_length, scale)
             for heads in _head_slices(query, self.sampled_rows)
         ]
         visible, tail, order, classes = (
@@ -143,7 +135,7 @@ class Adaptive:
         )
         mask = BlockMask.from_visible(
             visible,
-            grid.num_tokens,
+            call.grid.num_tokens,
             self.query_block_size,
             self.key_block_size,
             capacity=None if layout.has_text else layout.budget,

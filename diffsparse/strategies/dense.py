@@ -6,22 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffsparse.grid import TokenGrid
+from diffsparse.strategies.strategy import AttentionCall
 
 
 @dataclass(frozen=True)
 class Dense:
     """Leaves every layer to the model's own attention."""
 
-    def plan(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        grid: TokenGrid,
-        *,
-        key_length: Tensor | None = None,
-        scale: float | None = None,
-    ) -> None:
+    def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
         """No plan: the layer stays dense."""
         return

@@ -1,7 +1,8 @@
-"""What every strategy is."""
+"""What every strategy is, and what it is told."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -10,26 +11,36 @@ from diffsparse.grid import TokenGrid
 from diffsparse.plan import AttentionPlan
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """Where and when an attention call happens.
+
+    Attributes:
+        grid: where the tokens sit.
+        layer: index of the self-attention layer, 0 first; `num_layers`, how many the transformer has.
+        step: index of the denoising step, 0 first; `num_steps`, how many there are, None when nothing says so.
+        key_length: [B] int32, keys at or beyond it do not exist; None when all do.
+        scale: factor on the scores, D ** -0.5 if None.
+    """
+
+    grid: TokenGrid
+    layer: int = 0
+    num_layers: int = 1
+    step: int = 0
+    num_steps: int | None = None
+    key_length: Tensor | None = None
+    scale: float | None = None
+
+
 @runtime_checkable
 class Strategy(Protocol):
     """Makes plans from a layer's queries, keys and values. Implemented by frozen dataclasses."""
 
-    def plan(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        grid: TokenGrid,
-        *,
-        key_length: Tensor | None = None,
-        scale: float | None = None,
-    ) -> AttentionPlan | None:
+    def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan | None:
         """What this layer computes until it is planned again; None where it should stay dense.
 
         Args:
-            query, key, value: [B, H, S, D], with S = grid.num_tokens, after norms and rotary embedding.
-            grid: where the tokens sit.
-            key_length: [B] int32, keys at or beyond it do not exist; None when all do.
-            scale: factor on the scores, D ** -0.5 if None.
+            query, key, value: [B, H, S, D], with S = call.grid.num_tokens, after norms and rotary embedding.
+            call: where and when.
         """
         ...

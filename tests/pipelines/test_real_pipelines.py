@@ -183,10 +183,10 @@ PIPELINES = [
 class Watched(Adaptive):
     """The default strategy, which passes on the grids that it is given."""
 
-    def plan(self, query, key, value, grid, **keywords):
-        assert query.shape[2] == grid.num_tokens
-        GRIDS.add(grid)
-        return super().plan(query, key, value, grid, **keywords)
+    def plan(self, query, key, value, call):
+        assert query.shape[2] == call.grid.num_tokens
+        GRIDS.add(call.grid)
+        return super().plan(query, key, value, call)
 
 
 GRIDS: set[TokenGrid] = set()

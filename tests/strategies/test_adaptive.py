@@ -8,6 +8,7 @@ from torch import Tensor
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import HeadClass
 from diffsparse.strategies.adaptive import Adaptive
+from diffsparse.strategies.strategy import AttentionCall
 
 GRID = TokenGrid(12, 6, 8)
 SMALL = {"query_block_size": 16, "key_block_size": 16, "tile": (2, 2, 4), "sampled_rows": 32}
@@ -33,7 +34,7 @@ def test_planted_heads_get_their_class_100_of_100_times():
         generator = torch.Generator().manual_seed(seed)
         heads = [planted_head(cls, GRID, generator) for cls in HeadClass]
         query, key, value = (torch.stack(parts)[None] for parts in zip(*heads))
-        classes = Adaptive(density=0.25, **SMALL).plan(query, key, value, GRID).classes.tolist()
+        classes = Adaptive(density=0.25, **SMALL).plan(query, key, value, AttentionCall(GRID)).classes.tolist()
         if classes != list(HeadClass):
             wrong.append((seed, classes))
     assert not wrong
@@ -49,7 +50,7 @@ def random_qkv(grid: TokenGrid, batch: int = 1, heads: int = 3, dtype: torch.dty
 @pytest.mark.parametrize("density", [0.1, 0.5])
 def test_text_is_exact_and_the_budget_is_kept(grid, density):
     options = Adaptive(density=density, **SMALL)
-    visible = options.plan(*random_qkv(grid, batch=2), grid).mask.visible()
+    visible = options.plan(*random_qkv(grid, batch=2), AttentionCall(grid)).mask.visible()
     text_blocks = slice(grid.num_video_tokens // 16, None) if grid.num_tokens > grid.num_video_tokens else slice(0, 0)
     assert visible[:, :, text_blocks].all()
     assert visible[..., text_blocks].all()
@@ -60,14 +61,14 @@ def test_text_is_exact_and_the_budget_is_kept(grid, density):
 
 
 def test_every_query_block_sees_itself():
-    visible = Adaptive(density=0.05, **SMALL).plan(*random_qkv(GRID), GRID).mask.visible()
+    visible = Adaptive(density=0.05, **SMALL).plan(*random_qkv(GRID), AttentionCall(GRID)).mask.visible()
     assert visible.diagonal(dim1=-2, dim2=-1).all()
 
 
 @pytest.mark.parametrize("grid", [GRID, TokenGrid(3, 5, 7, 2, 9)])
 def test_full_density_is_dense_attention(grid):
     query, key, value = random_qkv(grid, batch=2)
-    output = Adaptive(density=1.0, **SMALL).plan(query, key, value, grid).attend(query, key, value)
+    output = Adaptive(density=1.0, **SMALL).plan(query, key, value, AttentionCall(grid)).attend(query, key, value)
     assert torch.allclose(output, F.scaled_dot_product_attention(query, key, value), atol=1e-5)
 
 
@@ -75,14 +76,14 @@ def test_an_easy_head_keeps_its_output_at_a_quarter_of_the_blocks():
     generator = torch.Generator().manual_seed(0)
     for cls in HeadClass:
         query, key, value = (x[None, None] for x in planted_head(cls, GRID, generator))
-        output = Adaptive(density=0.25, **SMALL).plan(query, key, value, GRID).attend(query, key, value)
+        output = Adaptive(density=0.25, **SMALL).plan(query, key, value, AttentionCall(GRID)).attend(query, key, value)
         dense = F.scaled_dot_product_attention(query, key, value)
         assert (output - dense).norm() < 0.2 * dense.norm(), cls
 
 
 def test_the_plan_is_the_same_each_time():
     qkv = random_qkv(GRID)
-    first, second = (Adaptive(**SMALL).plan(*qkv, GRID) for _ in range(2))
+    first, second = (Adaptive(**SMALL).plan(*qkv, AttentionCall(GRID)) for _ in range(2))
     assert torch.equal(first.mask.key_blocks, second.mask.key_blocks)
     assert torch.equal(first.permutation.order, second.permutation.order)
 
@@ -90,9 +91,9 @@ def test_the_plan_is_the_same_each_time():
 def test_the_tail_is_taken_only_where_it_helps_and_can_be_turned_off():
     query, key, value = random_qkv(GRID)
     key[:, :2] *= 0.05  # nearly uniform attention: the mean of a skipped block is what dense attention sees of it
-    plan = Adaptive(density=0.1, **SMALL).plan(query, key, value, GRID)
+    plan = Adaptive(density=0.1, **SMALL).plan(query, key, value, AttentionCall(GRID))
     assert plan.tail[0, :2].all()
-    assert Adaptive(density=0.1, tail=False, **SMALL).plan(query, key, value, GRID).tail is None
+    assert Adaptive(density=0.1, tail=False, **SMALL).plan(query, key, value, AttentionCall(GRID)).tail is None
 
 
 def test_padded_text_does_not_matter():
@@ -100,10 +101,10 @@ def test_padded_text_does_not_matter():
     query, key, value = random_qkv(grid, batch=2)
     length = torch.tensor([110, 125], dtype=torch.int32)
     options = Adaptive(density=0.3, **SMALL)
-    plan = options.plan(query, key, value, grid, key_length=length)
+    plan = options.plan(query, key, value, AttentionCall(grid, key_length=length))
     output = plan.attend(query, key, value, key_length=length)
     key[0, :, 110:], value[0, :, 110:] = 50.0, -50.0
-    plan = options.plan(query, key, value, grid, key_length=length)
+    plan = options.plan(query, key, value, AttentionCall(grid, key_length=length))
     changed = plan.attend(query, key, value, key_length=length)
     assert torch.allclose(output[0, :, :105], changed[0, :, :105], atol=1e-5)
 
@@ -111,16 +112,16 @@ def test_padded_text_does_not_matter():
 def test_half_precision_plans_like_single():
     qkv = random_qkv(GRID)
     halves = [x.bfloat16() for x in qkv]
-    single = Adaptive(**SMALL).plan(*(x.float() for x in halves), GRID)
-    half = Adaptive(**SMALL).plan(*halves, GRID)
+    single = Adaptive(**SMALL).plan(*(x.float() for x in halves), AttentionCall(GRID))
+    half = Adaptive(**SMALL).plan(*halves, AttentionCall(GRID))
     assert torch.equal(single.classes, half.classes)
 
 
 def test_heads_judged_a_few_at_a_time_get_the_same_plan(monkeypatch):
     qkv = random_qkv(GRID, batch=2)
-    together = Adaptive(**SMALL).plan(*qkv, GRID)
+    together = Adaptive(**SMALL).plan(*qkv, AttentionCall(GRID))
     monkeypatch.setattr("diffsparse.strategies.adaptive.PLANNING_BYTES", 1)
-    apart = Adaptive(**SMALL).plan(*qkv, GRID)
+    apart = Adaptive(**SMALL).plan(*qkv, AttentionCall(GRID))
     assert torch.equal(together.mask.visible(), apart.mask.visible())
     assert torch.equal(together.permutation.order, apart.permutation.order)
     assert torch.equal(together.classes, apart.classes)

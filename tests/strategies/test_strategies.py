@@ -1,0 +1,145 @@
+"""What holds for every strategy, whatever its rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffsparse import Adaptive
+from diffsparse.grid import TokenGrid
+from diffsparse.kernels.block_sparse import check_lists
+from diffsparse.plan import AttentionPlan
+from diffsparse.strategies.strategy import AttentionCall
+
+SMALL = {"query_block_size": 16, "key_block_size": 16}
+STRATEGIES = [
+    Adaptive(density=0.3, sampled_rows=16, tile=(2, 2, 4), **SMALL),
+]
+GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
+
+pytestmark = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: type(strategy).__name__)
+
+
+def random_qkv(grid: TokenGrid, batch: int = 1, heads: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, heads, grid.num_tokens, 24, generator=generator).to(dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_every_query_block_sees_a_key_block_and_the_output_is_finite(strategy, grid):
+    query, key, value = random_qkv(grid, batch=2)
+    for layer, step in ((0, 3), (1, 7), (2, 15)):
+        plan = strategy.plan(query, key, value, AttentionCall(grid, layer, 3, step, 20))
+        assert isinstance(plan, AttentionPlan)
+        check_lists(plan.mask.key_blocks, plan.mask.counts, plan.mask.num_key_blocks)
+        output = plan.attend(query, key, value)
+        assert output.shape == query.shape
+        assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid.num_tokens > grid.num_video_tokens], ids=str)
+def test_text_is_exact(strategy, grid):
+    """Every text query sees every key; every query sees every text key, unless its head is skipped."""
+    query, key, value = random_qkv(grid)
+    plan = strategy.plan(query, key, value, AttentionCall(grid, step=5, num_steps=20))
+    text = torch.ones(grid.num_tokens, dtype=torch.bool)
+    text[grid.text_before : grid.text_before + grid.num_video_tokens] = False
+    visible = plan.mask.visible().expand(1, 3, -1, -1)[0]
+    for head in range(3):
+        if plan.skipped is not None and plan.skipped[head]:
+            continue
+        blocks_of_query = block_of_token(plan.permutation, head, grid, plan.mask.query_block_size)
+        keys = plan.permutation if plan.key_permutation is None else plan.key_permutation
+        blocks_of_key = block_of_token(keys, head, grid, plan.mask.key_block_size)
+        assert visible[head][blocks_of_query[text]].all()
+        assert visible[head][:, blocks_of_key[text]].all()
+
+
+def block_of_token(permutation, head: int, grid: TokenGrid, block_size: int) -> torch.Tensor:
+    if permutation is None:
+        return torch.arange(grid.num_tokens) // block_size
+    inverse = permutation.inverse
+    return inverse[head % len(inverse)] // block_size
+
+
+def test_keys_that_do_not_exist_change_nothing(strategy):
+    grid = TokenGrid(3, 5, 7, text_after=13)
+    query, key, value = random_qkv(grid, batch=2)
+    length = torch.tensor([grid.num_tokens - 10, grid.num_tokens], dtype=torch.int32)
+    call = AttentionCall(grid, step=5, num_steps=20, key_length=length)
+    before = strategy.plan(query, key, value, call).attend(query, key, value, key_length=length)
+    for x in (key, value):
+        x[0, :, -10:] = 1000.0
+    after = strategy.plan(query, key, value, call).attend(query, key, value, key_length=length)
+    assert torch.equal(before, after)
+
+
+def test_the_same_inputs_give_the_same_plan(strategy):
+    grid = GRIDS[0]
+    qkv = random_qkv(grid)
+    first, second = (strategy.plan(*qkv, AttentionCall(grid, step=5, num_steps=20)) for _ in range(2))
+    assert torch.equal(first.mask.visible(), second.mask.visible())
+    assert torch.equal(first.attend(*qkv), second.attend(*qkv))
+
+
+def test_half_precision_is_kept(strategy):
+    qkv = random_qkv(GRIDS[0], dtype=torch.bfloat16)
+    output = strategy.plan(*qkv, AttentionCall(GRIDS[0], step=5, num_steps=20)).attend(*qkv)
+    assert output.dtype == torch.bfloat16
+    assert output.isfinite().all()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU: reading a value, or a shape that depends on values."""
+
+    WAITING = (
+        "_local_scalar_dense",
+        "equal",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "_unique2",
+        "unique_dim",
+        "bincount",
+    )
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        assert name not in self.WAITING, f"{name} waits for values"
+        assert not by_mask, "an index of bools waits for values"
+        return function(*args, **(kwargs or {}))
+
+
+def test_planning_waits_for_no_value(strategy):
+    """What depends on the grid alone may wait, once: the first plan of a grid is not watched."""
+    grid = TokenGrid(5, 6, 8, text_after=3)
+    call = AttentionCall(grid, step=5, num_steps=20)
+    strategy.plan(*random_qkv(grid), call)
+    with NoWaiting():
+        strategy.plan(*random_qkv(grid, seed=1), call)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest tensor made had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+def test_no_tensor_grows_with_the_square_of_the_tokens(strategy):
+    """Between 2,048 and 8,192 tokens an S x S tensor grows 16 times; what grows by blocks starts far below it."""
+    for grid in (TokenGrid(8, 16, 16), TokenGrid(8, 32, 32)):
+        qkv = random_qkv(grid, heads=2)
+        with LargestTensor() as largest:
+            strategy.plan(*qkv, AttentionCall(grid, step=5, num_steps=20))
+        assert largest.elements < grid.num_tokens**2 / 4
