@@ -184,14 +184,3 @@ def _idle_hook() -> Any:
 
 def _do_nothing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     pass
-
-
-def add_methods() -> None:
-    """Give diffusers' pipelines and models the functions above as methods."""
-    from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
-
-    for owner in (DiffusionPipeline, ModularPipeline, ModelMixin):
-        owner.enable_sparse_attention = enable_sparse_attention
-        owner.disable_sparse_attention = disable_sparse_attention
-        owner.is_sparse_attention_enabled = property(is_sparse_attention_enabled)
-        owner.sparse_attention_report = sparse_attention_report
