@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import logging
 import weakref
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ class _Enabled:
     """What has to be undone on one transformer."""
 
     session: Session
-    call_hook: Any
+    hooks: tuple[Any, ...]
 
 
 _ENABLED: weakref.WeakKeyDictionary[nn.Module, _Enabled] = weakref.WeakKeyDictionary()
@@ -146,41 +147,55 @@ def _attach(transformer: nn.Module, session: Session) -> None:
             logger.warning("%s keeps its own attention: its processor cannot be made sparse.", name)
     if hasattr(transformer, "cache_context"):
         transformer.__dict__["cache_context"] = CacheContextReceiver(transformer, session.clock)
-    hook = transformer.register_forward_pre_hook(_CallHook(session), with_kwargs=True)
-    _ENABLED[transformer] = _Enabled(session, hook)
+    begin = transformer.register_forward_pre_hook(_BeginHook(session), with_kwargs=True)
+    end = transformer.register_forward_hook(_EndHook(session))
+    _ENABLED[transformer] = _Enabled(session, (begin, end))
 
 
 def _detach(transformer: nn.Module) -> None:
     enabled = _ENABLED.pop(transformer)
-    enabled.call_hook.remove()
+    for hook in enabled.hooks:
+        hook.remove()
     transformer.__dict__.pop("cache_context", None)
     for name in enabled.session.layer_names:
         make_stock(transformer.get_submodule(name))
     enabled.session.close()
 
 
-class _CallHook:
-    """The forward pre-hook of an enabled transformer. In a copy or pickle of it, it does nothing."""
+# torch.compile of a whole transformer calls the hooks itself and traces each of them, unless it is disabled here, at
+# its outermost function: disabled any deeper, it would break the hook's graph and refuse fullgraph=True.
+_never_compiled = functools.partial(
+    torch.compiler.disable,
+    reason="diffsparse has to see each call of an enabled transformer. Compile the transformer itself, "
+    "torch.compile(transformer, fullgraph=True), and not a function that calls it; or leave out fullgraph=True.",
+)
+
+
+class _Hook:
+    """A hook of an enabled transformer. In a copy or pickle of it, it does nothing."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    # torch.compile of a whole transformer calls the hooks itself and traces each of them, unless it is disabled here,
-    # at its outermost function: disabled any deeper, it would break the hook's graph and refuse fullgraph=True.
-    @torch.compiler.disable(
-        reason="diffsparse has to see each call of an enabled transformer. Compile the transformer itself, "
-        "torch.compile(transformer, fullgraph=True), and not a function that calls it; or leave out fullgraph=True."
-    )
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _idle_hook, ()
+
+
+class _BeginHook(_Hook):
+    @_never_compiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._session.begin_call(module, args, kwargs)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _idle_hook, ()
+
+class _EndHook(_Hook):
+    @_never_compiled
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._session.end_call()
 
 
 def _idle_hook() -> Any:
     return _do_nothing
 
 
-def _do_nothing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _do_nothing(module: nn.Module, args: tuple[Any, ...], kwargs_or_output: Any) -> None:
     pass

@@ -105,6 +105,11 @@ class Session:
         if self._step.is_first_of_generation or _video_size(self._grid) != _video_size(last):
             self._plans.clear()
 
+    def end_call(self) -> None:
+        """Let the plans go with the last call of a generation, so that what decodes its latents has their memory."""
+        if self._step is not None and self._step.is_last_of_generation:
+            self._plans.clear()
+
     def attend(
         self,
         layer: int,

@@ -744,14 +744,42 @@ def watched():
     return config(Watched(query_block_size=16, key_block_size=16)), plans
 
 
-def test_plans_do_not_pile_up(pipeline, watched):
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+def test_plans_are_kept_for_one_generation_and_let_go_with_its_last_call(pipeline, watched, guidance_scale):
     chosen, plans = watched
     pipeline.enable_sparse_attention(chosen)
-    for grid in [(2, 3, 5), (3, 4, 5), (2, 3, 5)]:
-        generate(pipeline, grid=grid)
+    kept = []
+
+    def look(pipe, step, timestep, kwargs):
         gc.collect()
-        # One for each layer: the two guidance branches share it.
-        assert len(plans) == 2
+        kept.append(len(plans))
+        return kwargs
+
+    for grid in [(2, 3, 5), (3, 4, 5), (2, 3, 5)]:
+        generate(pipeline, grid=grid, guidance_scale=guidance_scale, callback_on_step_end=look)
+    # One for each layer, which the guidance branches share.
+    assert kept == [2, 2, 0] * 3
+
+
+def test_plans_of_an_interrupted_generation_go_with_the_next(pipeline, watched):
+    chosen, plans = watched
+    pipeline.enable_sparse_attention(chosen)
+
+    def interrupt(pipe, step, timestep, kwargs):
+        raise KeyboardInterrupt
+
+    def stop(pipe, step, timestep, kwargs):
+        pipe._interrupt = step == 1
+        return kwargs
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipeline, callback_on_step_end=interrupt)
+    generate(pipeline, callback_on_step_end=stop)
+    gc.collect()
+    assert len(plans) == 2
+    generate(pipeline)
+    gc.collect()
+    assert len(plans) == 0
 
 
 def test_plans_of_a_bare_transformer_do_not_pile_up(watched):
