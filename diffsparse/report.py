@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from diffsparse.heads import HeadClass
@@ -25,6 +25,7 @@ class TransformerReport:
         overall_density: the same with every dense call counted as 1; None before the first call.
         head_classes: name of the class of every head, [layer][head], as last planned; "dense" where none is.
         head_densities: density of every head, [layer][head], mean over the sparse calls; 1 where there is none.
+        unreached_layers: layers that run their own attention now and whose calls nothing above counts, by reason.
     """
 
     name: str
@@ -38,6 +39,7 @@ class TransformerReport:
     overall_density: float | None
     head_classes: list[list[str]]
     head_densities: list[list[float]]
+    unreached_layers: dict[str, int] = field(default_factory=dict)
 
     @property
     def class_shares(self) -> dict[str, float]:
@@ -100,6 +102,7 @@ def _of_session(name: str, session: Session) -> TransformerReport:
         overall_density=_mean([(density, sparse_calls), (1.0, reasons.total())]),
         head_classes=[_head_classes(tally, session.num_heads) for tally in tallies],
         head_densities=densities,
+        unreached_layers=dict(Counter(filter(None, map(session.why_not_reached, range(len(tallies)))))),
     )
 
 
@@ -129,6 +132,7 @@ def _as_table(report: TransformerReport) -> str:
         ("self-attention", f"{report.num_layers} layers, {report.num_heads} heads"),
         ("calls", f"{report.sparse_calls} sparse, {report.dense_calls} dense"),
         *((f"  dense: {reason}", str(count)) for reason, count in report.dense_reasons.items()),
+        *((f"  not counted: {reason}", _layers(count)) for reason, count in report.unreached_layers.items()),
         ("density of sparse calls", _percent(report.density)),
         ("density of all calls", _percent(report.overall_density)),
         (
@@ -138,6 +142,10 @@ def _as_table(report: TransformerReport) -> str:
     ]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {text}".rstrip() for label, text in rows)
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" if count == 1 else f"{count} layers"
 
 
 def _percent(share: float | None) -> str:

@@ -84,6 +84,8 @@ class Session:
         self.clock = StepClock(pipeline)
         self.tallies = [LayerTally() for _ in layer_names]
         self.num_heads = 0
+        self.refused: set[int] = set()
+        """Layers that could not be given a sparse processor."""
         self._modules = tuple(weakref.ref(transformer.get_submodule(name)) for name in layer_names)
         self._model_name = type(transformer).__name__
         self._argument_names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
@@ -104,6 +106,10 @@ class Session:
         # Branches may differ in their text, but never in the size of the video.
         if self._step.is_first_of_generation or _video_size(self._grid) != _video_size(last):
             self._plans.clear()
+        if self.config.strict:
+            for layer, name in enumerate(self.layer_names):
+                if (reason := self.why_not_reached(layer)) is not None:
+                    raise DenseFallback(f"layer {layer} ({name}) cannot run sparse: {reason}. {_WITHOUT_STRICT}")
 
     def end_call(self) -> None:
         """Let the plans go with the last call of a generation, so that what decodes its latents has their memory."""
@@ -150,6 +156,14 @@ class Session:
         """The processor that the layer has now."""
         return getattr(self._modules[layer](), "processor", None)
 
+    def why_not_reached(self, layer: int) -> str | None:
+        """Why no call of this layer comes here; None where they do."""
+        if getattr(self.processor(layer), "_diffsparse_handle", None) is self.handles[layer]:
+            return None
+        if layer in self.refused:
+            return "its processor cannot be made sparse"
+        return "its processor was replaced after enabling"
+
     def count_dense(self, layer: int, reason: str) -> None:
         """One more dense call of `layer`, for the report."""
         self.tallies[layer].dense_reasons[reason] += 1
@@ -159,8 +173,7 @@ class Session:
         self.count_dense(layer, reason)
         if self.config.strict and reason != _STRATEGY_SAYS_DENSE:
             raise DenseFallback(
-                f"layer {layer} ({self.layer_names[layer]}) cannot run sparse: {reason}. "
-                f"With strict=False it runs dense and the report counts it."
+                f"layer {layer} ({self.layer_names[layer]}) cannot run sparse: {reason}. {_WITHOUT_STRICT}"
             )
 
     def _resolve_dense_layers(self) -> frozenset[int]:
@@ -233,6 +246,7 @@ class Session:
 
 
 _STRATEGY_SAYS_DENSE = "the strategy keeps it dense"
+_WITHOUT_STRICT = "With strict=False it runs dense and the report counts it."
 
 _LAYERS: dict[int, tuple[weakref.ref[Session], int]] = {}
 _numbers = itertools.count()

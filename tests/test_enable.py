@@ -499,6 +499,7 @@ def test_a_processor_with_weights_of_its_own_keeps_it(warnings):
     model.enable_sparse_attention(DENSE)
     assert torch.equal(run(model, call), stock)
     assert ["blocks.1.attn1" in warning for warning in warnings()] == [True]
+    assert report_of(model).unreached_layers == {"its processor cannot be made sparse": 1}
     model.disable_sparse_attention()
     assert isinstance(model.blocks[1].attn1.processor, Adapter)
 
@@ -511,8 +512,32 @@ def test_a_processor_made_anew_by_a_loader_runs_dense():
     # As diffusers' IP-Adapter loader does.
     model.set_attn_processor({name: type(p)() for name, p in model.attn_processors.items()})
     assert torch.equal(run(model, call), stock)
+    assert report_of(model).unreached_layers == {"its processor was replaced after enabling": 4}
     model.disable_sparse_attention()
     assert torch.equal(run(model, call), stock)
+
+
+def test_layers_whose_processor_is_replaced_are_reported_and_strict_refuses_them():
+    model = TINY["flux"].make()
+    call = TINY["flux"].call(model, (1, 7, 5))
+    reason = "its processor was replaced after enabling"
+    model.enable_sparse_attention(SPARSE)
+    run(model, call)
+    assert report_of(model).unreached_layers == {}
+    assert "not counted" not in str(diffsparse.sparse_attention_report(model))
+    model.transformer_blocks[1].attn.set_processor(type(model.transformer_blocks[0].attn.processor)())
+    run(model, call)
+    report = report_of(model)
+    assert report.unreached_layers == {reason: 1}
+    assert (report.sparse_calls, report.dense_calls) == (4 + 3, 0)
+    assert f"not counted: {reason}" in str(diffsparse.sparse_attention_report(model))
+    model.disable_sparse_attention()
+
+    model.enable_sparse_attention(config(strict=True))
+    run(model, call)
+    model.transformer_blocks[1].attn.set_processor(diffusers.models.transformers.transformer_flux.FluxAttnProcessor())
+    with pytest.raises(DenseFallback, match=rf"transformer_blocks\.1\.attn.*{reason}.*strict=False"):
+        run(model, call)
 
 
 # --- misuse
