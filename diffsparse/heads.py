@@ -44,14 +44,17 @@ class BlockSums:
     """Attention of sampled rows, summed by key block but not yet over the blocks.
 
     Attributes:
-        numerators: [B, H, K, D, R] float32, the weighted values of each block.
-        denominators: [B, H, K, R] float32, the weights of each block.
-        tail: [B, H, K, R] float32, the weight of each block's pooled key.
+        numerators: [B, H, K, D, R] float32, the weighted values of each block, over exp of its peak.
+        denominators: [B, H, K, R] float32, the weights of each block, over exp of its peak.
+        peaks: [B, H, K, R] float32, the largest score in each block. Each block has its own, so that a mask which
+            hides a row's largest scores leaves numbers of the others.
+        tail: [B, H, K, R] float32, the logarithm of the weight of each block's pooled key.
         pooled_value: [B, H, K, D] float32.
     """
 
     numerators: Tensor
     denominators: Tensor
+    peaks: Tensor
     tail: Tensor
     pooled_value: Tensor
 
@@ -83,37 +86,51 @@ class BlockSums:
         if key_length is not None:
             beyond = torch.arange(tokens, device=key.device) >= key_length[:, None]
             scores.masked_fill_(beyond[:, None, :, None], -torch.inf)
-        # A block's mean score never exceeds its largest, so the tail needs a bound of its own only by its length.
-        peak = scores.amax(2, keepdim=True)  # [B, H, 1, R]
-        weights = scores.sub_(peak).exp_()
         values = value.float()
         if (padding := blocks * block_size - tokens) > 0:
-            weights, values = (F.pad(x, (0, 0, 0, padding)) for x in (weights, values))
-        weights = weights.view(batch, heads, blocks, block_size, -1)
+            scores = F.pad(scores, (0, 0, 0, padding), value=-torch.inf)
+            values = F.pad(values, (0, 0, 0, padding))
+        scores = scores.view(batch, heads, blocks, block_size, -1)
         values = values.view(batch, heads, blocks, block_size, dim)
+        peaks = scores.amax(3).clamp_min(_LEAST)  # [B, H, K, R]
+        weights = scores.sub_(peaks[:, :, :, None]).exp_()
         return cls(
             numerators=values.transpose(-1, -2) @ weights,
             denominators=weights.sum(3),
-            tail=tail.sub_(peak).exp_(),
+            peaks=peaks,
+            tail=tail,
             pooled_value=values.sum(3) / lengths[:, None],
         )
 
     def exact(self) -> Tensor:
         """Dense attention of the sampled rows, [B, H, D, R]."""
-        return self.numerators.sum(2) / self.denominators.sum(2)[:, :, None]
+        numerator, denominator = self._sum((self.peaks - self.peaks.amax(2, keepdim=True)).exp_())
+        return numerator / denominator
 
     def masked(self, visible: Tensor) -> tuple[Tensor, Tensor]:
         """What a block mask gives the sampled rows, without and with the pooled tail, each [B, H, D, R].
 
-        `visible` [B|1, H|1, K, R] says which key blocks the query block of each row sees.
+        `visible` [B|1, H|1, K, R] says which key blocks the query block of each row sees. A row that sees no key is
+        NaN without the tail.
         """
-        seen = visible.to(self.numerators.dtype)
-        numerator = (self.numerators * seen[:, :, :, None]).sum(2)
-        denominator = (self.denominators * seen).sum(2)[:, :, None]
-        tail = self.tail.masked_fill(visible, 0.0)
+        peaks = self.peaks.masked_fill(~visible, _LEAST)
+        peak = peaks.amax(2, keepdim=True)  # [B, H, 1, R]
+        numerator, denominator = self._sum((peaks - peak).exp_().masked_fill_(~visible, 0.0))
+        tail = self.tail.masked_fill(visible, -torch.inf)
+        peak_with_tail = torch.maximum(peak, tail.amax(2, keepdim=True))
+        share = (peak - peak_with_tail).exp_()  # [B, H, 1, R]
+        tail = tail.sub_(peak_with_tail).exp_()
         tail_numerator = self.pooled_value.transpose(-1, -2) @ tail
-        with_tail = (numerator + tail_numerator) / (denominator + tail.sum(2)[:, :, None])
+        with_tail = (numerator * share + tail_numerator) / (denominator * share + tail.sum(2)[:, :, None])
         return numerator / denominator, with_tail
+
+    def _sum(self, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """Numerator [B, H, D, R] and denominator [B, H, 1, R] over blocks that count by `factors` [B, H, K, R]."""
+        numerator = (self.numerators * factors[:, :, :, None]).sum(2)
+        return numerator, (self.denominators * factors).sum(2)[:, :, None]
+
+
+_LEAST = torch.finfo(torch.float32).min
 
 
 def head_errors(output: Tensor, exact: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class StepClock:
         guider: Any = getattr(pipeline, "guider", None)
         if getattr(guider, "_step", None) is not None and getattr(guider, "_num_inference_steps", None):
             return guider._step, guider._num_inference_steps, name or getattr(guider, "_count_prepared", None)
-        scheduler = getattr(pipeline, "scheduler", None)
+        scheduler: Any = getattr(pipeline, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not None and hasattr(scheduler, "_step_index"):
             begin = getattr(scheduler, "_begin_index", None) or 0

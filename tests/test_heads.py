@@ -53,6 +53,32 @@ def test_the_tail_stands_for_each_hidden_block_as_often_as_it_has_tokens(case):
     assert torch.allclose(sums.masked(visible)[1].double(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("height", [100.0, 1000.0])
+def test_a_mask_that_hides_the_largest_scores_leaves_the_numbers_of_the_others(height):
+    torch.manual_seed(0)
+    rows, key, value = (torch.randn(1, 2, n, 8) for n in (5, 105, 105))
+    # The first block's scores lie so far above all others that these are nothing beside them in float32.
+    rows[..., 0] = 1.0
+    key[:, :, :16, 0] += height
+    visible = torch.ones(1, 1, 7, 5, dtype=torch.bool)
+    visible[:, :, 0] = False
+    sums = BlockSums.of(rows, key, value, block_means(key, 16)[0], 16)
+    seen = (torch.arange(105) >= 16).expand(1, 2, 5, 105)
+    without_tail, with_tail = sums.masked(visible)
+    expected = attention_by_elements(rows, key, value, seen).transpose(-1, -2)
+    assert torch.allclose(without_tail.double(), expected, atol=1e-5)
+    pooled = value[:, :, :16].mean(2)[..., None].expand(1, 2, 8, 5)
+    assert torch.allclose(with_tail, pooled, atol=1e-5)
+
+
+def test_a_row_that_sees_no_key_is_infinitely_wrong_without_the_tail(case):
+    _, _, _, visible, sums = case
+    visible[:, 1, :, 3] = False
+    without_tail, with_tail = (head_errors(output, sums.exact()) for output in sums.masked(visible))
+    assert without_tail.isinf().tolist() == [False, True, False]
+    assert with_tail.isfinite().all()
+
+
 def test_keys_beyond_the_length_do_not_exist():
     torch.manual_seed(0)
     rows, key, value = (torch.randn(2, 3, n, 8) for n in (5, 105, 105))
