@@ -21,6 +21,8 @@ from diffsparse.report import SparseAttentionReport, TransformerReport
 from diffsparse.session import DenseFallback
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.dense import Dense
+from diffsparse.strategies.sparge_attention import SpargeAttention
+from diffsparse.strategies.x_attention import XAttention
 
 __version__ = "0.1.0"
 
@@ -29,9 +31,11 @@ __all__ = [
     "Adaptive",
     "Dense",
     "DenseFallback",
+    "SpargeAttention",
     "SparseAttentionConfig",
     "SparseAttentionReport",
     "TransformerReport",
+    "XAttention",
     "disable_sparse_attention",
     "enable_sparse_attention",
     "is_sparse_attention_enabled",

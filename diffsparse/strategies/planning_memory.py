@@ -1,4 +1,4 @@
-"""How many heads are judged at a time, so that planning needs little memory."""
+"""How much of the work of planning is done at a time, so that it needs little memory."""
 
 from __future__ import annotations
 
@@ -16,5 +16,10 @@ def head_slices(query: Tensor, sampled_rows: int) -> list[slice]:
     batch, heads, tokens, dim = query.shape
     # float32 scores of the sampled rows; keys and values in another order and as float32; sums by block.
     bytes_a_head = 4 * batch * tokens * (sampled_rows + 4 * dim)
-    step = max(1, PLANNING_BYTES // bytes_a_head)
-    return [slice(first, first + step) for first in range(0, heads, step)]
+    return slices(heads, bytes_a_head)
+
+
+def slices(count: int, bytes_each: int) -> list[slice]:
+    """`count` things, as many at a time as `PLANNING_BYTES` holds of `bytes_each`, one at least."""
+    step = max(1, PLANNING_BYTES // bytes_each)
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
