@@ -21,6 +21,8 @@ from diffsparse.report import SparseAttentionReport, TransformerReport
 from diffsparse.session import DenseFallback
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.dense import Dense
+from diffsparse.strategies.radial import Radial
+from diffsparse.strategies.sliding_tile import SlidingTile
 from diffsparse.strategies.sparge_attention import SpargeAttention
 from diffsparse.strategies.x_attention import XAttention
 
@@ -31,6 +33,8 @@ __all__ = [
     "Adaptive",
     "Dense",
     "DenseFallback",
+    "Radial",
+    "SlidingTile",
     "SpargeAttention",
     "SparseAttentionConfig",
     "SparseAttentionReport",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffsparse import Adaptive, SpargeAttention, XAttention
+from diffsparse import Adaptive, Radial, SlidingTile, SpargeAttention, XAttention
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import check_lists
 from diffsparse.plan import AttentionPlan
@@ -16,6 +16,8 @@ SMALL = {"query_block_size": 16, "key_block_size": 16}
 STRATEGIES = [
     Adaptive(density=0.3, sampled_rows=16, tile=(2, 2, 4), **SMALL),
     SpargeAttention(mass=0.5, similarity=0.1, **SMALL),
+    SlidingTile(tile=(2, 2, 4), window=(1, 2, 1), **SMALL),
+    Radial(**SMALL),
     XAttention(mass=0.5, stride=4, **SMALL),
 ]
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
