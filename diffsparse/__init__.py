@@ -21,7 +21,9 @@ from diffsparse.report import SparseAttentionReport, TransformerReport
 from diffsparse.session import DenseFallback
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.dense import Dense
+from diffsparse.strategies.draft_attention import DraftAttention
 from diffsparse.strategies.radial import Radial
+from diffsparse.strategies.rain_fusion2 import RainFusion2
 from diffsparse.strategies.sliding_tile import SlidingTile
 from diffsparse.strategies.sparge_attention import SpargeAttention
 from diffsparse.strategies.x_attention import XAttention
@@ -33,7 +35,9 @@ __all__ = [
     "Adaptive",
     "Dense",
     "DenseFallback",
+    "DraftAttention",
     "Radial",
+    "RainFusion2",
     "SlidingTile",
     "SpargeAttention",
     "SparseAttentionConfig",

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffsparse.block_mask import BlockMask
+from diffsparse.block_mask import BlockMask, num_blocks
 from diffsparse.grid import TokenGrid
 from diffsparse.permutation import Permutation, axis_order, tile_order
 from diffsparse.plan import AttentionPlan
-from diffsparse.strategies.always_exact import exact_blocks, first_frame_last
+from diffsparse.strategies.always_exact import exact_blocks, first_exact_place, first_frame_last
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +22,16 @@ class BlockLayout:
     Attributes:
         permutation: the order of the tokens, text last; None where it is the tokens' own.
         always: [Q, K] bool, what is exact whatever the strategy.
+        free_queries, free_keys: how many query and key blocks, from the first, hold neither text nor, where that is
+            exact, the first frame.
         num_tokens: S.
         query_block_size, key_block_size: tokens a block.
     """
 
     permutation: Permutation | None
     always: Tensor
+    free_queries: int
+    free_keys: int
     num_tokens: int
     query_block_size: int
     key_block_size: int
@@ -66,9 +70,16 @@ def block_layout(
         grid, query_block_size, key_block_size, first_frame_queries=first_frame, first_frame_keys=first_frame
     )
     is_own_order = torch.equal(order, torch.arange(grid.num_tokens))
+    place = first_exact_place(grid, first_frame)
+    free_queries, free_keys = (
+        num_blocks(place, size) if place == grid.num_tokens else place // size
+        for size in (query_block_size, key_block_size)
+    )
     return BlockLayout(
         permutation=None if is_own_order else Permutation.of(order[None].to(device)),
         always=always.to(device),
+        free_queries=free_queries,
+        free_keys=free_keys,
         num_tokens=grid.num_tokens,
         query_block_size=query_block_size,
         key_block_size=key_block_size,

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 
-def top_blocks(scores: Tensor, count: int, always: Tensor) -> Tensor:
-    """In each row the `count` highest of scores [..., Q, K], those of `always` [Q, K] among them: bool [..., Q, K].
+def top_blocks(scores: Tensor, count: int, always: Tensor | None = None) -> Tensor:
+    """In each row the `count` highest of scores [..., K], those of `always` among them: bool [..., K].
 
-    A row where `always` names more than `count` keeps them all.
+    `always` is bool, broadcast to `scores`; a row where it names more than `count` keeps them all.
     """
-    rank = scores.masked_fill(always, torch.inf)
+    rank = scores if always is None else scores.masked_fill(always, torch.inf)
     highest = rank.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, highest, True) | always
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, highest, True)
+    return kept if always is None else kept | always

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffsparse import Adaptive, Radial, SlidingTile, SpargeAttention, XAttention
+from diffsparse import (
+    Adaptive,
+    DraftAttention,
+    Radial,
+    RainFusion2,
+    SlidingTile,
+    SpargeAttention,
+    XAttention,
+)
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import check_lists
 from diffsparse.plan import AttentionPlan
@@ -18,6 +26,8 @@ STRATEGIES = [
     SpargeAttention(mass=0.5, similarity=0.1, **SMALL),
     SlidingTile(tile=(2, 2, 4), window=(1, 2, 1), **SMALL),
     Radial(**SMALL),
+    DraftAttention(density=0.3, patch=(2, 4), **SMALL),
+    RainFusion2(density=0.3, window=(2, 4), **SMALL),
     XAttention(mass=0.5, stride=4, **SMALL),
 ]
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
