@@ -26,12 +26,14 @@ from diffsparse.strategies.radial import Radial
 from diffsparse.strategies.rain_fusion2 import RainFusion2
 from diffsparse.strategies.sliding_tile import SlidingTile
 from diffsparse.strategies.sparge_attention import SpargeAttention
+from diffsparse.strategies.svg2 import SVG2
 from diffsparse.strategies.x_attention import XAttention
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "SVG2",
     "Adaptive",
     "Dense",
     "DenseFallback",

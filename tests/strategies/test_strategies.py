@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsparse import (
+    SVG2,
     Adaptive,
     DraftAttention,
     Radial,
@@ -28,6 +29,7 @@ STRATEGIES = [
     Radial(**SMALL),
     DraftAttention(density=0.3, patch=(2, 4), **SMALL),
     RainFusion2(density=0.3, window=(2, 4), **SMALL),
+    SVG2(query_clusters=6, key_clusters=10, mass=0.5, iterations=2, **SMALL),
     XAttention(mass=0.5, stride=4, **SMALL),
 ]
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
