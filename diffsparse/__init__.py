@@ -21,6 +21,7 @@ from diffsparse.report import SparseAttentionReport, TransformerReport
 from diffsparse.session import DenseFallback
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.dense import Dense
+from diffsparse.strategies.sparse_video_gen import SparseVideoGen
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "DenseFallback",
     "SparseAttentionConfig",
     "SparseAttentionReport",
+    "SparseVideoGen",
     "TransformerReport",
     "disable_sparse_attention",
     "enable_sparse_attention",
