@@ -21,6 +21,7 @@ from diffsparse.report import SparseAttentionReport, TransformerReport
 from diffsparse.session import DenseFallback
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.dense import Dense
+from diffsparse.strategies.rain_fusion import RainFusion
 from diffsparse.strategies.sparse_video_gen import SparseVideoGen
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "Adaptive",
     "Dense",
     "DenseFallback",
+    "RainFusion",
     "SparseAttentionConfig",
     "SparseAttentionReport",
     "SparseVideoGen",

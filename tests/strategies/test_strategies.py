@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffsparse import Adaptive, SparseVideoGen
+from diffsparse import Adaptive, RainFusion, SparseVideoGen
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import check_lists
 from diffsparse.plan import AttentionPlan
@@ -15,6 +15,8 @@ from diffsparse.strategies.strategy import AttentionCall
 SMALL = {"query_block_size": 16, "key_block_size": 16}
 STRATEGIES = [
     Adaptive(density=0.3, sampled_rows=16, tile=(2, 2, 4), **SMALL),
+    RainFusion(density=0.3, sampled_rows=16, **SMALL),
+    RainFusion(density=0.3, rule="two-way", sampled_rows=16, **SMALL),
     SparseVideoGen(density=0.3, sampled_rows=16, **SMALL),
 ]
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
