@@ -23,9 +23,11 @@ from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.draft_attention import DraftAttention
 from diffsparse.strategies.radial import Radial
+from diffsparse.strategies.rain_fusion import RainFusion
 from diffsparse.strategies.rain_fusion2 import RainFusion2
 from diffsparse.strategies.sliding_tile import SlidingTile
 from diffsparse.strategies.sparge_attention import SpargeAttention
+from diffsparse.strategies.sparse_video_gen import SparseVideoGen
 from diffsparse.strategies.svg2 import SVG2
 from diffsparse.strategies.x_attention import XAttention
 
@@ -39,11 +41,13 @@ __all__ = [
     "DenseFallback",
     "DraftAttention",
     "Radial",
+    "RainFusion",
     "RainFusion2",
     "SlidingTile",
     "SpargeAttention",
     "SparseAttentionConfig",
     "SparseAttentionReport",
+    "SparseVideoGen",
     "TransformerReport",
     "XAttention",
     "disable_sparse_attention",

@@ -34,17 +34,19 @@ def exact_blocks(
     *,
     first_frame_queries: bool = False,
     first_frame_keys: bool = False,
+    own_place: bool = True,
 ) -> Tensor:
     """The pairs of a query block and a key block that are always computed: [Q, K] bool.
 
     Text queries see all and text keys are seen by all; so do the queries and are the keys of the first frame where
     asked, for orders made by `first_frame_last`. A block with a single such token counts whole. Every query block sees
-    the key blocks nearest to it. The first frame of an image is no special frame.
+    the key blocks nearest to it, unless `own_place` says that keys have an order of their own. The first frame of an
+    image is no special frame.
     """
     queries = num_blocks(grid.num_tokens, query_block_size)
     keys = num_blocks(grid.num_tokens, key_block_size)
     distance = block_distance(queries, keys, query_block_size, key_block_size)
-    exact = distance == distance.amin(-1, keepdim=True)
+    exact = (distance == distance.amin(-1, keepdim=True)) & own_place
     if (place := first_exact_place(grid, first_frame_queries)) < grid.num_tokens:
         exact[place // query_block_size :] = True
     if (place := first_exact_place(grid, first_frame_keys)) < grid.num_tokens:

@@ -46,6 +46,13 @@ def test_exact_blocks_hold_an_exact_token_or_are_the_nearest(grid, sizes, querie
             assert seen == expected, (q, k)
 
 
+def test_keys_in_an_order_of_their_own_have_no_place_beside_the_query():
+    grid = TokenGrid(3, 5, 7, text_after=3)
+    exact = exact_blocks(grid, 16, 16, own_place=False)
+    assert exact[:6].sum().item() == 6  # the last block, with the text, and no other
+    assert exact[6].all()
+
+
 def test_the_first_frame_of_an_image_is_not_special():
     image = TokenGrid(1, 9, 11, text_after=3)
     assert first_exact_place(image, first_frame=True) == 99

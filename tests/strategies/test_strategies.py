@@ -11,9 +11,11 @@ from diffsparse import (
     Adaptive,
     DraftAttention,
     Radial,
+    RainFusion,
     RainFusion2,
     SlidingTile,
     SpargeAttention,
+    SparseVideoGen,
     XAttention,
 )
 from diffsparse.grid import TokenGrid
@@ -31,6 +33,9 @@ STRATEGIES = [
     RainFusion2(density=0.3, window=(2, 4), **SMALL),
     SVG2(query_clusters=6, key_clusters=10, mass=0.5, iterations=2, **SMALL),
     XAttention(mass=0.5, stride=4, **SMALL),
+    RainFusion(density=0.3, sampled_rows=16, **SMALL),
+    RainFusion(density=0.3, rule="two-way", sampled_rows=16, **SMALL),
+    SparseVideoGen(density=0.3, sampled_rows=16, **SMALL),
 ]
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
 
