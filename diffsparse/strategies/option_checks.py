@@ -35,6 +35,13 @@ def check_bools(**options: object) -> None:
             raise ValueError(f"`{name}` must be True or False, got {value!r}.")
 
 
+def check_sides(name: str, value: object, example: tuple[int, ...]) -> None:
+    """The option `name` is a tuple of positive integers, as many as in `example`."""
+    sides = value if isinstance(value, tuple) else ()
+    if len(sides) != len(example) or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(f"`{name}` must be {len(example)} positive integers, like {example}, got {value!r}.")
+
+
 def check_choice(name: str, value: object, known: Sequence[str]) -> None:
     """The option `name` is one of the known words."""
     if value not in known:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.options import check_count, check_flag, check_fraction, check_sides
+from diffsparse.strategies.option_checks import check_bools, check_density, check_integers, check_sides
 from diffsparse.strategies.pooled_scores import pooled_scores
 from diffsparse.strategies.strategy import AttentionCall
 from diffsparse.strategies.top_blocks import top_blocks
@@ -45,11 +45,10 @@ class RainFusion2:
     key_block_size: int = 128
 
     def __post_init__(self) -> None:
-        check_fraction("density", self.density, "a quarter of the key blocks")
+        check_density(self.density)
         check_sides("window", self.window, (8, 8))
-        check_flag("first_frame", self.first_frame)
-        check_count("query_block_size", self.query_block_size)
-        check_count("key_block_size", self.key_block_size)
+        check_bools(first_frame=self.first_frame)
+        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsparse.kernels.pooling import block_means
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.options import check_count, check_fraction, check_number
+from diffsparse.strategies.option_checks import check_density, check_integers, check_number
 from diffsparse.strategies.pooled_scores import pooled_scores
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
@@ -47,12 +47,11 @@ class SpargeAttention:
     key_block_size: int = 64
 
     def __post_init__(self) -> None:
-        check_fraction("mass", self.mass, "the blocks that hold a quarter of the softmax")
+        check_number("mass", self.mass, 0, 1)
         if self.density is not None:
-            check_fraction("density", self.density, "a quarter of the key blocks")
+            check_density(self.density)
         check_number("similarity", self.similarity, -1, 1)
-        check_count("query_block_size", self.query_block_size)
-        check_count("key_block_size", self.key_block_size)
+        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

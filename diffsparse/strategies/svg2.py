@@ -14,7 +14,7 @@ from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
 from diffsparse.strategies.k_means import k_means
-from diffsparse.strategies.options import check_count, check_fraction, check_number
+from diffsparse.strategies.option_checks import check_integers, check_number
 from diffsparse.strategies.planning_memory import slices
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
@@ -64,12 +64,11 @@ class SVG2:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("query_clusters", "key_clusters", "query_block_size", "key_block_size"):
-            check_count(name, getattr(self, name))
-        check_fraction("mass", self.mass, "the blocks that hold a quarter of the softmax")
+        check_integers(1, query_clusters=self.query_clusters, key_clusters=self.key_clusters)
+        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_number("mass", self.mass, 0, 1)
         check_number("least", self.least, 0, 1)
-        check_count("iterations", self.iterations, 0)
-        check_count("seed", self.seed, 0)
+        check_integers(0, iterations=self.iterations, seed=self.seed)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

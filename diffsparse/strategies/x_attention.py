@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsparse.block_mask import num_blocks
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.options import check_count, check_fraction
+from diffsparse.strategies.option_checks import check_integers, check_number
 from diffsparse.strategies.planning_memory import slices
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
@@ -44,11 +44,10 @@ class XAttention:
     key_block_size: int = 128
 
     def __post_init__(self) -> None:
-        check_fraction("mass", self.mass, "the blocks that hold a quarter of the softmax")
-        check_count("stride", self.stride)
-        for name in ("query_block_size", "key_block_size"):
-            size = getattr(self, name)
-            check_count(name, size)
+        check_number("mass", self.mass, 0, 1)
+        blocks = {"query_block_size": self.query_block_size, "key_block_size": self.key_block_size}
+        check_integers(1, stride=self.stride, **blocks)
+        for name, size in blocks.items():
             if size % self.stride:
                 raise ValueError(f"`{name}` must be a multiple of `stride`, {self.stride}, got {size}.")
 

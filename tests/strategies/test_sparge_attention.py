@@ -81,7 +81,7 @@ def test_an_offset_of_all_keys_changes_nothing():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("mass", 0), ("density", 1.5), ("similarity", 2), ("query_block_size", 0), ("key_block_size", 8.0)],
+    [("mass", 1.5), ("density", 0), ("similarity", 2), ("query_block_size", 0), ("key_block_size", 8.0)],
 )
 def test_an_option_out_of_range_is_named(option, value):
     with pytest.raises(ValueError, match=f"`{option}` must be .* got {value}"):
