@@ -27,6 +27,7 @@ from diffsparse.strategies.rain_fusion import RainFusion
 from diffsparse.strategies.rain_fusion2 import RainFusion2
 from diffsparse.strategies.sliding_tile import SlidingTile
 from diffsparse.strategies.sparge_attention import SpargeAttention
+from diffsparse.strategies.sparse_d import SparseD
 from diffsparse.strategies.sparse_video_gen import SparseVideoGen
 from diffsparse.strategies.svg2 import SVG2
 from diffsparse.strategies.x_attention import XAttention
@@ -47,6 +48,7 @@ __all__ = [
     "SpargeAttention",
     "SparseAttentionConfig",
     "SparseAttentionReport",
+    "SparseD",
     "SparseVideoGen",
     "TransformerReport",
     "XAttention",

@@ -15,6 +15,7 @@ from diffsparse import (
     RainFusion2,
     SlidingTile,
     SpargeAttention,
+    SparseD,
     SparseVideoGen,
     XAttention,
 )
@@ -36,6 +37,7 @@ STRATEGIES = [
     RainFusion(density=0.3, sampled_rows=16, **SMALL),
     RainFusion(density=0.3, rule="two-way", sampled_rows=16, **SMALL),
     SparseVideoGen(density=0.3, sampled_rows=16, **SMALL),
+    SparseD(density=0.3, **SMALL),
 ]
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
 
