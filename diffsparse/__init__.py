@@ -25,6 +25,7 @@ from diffsparse.strategies.draft_attention import DraftAttention
 from diffsparse.strategies.radial import Radial
 from diffsparse.strategies.rain_fusion import RainFusion
 from diffsparse.strategies.rain_fusion2 import RainFusion2
+from diffsparse.strategies.s2_attention import S2Attention
 from diffsparse.strategies.sliding_tile import SlidingTile
 from diffsparse.strategies.sparge_attention import SpargeAttention
 from diffsparse.strategies.sparse_d import SparseD
@@ -44,6 +45,7 @@ __all__ = [
     "Radial",
     "RainFusion",
     "RainFusion2",
+    "S2Attention",
     "SlidingTile",
     "SpargeAttention",
     "SparseAttentionConfig",
