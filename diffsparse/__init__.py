@@ -26,6 +26,7 @@ from diffsparse.strategies.radial import Radial
 from diffsparse.strategies.rain_fusion import RainFusion
 from diffsparse.strategies.rain_fusion2 import RainFusion2
 from diffsparse.strategies.s2_attention import S2Attention
+from diffsparse.strategies.sample_attention import SampleAttention
 from diffsparse.strategies.sliding_tile import SlidingTile
 from diffsparse.strategies.sparge_attention import SpargeAttention
 from diffsparse.strategies.sparse_d import SparseD
@@ -46,6 +47,7 @@ __all__ = [
     "RainFusion",
     "RainFusion2",
     "S2Attention",
+    "SampleAttention",
     "SlidingTile",
     "SpargeAttention",
     "SparseAttentionConfig",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffsparse.block_mask import BlockMask, num_blocks
 from diffsparse.grid import TokenGrid
+from diffsparse.heads import sample_rows
 from diffsparse.permutation import Permutation, axis_order, tile_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks, first_exact_place, first_frame_last
@@ -84,3 +85,12 @@ def block_layout(
         query_block_size=query_block_size,
         key_block_size=key_block_size,
     )
+
+
+@functools.lru_cache(maxsize=32)
+def sampled_places(grid: TokenGrid, count: int, seed: int, device: torch.device) -> Tensor:
+    """Places in frame-major order of at most `count` video tokens, spread over the video: [R] int64.
+
+    Drawn once for each set of arguments.
+    """
+    return (sample_rows(grid, count, seed) - grid.text_before).to(device)

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from diffsparse.block_mask import BlockMask, num_blocks
 from diffsparse.grid import TokenGrid
-from diffsparse.heads import sample_rows
 from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
-from diffsparse.strategies.block_layout import block_layout
+from diffsparse.strategies.block_layout import block_layout, sampled_places
 from diffsparse.strategies.k_means import k_means
 from diffsparse.strategies.option_checks import check_integers, check_number
 from diffsparse.strategies.planning_memory import slices
@@ -121,10 +120,9 @@ def _clusters_of_video(
     x: Tensor, grid: TokenGrid, clusters: int, iterations: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels [H, video tokens], centroids [H, C, B * D] and sizes [H, C] of the video tokens of x [B, H, S, D]."""
-    first = sample_rows(grid, clusters, seed).to(x.device) - grid.text_before
     video = x[:, :, grid.text_before : grid.text_before + grid.num_video_tokens]
     features = video.permute(1, 2, 0, 3).flatten(2).float()  # [H, video tokens, B * D]
-    return k_means(features, features.index_select(1, first), iterations)
+    return k_means(features, features.index_select(1, sampled_places(grid, clusters, seed, x.device)), iterations)
 
 
 def _tokens_by_block(sizes: Tensor, num_tokens: int, block_size: int) -> Tensor:

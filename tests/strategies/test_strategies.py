@@ -14,6 +14,7 @@ from diffsparse import (
     RainFusion,
     RainFusion2,
     S2Attention,
+    SampleAttention,
     SlidingTile,
     SpargeAttention,
     SparseD,
@@ -40,6 +41,7 @@ STRATEGIES = [
     SparseVideoGen(density=0.3, sampled_rows=16, **SMALL),
     SparseD(density=0.3, **SMALL),
     S2Attention(local_blocks=2, stride=4, block_size=16),
+    SampleAttention(mass=0.5, sampled_rows=16, block_size=16),
 ]
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
 
