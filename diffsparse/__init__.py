@@ -22,6 +22,7 @@ from diffsparse.session import DenseFallback
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.draft_attention import DraftAttention
+from diffsparse.strategies.flex_prefill import FlexPrefill
 from diffsparse.strategies.minference import MInference
 from diffsparse.strategies.radial import Radial
 from diffsparse.strategies.rain_fusion import RainFusion
@@ -44,6 +45,7 @@ __all__ = [
     "Dense",
     "DenseFallback",
     "DraftAttention",
+    "FlexPrefill",
     "MInference",
     "Radial",
     "RainFusion",

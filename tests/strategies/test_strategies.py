@@ -10,6 +10,7 @@ from diffsparse import (
     SVG2,
     Adaptive,
     DraftAttention,
+    FlexPrefill,
     MInference,
     Radial,
     RainFusion,
@@ -44,6 +45,7 @@ STRATEGIES = [
     S2Attention(local_blocks=2, stride=4, block_size=16),
     SampleAttention(mass=0.5, sampled_rows=16, block_size=16),
     MInference(density=0.3, sampled_rows=16, block_size=16),
+    FlexPrefill(mass=0.5, sampled_rows=16, block_size=16),
 ]
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
 
