@@ -23,6 +23,7 @@ from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.rain_fusion import RainFusion
 from diffsparse.strategies.sparse_video_gen import SparseVideoGen
+from diffsparse.strategies.vmoba import VMoBA
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "SparseAttentionReport",
     "SparseVideoGen",
     "TransformerReport",
+    "VMoBA",
     "disable_sparse_attention",
     "enable_sparse_attention",
     "is_sparse_attention_enabled",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffsparse import Adaptive, RainFusion, SparseVideoGen
+from diffsparse import Adaptive, RainFusion, SparseVideoGen, VMoBA
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import check_lists
 from diffsparse.plan import AttentionPlan
@@ -18,6 +18,8 @@ STRATEGIES = [
     RainFusion(density=0.3, sampled_rows=16, **SMALL),
     RainFusion(density=0.3, rule="two-way", sampled_rows=16, **SMALL),
     SparseVideoGen(density=0.3, sampled_rows=16, **SMALL),
+    VMoBA(box_chunk=(2, 3, 4), **SMALL),
+    VMoBA(box_chunk=(2, 3, 4), select="top-k", scope="head-global", routing="union", **SMALL),
 ]
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
 
