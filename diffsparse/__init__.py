@@ -21,6 +21,7 @@ from diffsparse.report import SparseAttentionReport, TransformerReport
 from diffsparse.session import DenseFallback
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.dense import Dense
+from diffsparse.strategies.paro_attention import PAROAttention
 from diffsparse.strategies.rain_fusion import RainFusion
 from diffsparse.strategies.sparse_video_gen import SparseVideoGen
 from diffsparse.strategies.vmoba import VMoBA
@@ -32,6 +33,7 @@ __all__ = [
     "Adaptive",
     "Dense",
     "DenseFallback",
+    "PAROAttention",
     "RainFusion",
     "SparseAttentionConfig",
     "SparseAttentionReport",

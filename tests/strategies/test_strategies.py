@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffsparse import Adaptive, RainFusion, SparseVideoGen, VMoBA
+from diffsparse import Adaptive, PAROAttention, RainFusion, SparseVideoGen, VMoBA
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import check_lists
 from diffsparse.plan import AttentionPlan
@@ -15,6 +15,7 @@ from diffsparse.strategies.strategy import AttentionCall
 SMALL = {"query_block_size": 16, "key_block_size": 16}
 STRATEGIES = [
     Adaptive(density=0.3, sampled_rows=16, tile=(2, 2, 4), **SMALL),
+    PAROAttention(density=0.3, sampled_blocks=2, **SMALL),
     RainFusion(density=0.3, sampled_rows=16, **SMALL),
     RainFusion(density=0.3, rule="two-way", sampled_rows=16, **SMALL),
     SparseVideoGen(density=0.3, sampled_rows=16, **SMALL),
