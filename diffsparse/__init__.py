@@ -24,6 +24,7 @@ from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.draft_attention import DraftAttention
 from diffsparse.strategies.flex_prefill import FlexPrefill
 from diffsparse.strategies.minference import MInference
+from diffsparse.strategies.paro_attention import PAROAttention
 from diffsparse.strategies.radial import Radial
 from diffsparse.strategies.rain_fusion import RainFusion
 from diffsparse.strategies.rain_fusion2 import RainFusion2
@@ -34,6 +35,7 @@ from diffsparse.strategies.sparge_attention import SpargeAttention
 from diffsparse.strategies.sparse_d import SparseD
 from diffsparse.strategies.sparse_video_gen import SparseVideoGen
 from diffsparse.strategies.svg2 import SVG2
+from diffsparse.strategies.vmoba import VMoBA
 from diffsparse.strategies.x_attention import XAttention
 
 __version__ = "0.1.0"
@@ -47,6 +49,7 @@ __all__ = [
     "DraftAttention",
     "FlexPrefill",
     "MInference",
+    "PAROAttention",
     "Radial",
     "RainFusion",
     "RainFusion2",
@@ -59,6 +62,7 @@ __all__ = [
     "SparseD",
     "SparseVideoGen",
     "TransformerReport",
+    "VMoBA",
     "XAttention",
     "disable_sparse_attention",
     "enable_sparse_attention",

@@ -12,6 +12,7 @@ from diffsparse import (
     DraftAttention,
     FlexPrefill,
     MInference,
+    PAROAttention,
     Radial,
     RainFusion,
     RainFusion2,
@@ -21,6 +22,7 @@ from diffsparse import (
     SpargeAttention,
     SparseD,
     SparseVideoGen,
+    VMoBA,
     XAttention,
 )
 from diffsparse.grid import TokenGrid
@@ -38,14 +40,17 @@ STRATEGIES = [
     RainFusion2(density=0.3, window=(2, 4), **SMALL),
     SVG2(query_clusters=6, key_clusters=10, mass=0.5, iterations=2, **SMALL),
     XAttention(mass=0.5, stride=4, **SMALL),
-    RainFusion(density=0.3, sampled_rows=16, **SMALL),
-    RainFusion(density=0.3, rule="two-way", sampled_rows=16, **SMALL),
-    SparseVideoGen(density=0.3, sampled_rows=16, **SMALL),
     SparseD(density=0.3, **SMALL),
     S2Attention(local_blocks=2, stride=4, block_size=16),
     SampleAttention(mass=0.5, sampled_rows=16, block_size=16),
     MInference(density=0.3, sampled_rows=16, block_size=16),
     FlexPrefill(mass=0.5, sampled_rows=16, block_size=16),
+    PAROAttention(density=0.3, sampled_blocks=2, **SMALL),
+    RainFusion(density=0.3, sampled_rows=16, **SMALL),
+    RainFusion(density=0.3, rule="two-way", sampled_rows=16, **SMALL),
+    SparseVideoGen(density=0.3, sampled_rows=16, **SMALL),
+    VMoBA(box_chunk=(2, 3, 4), **SMALL),
+    VMoBA(box_chunk=(2, 3, 4), select="top-k", scope="head-global", routing="union", **SMALL),
 ]
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
 
