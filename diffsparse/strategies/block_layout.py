@@ -10,7 +10,6 @@ from torch import Tensor
 
 from diffsparse.block_mask import BlockMask, num_blocks
 from diffsparse.grid import TokenGrid
-from diffsparse.heads import sample_rows
 from diffsparse.permutation import Permutation, axis_order, tile_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks, first_exact_place, first_frame_last
@@ -41,12 +40,10 @@ class BlockLayout:
         """The tokens of x [B, H, S, D] in this order."""
         return x if self.permutation is None else self.permutation.apply(x)
 
-    def plan(self, visible: Tensor, capacity: int | None = None) -> AttentionPlan:
-        """The plan of a block map [B|1, H|1, Q, K]; `capacity` is the longest row where the caller knows it."""
-        mask = BlockMask.from_visible(
-            visible, self.num_tokens, self.query_block_size, self.key_block_size, capacity=capacity
-        )
-        return AttentionPlan(self.permutation, mask)
+    def plan(self, visible: Tensor, lasts: bool = False) -> AttentionPlan:
+        """The plan of a block map [B|1, H|1, Q, K]; `lasts` as the plan's."""
+        mask = BlockMask.from_visible(visible, self.num_tokens, self.query_block_size, self.key_block_size)
+        return AttentionPlan(self.permutation, mask, lasts=lasts)
 
 
 @functools.lru_cache(maxsize=32)
@@ -85,12 +82,3 @@ def block_layout(
         query_block_size=query_block_size,
         key_block_size=key_block_size,
     )
-
-
-@functools.lru_cache(maxsize=32)
-def sampled_places(grid: TokenGrid, count: int, seed: int, device: torch.device) -> Tensor:
-    """Places in frame-major order of at most `count` video tokens, spread over the video: [R] int64.
-
-    Drawn once for each set of arguments.
-    """
-    return (sample_rows(grid, count, seed) - grid.text_before).to(device)

@@ -10,7 +10,8 @@ from torch import Tensor
 from diffsparse.heads import BlockSums, head_errors
 from diffsparse.kernels.pooling import block_means
 from diffsparse.plan import AttentionPlan
-from diffsparse.strategies.block_layout import block_layout, sampled_places
+from diffsparse.strategies.block_layout import block_layout
+from diffsparse.strategies.fixed_masks import sampled_rows
 from diffsparse.strategies.option_checks import check_density, check_integers, check_number
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.pooled_scores import pooled_scores
@@ -67,7 +68,7 @@ class MInference:
         """The plan of a layer; see `Strategy.plan`."""
         layout = block_layout(call.grid, self.block_size, self.block_size, query.device)
         scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-        places = sampled_places(call.grid, self.sampled_rows, self.seed, query.device)
+        places = sampled_rows(call.grid, self.sampled_rows, self.seed, query.device) - call.grid.text_before
         query, key, value = (layout.ordered(x) for x in (query, key, value))
         chosen = []
         for heads in head_slices(query, self.sampled_rows):

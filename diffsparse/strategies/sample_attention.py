@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from diffsparse.plan import AttentionPlan
-from diffsparse.strategies.block_layout import block_layout, sampled_places
+from diffsparse.strategies.block_layout import block_layout
+from diffsparse.strategies.fixed_masks import sampled_rows
 from diffsparse.strategies.option_checks import check_integers, check_number
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.smallest_set import smallest_set
@@ -52,7 +53,7 @@ class SampleAttention:
         """The plan of a layer; see `Strategy.plan`."""
         layout = block_layout(call.grid, self.block_size, self.block_size, query.device)
         scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-        places = sampled_places(call.grid, self.sampled_rows, self.seed, query.device)
+        places = sampled_rows(call.grid, self.sampled_rows, self.seed, query.device) - call.grid.text_before
         query, key = layout.ordered(query), layout.ordered(key)
         blocks = len(layout.always)
         place = torch.arange(blocks, device=query.device)

@@ -11,7 +11,8 @@ from diffsparse.block_mask import BlockMask, num_blocks
 from diffsparse.grid import TokenGrid
 from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
-from diffsparse.strategies.block_layout import block_layout, sampled_places
+from diffsparse.strategies.block_layout import block_layout
+from diffsparse.strategies.fixed_masks import sampled_rows
 from diffsparse.strategies.k_means import k_means
 from diffsparse.strategies.option_checks import check_integers, check_number
 from diffsparse.strategies.planning_memory import slices
@@ -122,7 +123,8 @@ def _clusters_of_video(
     """Labels [H, video tokens], centroids [H, C, B * D] and sizes [H, C] of the video tokens of x [B, H, S, D]."""
     video = x[:, :, grid.text_before : grid.text_before + grid.num_video_tokens]
     features = video.permute(1, 2, 0, 3).flatten(2).float()  # [H, video tokens, B * D]
-    return k_means(features, features.index_select(1, sampled_places(grid, clusters, seed, x.device)), iterations)
+    first = sampled_rows(grid, clusters, seed, x.device) - grid.text_before
+    return k_means(features, features.index_select(1, first), iterations)
 
 
 def _tokens_by_block(sizes: Tensor, num_tokens: int, block_size: int) -> Tensor:

@@ -30,6 +30,7 @@ def expected(query, key, grid: TokenGrid, num_keys: int) -> list[list[bool]]:
 def test_the_highest_means_of_the_exact_softmax_are_seen(grid):
     query, key, value = random_qkv(grid)
     plan = OPTIONS.plan(2 * query, key, value, AttentionCall(grid))
+    assert plan.lasts
     for head in range(3):
         assert visible_of(plan, head=head) == expected(2 * query[0, head], key[0, head], grid, grid.num_tokens)
 
