@@ -58,6 +58,12 @@ class _KeptPlan:
     plan: AttentionPlan | None
     made_at: int
 
+    def serves(self, step: int, replan_every: int) -> bool:
+        """Whether the plan is still right at this step of the same generation."""
+        age = step - self.made_at
+        lasts = self.plan is not None and self.plan.lasts
+        return age >= 0 and (lasts or age < replan_every)
+
 
 class Session:
     """The state of one enabled transformer, found by its layers through their handles.
@@ -211,7 +217,7 @@ class Session:
         # Guidance branches share a plan: their errors then point the same way, and guidance does not amplify them.
         slot = (layer, made_for, None if self._step.branch_is_named else self._step.branch)
         kept = self._plans.get(slot)
-        if kept is None or not 0 <= self._step.index - kept.made_at < self.config.replan_every:
+        if kept is None or not kept.serves(self._step.index, self.config.replan_every):
             if not _is_finite(query, key, value):
                 return "NaN or infinity in query, key or value"
             call = AttentionCall(

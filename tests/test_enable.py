@@ -1,6 +1,7 @@
 """Enabling, running and disabling sparse attention on tiny models of every family, and on a whole pipeline."""
 
 import copy
+import dataclasses
 import gc
 import io
 import itertools
@@ -697,6 +698,20 @@ def test_plans_do_not_pile_up(pipeline, watched):
         gc.collect()
         # One for each layer: the two guidance branches share it.
         assert len(plans) == 2
+
+
+def test_a_plan_that_lasts_serves_the_rest_of_the_generation_and_no_other(pipeline):
+    planned_at = []
+
+    class LastsFromStepTwo(Adaptive):
+        def plan(self, query, key, value, call):
+            planned_at.append((call.layer, call.step))
+            return dataclasses.replace(super().plan(query, key, value, call), lasts=call.step >= 2)
+
+    pipeline.enable_sparse_attention(config(LastsFromStepTwo(query_block_size=16, key_block_size=16), replan_every=1))
+    for _ in range(2):
+        generate(pipeline, steps=6)
+    assert planned_at == [(layer, step) for step in range(3) for layer in range(2)] * 2
 
 
 def test_plans_of_a_bare_transformer_do_not_pile_up(watched):
