@@ -29,6 +29,8 @@ class Family(Protocol):
     @property
     def padding_mask(self) -> bool: ...  # noqa: D102
     @property
+    def timestep(self) -> str: ...  # noqa: D102
+    @property
     def layout(self) -> Callable[[nn.Module, Mapping[str, Any]], tuple[int, ...] | None]: ...  # noqa: D102
 
 
@@ -99,7 +101,7 @@ class Session:
     def begin_call(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read step and layout off a call of the transformer; its forward pre-hook."""
         call = dict(zip(self._argument_names, args)) | kwargs
-        self._step = self.clock.tick(call.get("timestep"))
+        self._step = self.clock.tick(call.get(self.family.timestep))
         layout = self.family.layout(transformer, call)
         last, self._grid = self._grid, TokenGrid(*layout) if layout is not None else None
         # Branches may differ in their text, but never in the size of the video.

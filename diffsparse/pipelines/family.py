@@ -38,6 +38,8 @@ class Family:
             device.
         padding_mask: the mask that reaches self-attention is a bool [B, 1, 1, S] that hides nothing but a
             tail of padded text, so that it can become a key length. Any other mask keeps a layer dense.
+        timestep: the argument that holds the timestep. It tells the steps of a transformer that is enabled on its
+            own.
     """
 
     name: str
@@ -45,3 +47,4 @@ class Family:
     layers: tuple[str, ...]
     layout: Callable[[nn.Module, Mapping[str, Any]], Layout | None]
     padding_mask: bool = False
+    timestep: str = "timestep"
