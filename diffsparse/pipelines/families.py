@@ -14,10 +14,10 @@ from diffsparse.pipelines.wan import WAN
 FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, COGVIDEOX, LTX, FLUX)
 
 
-def find_family(transformer: nn.Module) -> Family | None:
+def find_family(transformer: nn.Module, families: tuple[Family, ...] = FAMILIES) -> Family | None:
     """The family that names the transformer's class or, for a subclass, the nearest of its bases."""
     for cls in type(transformer).__mro__:
-        for family in FAMILIES:
+        for family in families:
             if cls.__name__ in family.transformers:
                 return family
     return None

@@ -40,6 +40,9 @@ class Family:
             tail of padded text, so that it can become a key length. Any other mask keeps a layer dense.
         timestep: the argument that holds the timestep. It tells the steps of a transformer that is enabled on its
             own.
+
+    Raises:
+        TypeError: a field of another type, with what was expected.
     """
 
     name: str
@@ -48,3 +51,17 @@ class Family:
     layout: Callable[[nn.Module, Mapping[str, Any]], Layout | None]
     padding_mask: bool = False
     timestep: str = "timestep"
+
+    def __post_init__(self) -> None:
+        for field in ("transformers", "layers"):
+            value = getattr(self, field)
+            # A single string would be taken apart into letters, and "*" matches every module.
+            if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
+                raise TypeError(
+                    f"`{field}` of a family must be a tuple of strings, got {value!r}. For one say (name,)."
+                )
+        if not callable(self.layout):
+            raise TypeError(
+                f"`layout` of a family must be a function of the transformer and its call's arguments that returns a "
+                f"Layout or None, got {self.layout!r}."
+            )
