@@ -185,17 +185,24 @@ class Session:
         """Why this call cannot run sparse."""
         if self._step is None:
             return "called outside its transformer"
-        if self._grid is None:
+        if (grid := self._grid_of(query)) is None:
             return "the call does not say the size of the grid"
         if query.shape != key.shape or key.shape != value.shape:
             return "query, key and value differ in shape"
-        if query.shape[2] != self._grid.num_tokens:
-            return f"{query.shape[2]} tokens where the layout says {self._grid.num_tokens}"
+        if query.shape[2] != grid.num_tokens:
+            return f"{query.shape[2]} tokens where the layout says {grid.num_tokens}"
         if query.shape[3] > MAX_HEAD_DIM:
             return f"head dim {query.shape[3]} above {MAX_HEAD_DIM}"
         if mask is not None and not (self.family.padding_mask and _hides_keys_only(mask)):
             return "attention mask"
         return None
+
+    def _grid_of(self, query: Tensor) -> TokenGrid | None:
+        """Where the tokens of this layer's query [B, H, S, D] sit; some layers see the grid without its text."""
+        grid = self._grid
+        if grid is not None and query.shape[2] == grid.num_video_tokens:
+            return TokenGrid(grid.frames, grid.height, grid.width)
+        return grid
 
     def _plan(
         self,
@@ -207,9 +214,10 @@ class Session:
         scale: float | None,
     ) -> AttentionPlan | str:
         """The layer's plan, kept or new, or why there is none."""
+        grid = self._grid_of(query)
         assert self._step is not None
-        assert self._grid is not None
-        made_for = (self._grid, query.shape, query.dtype, query.device, key_length is None)
+        assert grid is not None
+        made_for = (grid, query.shape, query.dtype, query.device, key_length is None)
         # Guidance branches share a plan: their errors then point the same way, and guidance does not amplify them.
         slot = (layer, made_for, None if self._step.branch_is_named else self._step.branch)
         kept = self._plans.get(slot)
@@ -217,7 +225,7 @@ class Session:
             if not _is_finite(query, key, value):
                 return "NaN or infinity in query, key or value"
             call = AttentionCall(
-                grid=self._grid,
+                grid=grid,
                 layer=layer,
                 num_layers=len(self.layer_names),
                 step=self._step.index,

@@ -34,16 +34,22 @@ SPARSE = config()
 
 def run(model, call):
     with torch.no_grad():
-        return model(**call, return_dict=False)[0]
+        return forward(model, call)
 
 
-def steps(call, count=3):
+def forward(model, call):
+    output = model(**call, return_dict=False)[0]
+    return torch.stack(output) if isinstance(output, list) else output
+
+
+def steps(model, call, count=3):
     """The call at falling timesteps, as a denoising loop makes them."""
-    return [call | {"timestep": call["timestep"] * (count - step) / count} for step in range(count)]
+    name = find_family(model).timestep
+    return [call | {name: call[name] * (count - step) / count} for step in range(count)]
 
 
 def run_steps(model, call, count=3):
-    return torch.stack([run(model, each) for each in steps(call, count)])
+    return torch.stack([run(model, each) for each in steps(model, call, count)])
 
 
 def report_of(model):
@@ -152,7 +158,7 @@ def test_strict_raises_nothing_where_all_layers_run(model, call):
 
 
 def test_nan_in_the_queries_goes_dense_and_is_counted(tiny, model, call):
-    call["hidden_states"].view(-1)[0] = torch.nan
+    call[tiny.latents].view(-1)[0] = torch.nan
     stock = run(model, call)
     model.enable_sparse_attention(SPARSE)
     assert torch.equal(run(model, call).isnan(), stock.isnan())
@@ -164,7 +170,7 @@ def test_nan_in_the_queries_goes_dense_and_is_counted(tiny, model, call):
 def test_gradients_run_dense_and_are_right(tiny, model, call):
     def gradients():
         model.requires_grad_(True).zero_grad()
-        model(**call, return_dict=False)[0].square().sum().backward()
+        forward(model, call).square().sum().backward()
         return [p.grad for p in model.parameters()]
 
     stock = gradients()
@@ -180,7 +186,8 @@ def test_another_resolution_runs_sparse_and_like_a_fresh_start(tiny, model, call
     # The second has as many tokens as the first: only the grid tells their plans apart.
     grids = [(frames, height, width), (frames, width, height), (frames, width, height + 2)]
     calls = [tiny.call(model, grid, batch=2) for grid in grids]
-    sequence = [calls[i] | {"timestep": call["timestep"] * (1 - 0.1 * n)} for n, i in enumerate((0, 1, 2, 0))]
+    name = find_family(model).timestep
+    sequence = [calls[i] | {name: call[name] * (1 - 0.1 * n)} for n, i in enumerate((0, 1, 2, 0))]
     model.enable_sparse_attention(config(replan_every=100))
     alternating = [run(model, each) for each in sequence]
     assert report_of(model).dense_calls == 0

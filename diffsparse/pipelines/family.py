@@ -13,7 +13,7 @@ class Layout(NamedTuple):
     """Where the tokens of one attention sequence sit: `[text_before | grid | text_after]`.
 
     The grid's tokens come frame by frame, row by row. "Text" is every token that has no place in the grid:
-    captions, reference images, registers.
+    captions, reference images, registers. A layer whose sequence is as long as the grid sees no text.
     """
 
     frames: int

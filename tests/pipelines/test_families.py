@@ -69,10 +69,10 @@ def attention_of(case, monkeypatch, **changes):
     return calls
 
 
-def first_query(case, monkeypatch, **changes):
-    """What the first self-attention layer is given: [S, H * D] of the first batch row."""
+def first_query(case, monkeypatch, least=0, **changes):
+    """What the first self-attention layer of at least so many tokens is given: [S, H * D] of the first batch row."""
     calls = attention_of(case, monkeypatch, **changes)
-    query = next(query for name, query, _ in calls if name == case.tiny.layers[0])
+    query = next(query for name, query, _ in calls if name in case.tiny.layers and query.shape[2] >= least)
     return query[0].transpose(0, 1).flatten(1)
 
 
@@ -95,8 +95,11 @@ def test_layout_counts_the_tokens_that_every_layer_attends_to(case, monkeypatch)
     frames, height, width, before, after = case.layout()
     calls = attention_of(case, monkeypatch)
     lengths = {(q.shape[2], keys) for name, q, keys in calls if name in case.tiny.layers}
-    tokens = frames * height * width + before + after
-    assert lengths == {(tokens, tokens)}
+    video = frames * height * width
+    tokens = video + before + after
+    # Some layers see the grid without its text.
+    assert (tokens, tokens) in lengths
+    assert lengths <= {(tokens, tokens), (video, video)}
 
 
 def test_layers_are_the_self_attention_modules_in_the_order_they_run(case, monkeypatch):
@@ -116,25 +119,31 @@ def test_a_change_in_one_patch_changes_the_token_the_layout_says(case, monkeypat
     layout = case.layout()
     frame, row, column = (size - 1 for size in case.tiny.grid)
     row -= 2
-    token = layout.text_before + (frame * layout.height + row) * layout.width + column
-    latents = case.call["hidden_states"].clone()
+    place_in_grid = (frame * layout.height + row) * layout.width + column
+    latents = case.call[case.tiny.latents].clone()
     if case.tiny.latent_axes == "bsc":
-        latents[:, token - layout.text_before] += 1
+        latents[:, place_in_grid] += 1
     else:
-        video = latents.permute([case.tiny.latent_axes.index(axis) for axis in "bcfhw"])
+        video = latents if "f" in case.tiny.latent_axes else latents.unsqueeze(case.tiny.latent_axes.index("h"))
+        axes = case.tiny.latent_axes if "f" in case.tiny.latent_axes else case.tiny.latent_axes.replace("h", "fh")
+        video = video.permute([axes.index(axis) for axis in "bcfhw"])
         patch = (full // tokens for full, tokens in zip(video.shape[2:], case.tiny.grid))
         place = (slice(i * p, (i + 1) * p) for i, p in zip((frame, row, column), patch))
         video[(slice(None), slice(None), *place)] += 1
     before = first_query(case, monkeypatch)
-    after = first_query(case, monkeypatch, hidden_states=latents)
-    assert changed_rows(before, after) == [token]
+    after = first_query(case, monkeypatch, **{case.tiny.latents: latents})
+    text_before = layout.text_before if len(before) > math.prod(case.tiny.grid) else 0
+    assert changed_rows(before, after) == [text_before + place_in_grid]
 
 
 def test_a_change_of_the_text_changes_the_tokens_of_the_prompt(case, monkeypatch):
-    text = case.call["encoder_hidden_states"]
+    if case.tiny.text is None:
+        return
+    text = case.call[case.tiny.text]
     other = torch.randn(text.shape, generator=torch.Generator().manual_seed(1))
-    before = first_query(case, monkeypatch)
-    after = first_query(case, monkeypatch, encoder_hidden_states=other)
+    least = math.prod(case.tiny.grid) + len(case.tiny.prompt)
+    before = first_query(case, monkeypatch, least)
+    after = first_query(case, monkeypatch, least, **{case.tiny.text: other})
     assert changed_rows(before, after) == sorted(place % len(before) for place in case.tiny.prompt)
 
 
@@ -155,14 +164,14 @@ def test_layout_is_none_where_the_call_does_not_say(tiny):
     layout = find_family(model).layout
     assert layout(model, {}) is None
     assert layout(model, dict.fromkeys(call)) is None
-    assert layout(model, call | {"hidden_states": torch.zeros(2, 3)}) is None
+    assert layout(model, call | {tiny.latents: torch.zeros(2, 3)}) is None
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if TINY[name].drops_unfilled_patches])
 def test_latents_that_do_not_fill_their_last_patches_lose_them(name, monkeypatch):
     case = Case(name)
-    latents = case.call["hidden_states"]
-    case.call["hidden_states"] = F.pad(latents, (0, 1, 0, 1))
+    latents = case.call[case.tiny.latents]
+    case.call[case.tiny.latents] = F.pad(latents, (0, 1, 0, 1))
     assert case.layout() == case.expected
     with recorded_attention(case.model, monkeypatch) as calls, torch.no_grad():
         case.model(**case.call)
@@ -175,18 +184,17 @@ def test_the_mask_hides_padded_text_only_where_the_family_says(tiny, monkeypatch
     model = tiny.make()
     call = tiny.call(model, tiny.grid, batch=2)
     video = math.prod(tiny.grid)
-    masks = []
+    every_mask = []
     stock = F.scaled_dot_product_attention
 
-    def record(query, key, value, attn_mask=None, **kwargs):
-        if query.shape[2] == key.shape[2] >= video:
-            masks.append(attn_mask)
-        return stock(query, key, value, attn_mask=attn_mask, **kwargs)
+    def record(query, key, value, attn_mask=None, *args, **kwargs):
+        every_mask.append(attn_mask)
+        return stock(query, key, value, attn_mask, *args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
-    with torch.no_grad():
+    with recorded_attention(model, monkeypatch) as calls, torch.no_grad():
         model(**call)
-    assert len(masks) == len(tiny.layers)
+    masks = [mask for (name, _, _), mask in zip(calls, every_mask, strict=True) if name in tiny.layers]
     assert find_family(model).padding_mask == (tiny.text_lengths is not None)
     if tiny.text_lengths is None:
         assert masks == [None] * len(masks)

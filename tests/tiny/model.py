@@ -45,6 +45,7 @@ class TinyModel:
         text_before, text_after: tokens around the grid in the sequence of self-attention.
         prompt: where the prompt's tokens are in it; negative numbers count from its end.
         text_lengths: the tokens of the prompt that a mask leaves, in each row of a batch; None for no mask.
+        latents, text: the arguments that hold the latents and the prompt; None for a model without a prompt.
         latent_axes: axes of the latents, of "bcfhw"; "bsc" for latents that the pipeline packs.
         drops_unfilled_patches: latents that do not fill their last patches are allowed and lose them.
         positional: leading arguments that pipelines may pass by position.
@@ -60,6 +61,8 @@ class TinyModel:
     text_after: int = 0
     prompt: range = range(0)
     text_lengths: tuple[int, ...] | None = None
+    latents: str = "hidden_states"
+    text: str | None = "encoder_hidden_states"
     latent_axes: str = "bcfhw"
     drops_unfilled_patches: bool = False
     positional: tuple[str, ...] = ("hidden_states",)
