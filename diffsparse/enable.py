@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import weakref
 from collections.abc import Mapping
@@ -131,12 +130,7 @@ def _open_session(transformer: nn.Module, config: SparseAttentionConfig, pipelin
             type(transformer).__name__,
         )
         return Session(transformer, UNKNOWN, (), config, pipeline)
-    names = tuple(
-        name
-        for name, _ in transformer.named_modules()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in family.layers)
-    )
-    return Session(transformer, family, names, config, pipeline)
+    return Session(transformer, family, family.layer_names(transformer), config, pipeline)
 
 
 def _attach(transformer: nn.Module, session: Session) -> None:

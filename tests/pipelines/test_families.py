@@ -1,6 +1,5 @@
 """What each family says about its transformer, held against what really reaches the attention calls."""
 
-import fnmatch
 import math
 from contextlib import contextmanager
 
@@ -80,13 +79,6 @@ def changed_rows(before, after):
     return (before != after).any(-1).nonzero().flatten().tolist()
 
 
-def layer_names(model):
-    patterns = find_family(model).layers
-    return tuple(
-        name for name, _ in model.named_modules() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    )
-
-
 def test_layout_names_the_grid_and_the_text(case):
     assert case.layout() == case.expected
 
@@ -100,7 +92,7 @@ def test_layout_counts_the_tokens_that_every_layer_attends_to(case, monkeypatch)
 
 
 def test_layers_are_the_self_attention_modules_in_the_order_they_run(case, monkeypatch):
-    assert layer_names(case.model) == case.tiny.layers
+    assert find_family(case.model).layer_names(case.model) == case.tiny.layers
     ran = [name for name, _, _ in attention_of(case, monkeypatch) if name in case.tiny.layers]
     assert tuple(ran) == case.tiny.layers
 
