@@ -13,6 +13,7 @@ from torch import nn
 from diffsparse.config import SparseAttentionConfig, as_config
 from diffsparse.pipelines.families import find_family
 from diffsparse.pipelines.family import Family
+from diffsparse.pipelines.left_alone import LEFT_ALONE
 from diffsparse.processors import make_sparse, make_stock
 from diffsparse.report import SparseAttentionReport, make_report
 from diffsparse.session import Session
@@ -122,6 +123,9 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 
 def _open_session(transformer: nn.Module, config: SparseAttentionConfig, pipeline: Any) -> Session:
     family = find_family(transformer)
+    if family is None and (reason := LEFT_ALONE.get(type(transformer).__name__)) is not None:
+        logger.warning("%s stays dense: %s.", type(transformer).__name__, reason)
+        return Session(transformer, UNKNOWN, (), config, pipeline)
     if family is None:
         logger.warning(
             "%s is of no model family that diffsparse knows, so it stays dense. To add one, describe it as in "

@@ -3,6 +3,7 @@
 import math
 from contextlib import contextmanager
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from tiny_models import TINY
 
 from diffsparse.pipelines.families import FAMILIES, find_family
 from diffsparse.pipelines.family import Layout
+from diffsparse.pipelines.left_alone import LEFT_ALONE
 
 
 class Case:
@@ -194,6 +196,13 @@ def test_every_class_is_tested_and_named_once():
     names = [name for family in FAMILIES for name in family.transformers]
     assert len(set(names)) == len(names)
     assert set(names) == {type(tiny.make()).__name__ for tiny in TINY.values()}
+
+
+def test_what_is_left_alone_is_a_transformer_of_diffusers_and_of_no_family():
+    known = {name for family in FAMILIES for name in family.transformers}
+    assert set(LEFT_ALONE) & known == set()
+    # In the list of names that diffusers can import, whether this release has all of them or not.
+    assert [name for name in LEFT_ALONE if not isinstance(getattr(diffusers, name), type)] == []
 
 
 def test_a_class_of_the_same_name_or_a_subclass_is_found_and_others_are_not():
