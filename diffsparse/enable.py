@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import weakref
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from diffsparse.config import SparseAttentionConfig, as_config
 from diffsparse.describe import attention_patterns, family_to_start_from
 from diffsparse.pipelines.families import FAMILIES, find_family
 from diffsparse.pipelines.family import Family
+from diffsparse.pipelines.left_alone import LEFT_ALONE
 from diffsparse.processors import make_sparse, make_stock
 from diffsparse.report import SparseAttentionReport, make_report
 from diffsparse.session import Session
@@ -141,6 +141,9 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 def _open_session(
     transformer: nn.Module, family: Family | None, config: SparseAttentionConfig, pipeline: Any
 ) -> Session:
+    if family is None and (reason := LEFT_ALONE.get(type(transformer).__name__)) is not None:
+        logger.warning("%s stays dense: %s.", type(transformer).__name__, reason)
+        return Session(transformer, UNKNOWN, (), config, pipeline)
     if family is None:
         logger.warning(
             "%s is of no model family that diffsparse knows, so it stays dense. To make it sparse, describe it; "
@@ -158,20 +161,16 @@ def _layer_names(transformer: nn.Module, family: Family) -> tuple[str, ...]:
     Raises:
         ValueError: they match none, or one that is no attention module.
     """
-    matched = {
-        name: module
-        for name, module in transformer.named_modules()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in family.layers)
-    }
-    wrong = next((name for name, module in matched.items() if not hasattr(module, "processor")), None)
-    if not matched or wrong is not None:
+    names = family.layer_names(transformer)
+    wrong = next((name for name in names if not hasattr(transformer.get_submodule(name), "processor")), None)
+    if not names or wrong is not None:
         found = "no module" if wrong is None else f"`{wrong}`, which has no attention processor,"
         raise ValueError(
             f"`layers` {family.layers} of the family {family.name!r} match {found} of {type(transformer).__name__}. "
             f"Its attention modules are {attention_patterns(transformer)}: describe it by a Family whose `layers` "
             f"match those of self-attention and nothing else, and pass it as `family`."
         )
-    return tuple(matched)
+    return names
 
 
 def _attach(transformer: nn.Module, session: Session) -> None:

@@ -18,6 +18,7 @@ from tiny_models import TINY, generate, tiny_wan_pipeline
 import diffsparse
 from diffsparse import Adaptive, DenseFallback, SparseAttentionConfig
 from diffsparse.pipelines.families import find_family
+from diffsparse.pipelines.left_alone import LEFT_ALONE
 from diffsparse.strategies.dense import Dense
 
 
@@ -434,6 +435,14 @@ def test_an_unknown_transformer_stays_dense_with_one_warning(warnings):
     assert str(report)
     model.disable_sparse_attention()
     assert torch.equal(run(model, call), stock)
+
+
+def test_a_transformer_left_alone_says_why(warnings):
+    model = type("LatteTransformer3DModel", (torch.nn.Identity,), {})()
+    diffsparse.enable_sparse_attention(model, SPARSE)
+    assert warnings() == [f"LatteTransformer3DModel stays dense: {LEFT_ALONE['LatteTransformer3DModel']}."]
+    assert report_of(model).num_layers == 0
+    diffsparse.disable_sparse_attention(model)
 
 
 def test_a_processor_with_weights_of_its_own_keeps_it(warnings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,7 +32,8 @@ class Family:
         name: what the report calls it.
         transformers: class names of the transformers, so that no release of diffusers has to have them all.
         layers: `fnmatch` patterns over module names that match the self-attention modules and nothing else.
-            Layers are numbered in the order of `named_modules`, which has to be the order they run in.
+            Layers are numbered pattern by pattern, within one in the order of `named_modules`: the order they
+            run in.
         layout: given the transformer and the named arguments of one call of it, where the tokens sit in its
             self-attention; None when the call does not say, or when they do not form a grid. It runs once
             for each call, so it goes by shapes and plain numbers: reading a tensor's values waits for the
@@ -65,3 +67,8 @@ class Family:
                 f"`layout` of a family must be a function of the transformer and its call's arguments that returns a "
                 f"Layout or None, got {self.layout!r}."
             )
+
+    def layer_names(self, transformer: nn.Module) -> tuple[str, ...]:
+        """Names of the transformer's self-attention modules, in the order they run."""
+        names = [name for name, _ in transformer.named_modules()]
+        return tuple(name for pattern in self.layers for name in names if fnmatch.fnmatchcase(name, pattern))

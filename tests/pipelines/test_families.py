@@ -1,9 +1,9 @@
 """What each family says about its transformer, held against what really reaches the attention calls."""
 
-import fnmatch
 import math
 from contextlib import contextmanager
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from tiny_models import TINY
 
 from diffsparse.pipelines.families import FAMILIES, find_family
 from diffsparse.pipelines.family import Layout
+from diffsparse.pipelines.left_alone import LEFT_ALONE
 
 
 class Case:
@@ -80,13 +81,6 @@ def changed_rows(before, after):
     return (before != after).any(-1).nonzero().flatten().tolist()
 
 
-def layer_names(model):
-    patterns = find_family(model).layers
-    return tuple(
-        name for name, _ in model.named_modules() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    )
-
-
 def test_layout_names_the_grid_and_the_text(case):
     assert case.layout() == case.expected
 
@@ -103,7 +97,7 @@ def test_layout_counts_the_tokens_that_every_layer_attends_to(case, monkeypatch)
 
 
 def test_layers_are_the_self_attention_modules_in_the_order_they_run(case, monkeypatch):
-    assert layer_names(case.model) == case.tiny.layers
+    assert find_family(case.model).layer_names(case.model) == case.tiny.layers
     ran = [name for name, _, _ in attention_of(case, monkeypatch) if name in case.tiny.layers]
     assert tuple(ran) == case.tiny.layers
 
@@ -210,6 +204,13 @@ def test_every_class_is_tested_and_named_once():
     names = [name for family in FAMILIES for name in family.transformers]
     assert len(set(names)) == len(names)
     assert set(names) == {type(tiny.make()).__name__ for tiny in TINY.values()}
+
+
+def test_what_is_left_alone_is_a_transformer_of_diffusers_and_of_no_family():
+    known = {name for family in FAMILIES for name in family.transformers}
+    assert set(LEFT_ALONE) & known == set()
+    # In the list of names that diffusers can import, whether this release has all of them or not.
+    assert [name for name in LEFT_ALONE if not isinstance(getattr(diffusers, name), type)] == []
 
 
 def test_a_class_of_the_same_name_or_a_subclass_is_found_and_others_are_not():
