@@ -64,12 +64,16 @@ def report_of(model):
 
 def test_the_warning_is_code_that_needs_only_the_layout(model, call, caplog):
     caplog.set_level(logging.WARNING, logger="diffsparse")
+    stock = model(**call)
     diffsparse.enable_sparse_attention(model, SPARSE)
+    assert torch.equal(model(**call), stock)
     (record,) = caplog.records
     introduction, code = record.getMessage().split("\n\n", 1)
     assert "Mine is of no model family" in introduction
     assert "image, time, text" in code
     assert report_of(model).family is None
+    assert report_of(model).sparse_calls == 0
+    assert "no known family" in str(diffsparse.sparse_attention_report(model))
     diffsparse.disable_sparse_attention(model)
 
     described = []
@@ -86,6 +90,14 @@ def test_the_warning_is_code_that_needs_only_the_layout(model, call, caplog):
 def test_patterns_name_self_attention_once_each_and_no_known_cross_attention(model):
     assert attention_patterns(model) == ("blocks.*.attn",)
     assert attention_patterns(nn.Sequential(nn.Linear(1, 1))) == ()
+
+
+def test_layers_are_numbered_pattern_by_pattern_and_alternatives_take_turns(model):
+    def names(*layers):
+        return Family("mine", ("Mine",), layers, layout).layer_names(model)
+
+    assert names("blocks.*.norm", "blocks.*.attn") == tuple(f"blocks.{i}.{m}" for m in ("norm", "attn") for i in (0, 1))
+    assert names("blocks.*.norm|blocks.*.attn") == tuple(f"blocks.{i}.{m}" for i in (0, 1) for m in ("norm", "attn"))
 
 
 def test_a_family_of_ones_own_runs_sparse_and_disables_exactly(model, call):

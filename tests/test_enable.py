@@ -413,30 +413,6 @@ def test_policy_is_no_fallback():
         model.disable_sparse_attention()
 
 
-def test_an_unknown_transformer_stays_dense_with_one_warning(warnings):
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, num_embeds_ada_norm=10
-    ).eval()
-    call = {
-        "hidden_states": torch.randn(1, 4, 8, 8),
-        "timestep": torch.tensor([3]),
-        "class_labels": torch.tensor([1]),
-    }
-    stock = run(model, call)
-    model.enable_sparse_attention(SPARSE)
-    assert torch.equal(run(model, call), stock)
-    assert torch.equal(run(model, call), stock)
-    (warning,) = warnings()
-    assert "DiTTransformer2DModel" in warning
-    assert "dense" in warning
-    report = report_of(model)
-    assert report.family is None or report.family == "unknown"
-    assert report.sparse_calls == 0
-    assert str(report)
-    model.disable_sparse_attention()
-    assert torch.equal(run(model, call), stock)
-
-
 def test_a_transformer_left_alone_says_why(warnings):
     model = type("LatteTransformer3DModel", (torch.nn.Identity,), {})()
     diffsparse.enable_sparse_attention(model, SPARSE)

@@ -33,7 +33,7 @@ class Family:
         transformers: class names of the transformers, so that no release of diffusers has to have them all.
         layers: `fnmatch` patterns over module names that match the self-attention modules and nothing else.
             Layers are numbered pattern by pattern, within one in the order of `named_modules`: the order they
-            run in.
+            run in. `a|b` is one pattern that matches what a or b does, for modules that take turns.
         layout: given the transformer and the named arguments of one call of it, where the tokens sit in its
             self-attention; None when the call does not say, or when they do not form a grid. It runs once
             for each call, so it goes by shapes and plain numbers: reading a tensor's values waits for the
@@ -71,4 +71,9 @@ class Family:
     def layer_names(self, transformer: nn.Module) -> tuple[str, ...]:
         """Names of the transformer's self-attention modules, in the order they run."""
         names = [name for name, _ in transformer.named_modules()]
-        return tuple(name for pattern in self.layers for name in names if fnmatch.fnmatchcase(name, pattern))
+        return tuple(
+            name
+            for pattern in self.layers
+            for name in names
+            if any(fnmatch.fnmatchcase(name, one) for one in pattern.split("|"))
+        )
