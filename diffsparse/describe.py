@@ -7,13 +7,13 @@ import re
 
 from torch import nn
 
-from diffsparse.processors import calls_attention
+from diffsparse.processors import attention_calls
 
 
 def family_to_start_from(transformer: nn.Module) -> str:
     """Code that describes a transformer, but for its layout, which has to be filled in, and for layers to strike out.
 
-    Every attention module is named that is not known for cross-attention: diffusers does not mark it everywhere.
+    Every attention module is named that may be self-attention: diffusers does not mark all others.
     """
     name = type(transformer).__name__
     arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
@@ -38,10 +38,16 @@ model.enable_sparse_attention(family=family)
 
 
 def attention_patterns(transformer: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that call softmax attention, each number in them as `*`, without known cross-attention."""
+    """Names of the modules that call softmax attention, each number in them as `*`, without sure cross-attention."""
     names = (
         name
         for name, module in transformer.named_modules()
-        if calls_attention(module) and getattr(module, "is_cross_attention", False) is not True
+        if attention_calls(module) and not _has_keys_of_another_size(module)
     )
     return tuple(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
+
+
+def _has_keys_of_another_size(module: nn.Module) -> bool:
+    # `is_cross_attention` is not enough: some models set it on their self-attention (OmniGen).
+    keys, queries = getattr(module, "cross_attention_dim", None), getattr(module, "query_dim", None)
+    return keys is not None and queries is not None and keys != queries

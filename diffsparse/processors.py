@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diffsparse.session import Session, find_layer
 
-ATTENTION_NAMES = {"dispatch_attention_fn", "scaled_dot_product_attention"}
+ATTENTION_NAMES = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
 
 
 def make_sparse(module: nn.Module, handle: Tensor) -> bool:
@@ -37,9 +37,12 @@ def make_sparse(module: nn.Module, handle: Tensor) -> bool:
     return True
 
 
-def calls_attention(module: nn.Module) -> bool:
-    """Whether a module has a processor of its own that calls softmax attention by a name that can be re-bound."""
-    return _sparse_class_for(getattr(module, "processor", None)) is not None
+def attention_calls(module: nn.Module) -> frozenset[str]:
+    """By which of `ATTENTION_NAMES` a module's processor calls attention; none where it cannot be made sparse."""
+    processor = getattr(module, "processor", None)
+    if _sparse_class_for(processor) is None:
+        return frozenset()
+    return ATTENTION_NAMES & frozenset(type(processor).__call__.__code__.co_names)
 
 
 def make_stock(module: nn.Module) -> None:
