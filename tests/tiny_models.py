@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from tiny.cogvideox import COGVIDEOX
-from tiny.flux import FLUX
+from tiny.flux import BRIA, BRIA_FIBO, FLUX, LONGCAT_IMAGE, OVIS_IMAGE
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.ltx import LTX
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
@@ -22,6 +22,10 @@ TINY: dict[str, TinyModel] = {
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
     "flux": FLUX,
+    "bria": BRIA,
+    "bria_fibo": BRIA_FIBO,
+    "ovis_image": OVIS_IMAGE,
+    "longcat_image": LONGCAT_IMAGE,
 }
 """Every test of families and of enabling runs on each of these."""
 

@@ -11,7 +11,13 @@ from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.wan import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, COGVIDEOX, LTX, FLUX)
+FAMILIES: tuple[Family, ...] = (
+    WAN,
+    HUNYUAN_VIDEO,
+    COGVIDEOX,
+    LTX,
+    FLUX,
+)
 
 
 def find_family(transformer: nn.Module, families: tuple[Family, ...] = FAMILIES) -> Family | None:
