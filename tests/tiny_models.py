@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+from tiny.chroma import CHROMA
 from tiny.cogvideox import COGVIDEOX
 from tiny.flux import BRIA, BRIA_FIBO, FLUX, LONGCAT_IMAGE, OVIS_IMAGE
 from tiny.hunyuan_video import HUNYUAN_VIDEO
@@ -26,6 +27,7 @@ TINY: dict[str, TinyModel] = {
     "bria_fibo": BRIA_FIBO,
     "ovis_image": OVIS_IMAGE,
     "longcat_image": LONGCAT_IMAGE,
+    "chroma": CHROMA,
 }
 """Every test of families and of enabling runs on each of these."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from diffsparse.pipelines.chroma import CHROMA
 from diffsparse.pipelines.cogvideox import COGVIDEOX
 from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.flux import FLUX
@@ -17,6 +18,7 @@ FAMILIES: tuple[Family, ...] = (
     COGVIDEOX,
     LTX,
     FLUX,
+    CHROMA,
 )
 
 
