@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from tiny.chroma import CHROMA
 from tiny.cogvideox import COGVIDEOX
 from tiny.flux import BRIA, BRIA_FIBO, FLUX, LONGCAT_IMAGE, OVIS_IMAGE
+from tiny.flux2 import FLUX2
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.ltx import LTX
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
@@ -28,6 +29,7 @@ TINY: dict[str, TinyModel] = {
     "ovis_image": OVIS_IMAGE,
     "longcat_image": LONGCAT_IMAGE,
     "chroma": CHROMA,
+    "flux2": FLUX2,
 }
 """Every test of families and of enabling runs on each of these."""
 

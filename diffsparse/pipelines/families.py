@@ -8,6 +8,7 @@ from diffsparse.pipelines.chroma import CHROMA
 from diffsparse.pipelines.cogvideox import COGVIDEOX
 from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.flux import FLUX
+from diffsparse.pipelines.flux2 import FLUX2
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.wan import WAN
@@ -19,6 +20,7 @@ FAMILIES: tuple[Family, ...] = (
     LTX,
     FLUX,
     CHROMA,
+    FLUX2,
 )
 
 
