@@ -10,6 +10,7 @@ from tiny.chroma import CHROMA
 from tiny.cogvideox import COGVIDEOX
 from tiny.flux import BRIA, BRIA_FIBO, FLUX, LONGCAT_IMAGE, OVIS_IMAGE
 from tiny.flux2 import FLUX2
+from tiny.flux3 import FLUX3
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.ltx import LTX
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
@@ -30,6 +31,7 @@ TINY: dict[str, TinyModel] = {
     "longcat_image": LONGCAT_IMAGE,
     "chroma": CHROMA,
     "flux2": FLUX2,
+    "flux3": FLUX3,
 }
 """Every test of families and of enabling runs on each of these."""
 

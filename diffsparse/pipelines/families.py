@@ -9,6 +9,7 @@ from diffsparse.pipelines.cogvideox import COGVIDEOX
 from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.flux import FLUX
 from diffsparse.pipelines.flux2 import FLUX2
+from diffsparse.pipelines.flux3 import FLUX3
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.wan import WAN
@@ -21,6 +22,7 @@ FAMILIES: tuple[Family, ...] = (
     FLUX,
     CHROMA,
     FLUX2,
+    FLUX3,
 )
 
 
