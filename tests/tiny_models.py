@@ -14,6 +14,7 @@ from tiny.flux3 import FLUX3
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.ltx import LTX
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
+from tiny.qwen_image import QWEN_IMAGE
 from tiny.wan import WAN
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
@@ -32,6 +33,7 @@ TINY: dict[str, TinyModel] = {
     "chroma": CHROMA,
     "flux2": FLUX2,
     "flux3": FLUX3,
+    "qwen_image": QWEN_IMAGE,
 }
 """Every test of families and of enabling runs on each of these."""
 

@@ -12,6 +12,7 @@ from diffsparse.pipelines.flux2 import FLUX2
 from diffsparse.pipelines.flux3 import FLUX3
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.ltx import LTX
+from diffsparse.pipelines.qwen_image import QWEN_IMAGE
 from diffsparse.pipelines.wan import WAN
 
 FAMILIES: tuple[Family, ...] = (
@@ -23,6 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     CHROMA,
     FLUX2,
     FLUX3,
+    QWEN_IMAGE,
 )
 
 
