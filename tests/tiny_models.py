@@ -15,6 +15,7 @@ from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.ltx import LTX
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
 from tiny.qwen_image import QWEN_IMAGE
+from tiny.sd3 import SD3
 from tiny.wan import WAN
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
@@ -34,6 +35,7 @@ TINY: dict[str, TinyModel] = {
     "flux2": FLUX2,
     "flux3": FLUX3,
     "qwen_image": QWEN_IMAGE,
+    "sd3": SD3,
 }
 """Every test of families and of enabling runs on each of these."""
 

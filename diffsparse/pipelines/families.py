@@ -13,6 +13,7 @@ from diffsparse.pipelines.flux3 import FLUX3
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.qwen_image import QWEN_IMAGE
+from diffsparse.pipelines.sd3 import SD3
 from diffsparse.pipelines.wan import WAN
 
 FAMILIES: tuple[Family, ...] = (
@@ -25,6 +26,7 @@ FAMILIES: tuple[Family, ...] = (
     FLUX2,
     FLUX3,
     QWEN_IMAGE,
+    SD3,
 )
 
 
