@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from tiny.chroma import CHROMA
 from tiny.cogvideox import COGVIDEOX
+from tiny.cogview import COGVIEW3, COGVIEW4, GLM_IMAGE
 from tiny.flux import BRIA, BRIA_FIBO, FLUX, LONGCAT_IMAGE, OVIS_IMAGE
 from tiny.flux2 import FLUX2
 from tiny.flux3 import FLUX3
@@ -36,6 +37,9 @@ TINY: dict[str, TinyModel] = {
     "flux3": FLUX3,
     "qwen_image": QWEN_IMAGE,
     "sd3": SD3,
+    "cogview3": COGVIEW3,
+    "cogview4": COGVIEW4,
+    "glm_image": GLM_IMAGE,
 }
 """Every test of families and of enabling runs on each of these."""
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from diffsparse.pipelines.chroma import CHROMA
 from diffsparse.pipelines.cogvideox import COGVIDEOX
+from diffsparse.pipelines.cogview import COGVIEW
 from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.flux import FLUX
 from diffsparse.pipelines.flux2 import FLUX2
@@ -27,6 +28,7 @@ FAMILIES: tuple[Family, ...] = (
     FLUX3,
     QWEN_IMAGE,
     SD3,
+    COGVIEW,
 )
 
 
