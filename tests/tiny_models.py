@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+from tiny.auraflow import AURAFLOW
 from tiny.chroma import CHROMA
 from tiny.cogvideox import COGVIDEOX
 from tiny.cogview import COGVIEW3, COGVIEW4, GLM_IMAGE
@@ -40,6 +41,7 @@ TINY: dict[str, TinyModel] = {
     "cogview3": COGVIEW3,
     "cogview4": COGVIEW4,
     "glm_image": GLM_IMAGE,
+    "auraflow": AURAFLOW,
 }
 """Every test of families and of enabling runs on each of these."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from diffsparse.pipelines.auraflow import AURAFLOW
 from diffsparse.pipelines.chroma import CHROMA
 from diffsparse.pipelines.cogvideox import COGVIDEOX
 from diffsparse.pipelines.cogview import COGVIEW
@@ -29,6 +30,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN_IMAGE,
     SD3,
     COGVIEW,
+    AURAFLOW,
 )
 
 
