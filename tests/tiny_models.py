@@ -13,6 +13,7 @@ from tiny.cogview import COGVIEW3, COGVIEW4, GLM_IMAGE
 from tiny.flux import BRIA, BRIA_FIBO, FLUX, LONGCAT_IMAGE, OVIS_IMAGE
 from tiny.flux2 import FLUX2
 from tiny.flux3 import FLUX3
+from tiny.hunyuan_image import HUNYUAN_IMAGE
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.ltx import LTX
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
@@ -42,6 +43,7 @@ TINY: dict[str, TinyModel] = {
     "cogview4": COGVIEW4,
     "glm_image": GLM_IMAGE,
     "auraflow": AURAFLOW,
+    "hunyuan_image": HUNYUAN_IMAGE,
 }
 """Every test of families and of enabling runs on each of these."""
 

@@ -12,6 +12,7 @@ from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.flux import FLUX
 from diffsparse.pipelines.flux2 import FLUX2
 from diffsparse.pipelines.flux3 import FLUX3
+from diffsparse.pipelines.hunyuan_image import HUNYUAN_IMAGE
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.qwen_image import QWEN_IMAGE
@@ -31,6 +32,7 @@ FAMILIES: tuple[Family, ...] = (
     SD3,
     COGVIEW,
     AURAFLOW,
+    HUNYUAN_IMAGE,
 )
 
 
