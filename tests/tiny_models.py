@@ -10,6 +10,7 @@ from tiny.auraflow import AURAFLOW
 from tiny.chroma import CHROMA
 from tiny.cogvideox import COGVIDEOX
 from tiny.cogview import COGVIEW3, COGVIEW4, GLM_IMAGE
+from tiny.ernie_image import ERNIE_IMAGE
 from tiny.flux import BRIA, BRIA_FIBO, FLUX, LONGCAT_IMAGE, OVIS_IMAGE
 from tiny.flux2 import FLUX2
 from tiny.flux3 import FLUX3
@@ -44,6 +45,7 @@ TINY: dict[str, TinyModel] = {
     "glm_image": GLM_IMAGE,
     "auraflow": AURAFLOW,
     "hunyuan_image": HUNYUAN_IMAGE,
+    "ernie_image": ERNIE_IMAGE,
 }
 """Every test of families and of enabling runs on each of these."""
 

@@ -8,6 +8,7 @@ from diffsparse.pipelines.auraflow import AURAFLOW
 from diffsparse.pipelines.chroma import CHROMA
 from diffsparse.pipelines.cogvideox import COGVIDEOX
 from diffsparse.pipelines.cogview import COGVIEW
+from diffsparse.pipelines.ernie_image import ERNIE_IMAGE
 from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.flux import FLUX
 from diffsparse.pipelines.flux2 import FLUX2
@@ -33,6 +34,7 @@ FAMILIES: tuple[Family, ...] = (
     COGVIEW,
     AURAFLOW,
     HUNYUAN_IMAGE,
+    ERNIE_IMAGE,
 )
 
 
