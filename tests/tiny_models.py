@@ -14,6 +14,7 @@ from tiny.ernie_image import ERNIE_IMAGE
 from tiny.flux import BRIA, BRIA_FIBO, FLUX, LONGCAT_IMAGE, OVIS_IMAGE
 from tiny.flux2 import FLUX2
 from tiny.flux3 import FLUX3
+from tiny.hidream import HIDREAM
 from tiny.hunyuan_image import HUNYUAN_IMAGE
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.ltx import LTX
@@ -46,6 +47,7 @@ TINY: dict[str, TinyModel] = {
     "auraflow": AURAFLOW,
     "hunyuan_image": HUNYUAN_IMAGE,
     "ernie_image": ERNIE_IMAGE,
+    "hidream": HIDREAM,
 }
 """Every test of families and of enabling runs on each of these."""
 

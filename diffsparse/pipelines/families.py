@@ -13,6 +13,7 @@ from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.flux import FLUX
 from diffsparse.pipelines.flux2 import FLUX2
 from diffsparse.pipelines.flux3 import FLUX3
+from diffsparse.pipelines.hidream import HIDREAM
 from diffsparse.pipelines.hunyuan_image import HUNYUAN_IMAGE
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.ltx import LTX
@@ -35,6 +36,7 @@ FAMILIES: tuple[Family, ...] = (
     AURAFLOW,
     HUNYUAN_IMAGE,
     ERNIE_IMAGE,
+    HIDREAM,
 )
 
 
