@@ -22,6 +22,7 @@ from tiny.model import TEXT_CHANNELS, Grid, TinyModel
 from tiny.qwen_image import QWEN_IMAGE
 from tiny.sd3 import SD3
 from tiny.wan import WAN
+from tiny.z_image import Z_IMAGE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -48,6 +49,7 @@ TINY: dict[str, TinyModel] = {
     "hunyuan_image": HUNYUAN_IMAGE,
     "ernie_image": ERNIE_IMAGE,
     "hidream": HIDREAM,
+    "z_image": Z_IMAGE,
 }
 """Every test of families and of enabling runs on each of these."""
 

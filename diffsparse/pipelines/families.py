@@ -20,6 +20,7 @@ from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.qwen_image import QWEN_IMAGE
 from diffsparse.pipelines.sd3 import SD3
 from diffsparse.pipelines.wan import WAN
+from diffsparse.pipelines.z_image import Z_IMAGE
 
 FAMILIES: tuple[Family, ...] = (
     WAN,
@@ -37,6 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     HUNYUAN_IMAGE,
     ERNIE_IMAGE,
     HIDREAM,
+    Z_IMAGE,
 )
 
 
