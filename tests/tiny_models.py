@@ -18,6 +18,7 @@ from tiny.hidream import HIDREAM
 from tiny.hunyuan_image import HUNYUAN_IMAGE
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.ltx import LTX
+from tiny.lumina2 import LUMINA2
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
 from tiny.qwen_image import QWEN_IMAGE
 from tiny.sd3 import SD3
@@ -50,6 +51,7 @@ TINY: dict[str, TinyModel] = {
     "ernie_image": ERNIE_IMAGE,
     "hidream": HIDREAM,
     "z_image": Z_IMAGE,
+    "lumina2": LUMINA2,
 }
 """Every test of families and of enabling runs on each of these."""
 

@@ -17,6 +17,7 @@ from diffsparse.pipelines.hidream import HIDREAM
 from diffsparse.pipelines.hunyuan_image import HUNYUAN_IMAGE
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.ltx import LTX
+from diffsparse.pipelines.lumina2 import LUMINA2
 from diffsparse.pipelines.qwen_image import QWEN_IMAGE
 from diffsparse.pipelines.sd3 import SD3
 from diffsparse.pipelines.wan import WAN
@@ -39,6 +40,7 @@ FAMILIES: tuple[Family, ...] = (
     ERNIE_IMAGE,
     HIDREAM,
     Z_IMAGE,
+    LUMINA2,
 )
 
 
