@@ -20,6 +20,7 @@ from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.ltx import LTX
 from tiny.lumina2 import LUMINA2
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
+from tiny.pixart import DIT, HUNYUAN_DIT, PIXART
 from tiny.qwen_image import QWEN_IMAGE
 from tiny.sd3 import SD3
 from tiny.wan import WAN
@@ -52,6 +53,9 @@ TINY: dict[str, TinyModel] = {
     "hidream": HIDREAM,
     "z_image": Z_IMAGE,
     "lumina2": LUMINA2,
+    "pixart": PIXART,
+    "dit": DIT,
+    "hunyuan_dit": HUNYUAN_DIT,
 }
 """Every test of families and of enabling runs on each of these."""
 

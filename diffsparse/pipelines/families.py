@@ -18,6 +18,7 @@ from diffsparse.pipelines.hunyuan_image import HUNYUAN_IMAGE
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.lumina2 import LUMINA2
+from diffsparse.pipelines.pixart import HUNYUAN_DIT, PIXART
 from diffsparse.pipelines.qwen_image import QWEN_IMAGE
 from diffsparse.pipelines.sd3 import SD3
 from diffsparse.pipelines.wan import WAN
@@ -41,6 +42,8 @@ FAMILIES: tuple[Family, ...] = (
     HIDREAM,
     Z_IMAGE,
     LUMINA2,
+    PIXART,
+    HUNYUAN_DIT,
 )
 
 
