@@ -17,6 +17,7 @@ from tiny.flux3 import FLUX3
 from tiny.hidream import HIDREAM
 from tiny.hunyuan_image import HUNYUAN_IMAGE
 from tiny.hunyuan_video import HUNYUAN_VIDEO
+from tiny.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from tiny.ltx import LTX
 from tiny.lumina2 import LUMINA2
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
@@ -56,6 +57,8 @@ TINY: dict[str, TinyModel] = {
     "pixart": PIXART,
     "dit": DIT,
     "hunyuan_dit": HUNYUAN_DIT,
+    "joyimage_edit": JOYIMAGE_EDIT,
+    "joyimage_edit_plus": JOYIMAGE_EDIT_PLUS,
 }
 """Every test of families and of enabling runs on each of these."""
 

@@ -16,6 +16,7 @@ from diffsparse.pipelines.flux3 import FLUX3
 from diffsparse.pipelines.hidream import HIDREAM
 from diffsparse.pipelines.hunyuan_image import HUNYUAN_IMAGE
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
+from diffsparse.pipelines.joyimage import JOYIMAGE, JOYIMAGE_PLUS
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.lumina2 import LUMINA2
 from diffsparse.pipelines.pixart import HUNYUAN_DIT, PIXART
@@ -44,6 +45,8 @@ FAMILIES: tuple[Family, ...] = (
     LUMINA2,
     PIXART,
     HUNYUAN_DIT,
+    JOYIMAGE,
+    JOYIMAGE_PLUS,
 )
 
 
