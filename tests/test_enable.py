@@ -371,6 +371,16 @@ def test_head_dim_above_256_runs_dense():
     assert report_of(model).dense_reasons == {"head dim 260 above 256": 1}
 
 
+def test_a_mask_of_all_pairs_runs_dense():
+    # SkyReels-V2 where it generates block by block.
+    model = TINY["skyreels_v2"].make(num_frame_per_block=3)
+    call = TINY["skyreels_v2"].call(model, (6, 3, 3))
+    stock = run(model, call)
+    model.enable_sparse_attention(SPARSE)
+    assert torch.equal(run(model, call), stock)
+    assert report_of(model).dense_reasons == {"attention mask": 3}
+
+
 def test_a_call_that_does_not_say_its_sizes_runs_dense():
     model = TINY["ltx"].make()
     call = TINY["ltx"].call(model, (3, 7, 5))

@@ -6,18 +6,26 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+from tiny.chronoedit import CHRONOEDIT
 from tiny.cogvideox import COGVIDEOX
 from tiny.flux import FLUX
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.ltx import LTX
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
+from tiny.skyreels_v2 import SKYREELS_V2
 from tiny.wan import WAN
+from tiny.wan_animate import WAN_ANIMATE
+from tiny.wan_vace import WAN_VACE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 TINY: dict[str, TinyModel] = {
     "wan": WAN,
+    "wan_vace": WAN_VACE,
+    "wan_animate": WAN_ANIMATE,
+    "skyreels_v2": SKYREELS_V2,
+    "chronoedit": CHRONOEDIT,
     "hunyuan_video": HUNYUAN_VIDEO,
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
