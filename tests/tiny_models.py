@@ -11,6 +11,7 @@ from tiny.cogvideox import COGVIDEOX
 from tiny.flux import FLUX
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.ltx import LTX
+from tiny.mochi import MOCHI
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
 from tiny.skyreels_v2 import SKYREELS_V2
 from tiny.wan import WAN
@@ -30,6 +31,7 @@ TINY: dict[str, TinyModel] = {
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
     "flux": FLUX,
+    "mochi": MOCHI,
 }
 """Every test of families and of enabling runs on each of these."""
 

@@ -9,9 +9,10 @@ from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.flux import FLUX
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.ltx import LTX
+from diffsparse.pipelines.mochi import MOCHI
 from diffsparse.pipelines.wan import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, COGVIDEOX, LTX, FLUX)
+FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, COGVIDEOX, LTX, FLUX, MOCHI)
 
 
 def find_family(transformer: nn.Module) -> Family | None:
