@@ -58,6 +58,11 @@ def report_of(model):
     return report
 
 
+def num_calls(tiny):
+    """Attention calls of a call of the transformer with two rows."""
+    return len(tiny.layers) * tiny.calls_per_layer
+
+
 def surroundings(model):
     """Everything on a model that enabling could touch: attributes, processors, hooks."""
     return {
@@ -138,17 +143,17 @@ def test_disabled_is_bit_equal_and_leaves_nothing_behind(model, call):
 
 
 def test_every_layer_of_every_call_is_counted_once(tiny, model, call):
-    layers = len(tiny.layers)
+    layers, calls = len(tiny.layers), tiny.calls_per_layer
     for chosen in (SPARSE, DENSE, config(dense_layers=(0, -1)), config(min_tokens=10_000)):
         model.enable_sparse_attention(chosen)
         run_steps(model, call, 3)
         report = report_of(model)
         assert report.family == find_family(model).name
         assert report.num_layers == layers
-        assert report.sparse_calls + report.dense_calls == 3 * layers
+        assert report.sparse_calls + report.dense_calls == 3 * layers * calls
         assert report.dense_calls == sum(report.dense_reasons.values())
         expected = {SPARSE: 3 * layers, DENSE: 0}.get(chosen, 3 * (layers - 2) if chosen.dense_layers else 0)
-        assert report.sparse_calls == expected
+        assert report.sparse_calls == expected * calls
         model.disable_sparse_attention()
 
 
@@ -159,13 +164,13 @@ def test_strict_raises_nothing_where_all_layers_run(model, call):
 
 
 def test_nan_in_the_queries_goes_dense_and_is_counted(tiny, model, call):
-    call[tiny.latents].view(-1)[0] = torch.nan
+    call[tiny.latents].view(2, -1)[:, 0] = torch.nan
     stock = run(model, call)
     model.enable_sparse_attention(SPARSE)
     assert torch.equal(run(model, call).isnan(), stock.isnan())
     report = report_of(model)
     assert report.sparse_calls == 0
-    assert report.dense_reasons == {"NaN or infinity in query, key or value": len(tiny.layers)}
+    assert report.dense_reasons == {"NaN or infinity in query, key or value": num_calls(tiny)}
 
 
 def test_gradients_run_dense_and_are_right(tiny, model, call):
@@ -177,9 +182,9 @@ def test_gradients_run_dense_and_are_right(tiny, model, call):
     stock = gradients()
     model.enable_sparse_attention(SPARSE)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(gradients(), stock, strict=True))
-    assert report_of(model).dense_reasons == {"gradients are required": len(tiny.layers)}
+    assert report_of(model).dense_reasons == {"gradients are required": num_calls(tiny)}
     run(model, call)
-    assert report_of(model).sparse_calls == len(tiny.layers)
+    assert report_of(model).sparse_calls == num_calls(tiny)
 
 
 def test_another_resolution_runs_sparse_and_like_a_fresh_start(tiny, model, call):
@@ -207,7 +212,6 @@ def test_positional_arguments_are_understood(tiny, model, call):
 
 
 def test_the_users_backend_stays_and_sparse_stays_on(tiny, model, call):
-    layers = len(tiny.layers)
     for before in (True, False):
         if before:
             model.set_attention_backend("native")
@@ -215,7 +219,7 @@ def test_the_users_backend_stays_and_sparse_stays_on(tiny, model, call):
         if not before:
             model.set_attention_backend("native")
         run(model, call)
-        assert report_of(model).sparse_calls == layers
+        assert report_of(model).sparse_calls == num_calls(tiny)
         chosen = [getattr(m.processor, "_attention_backend", "native") for m in _layers(tiny, model)]
         assert {str(getattr(name, "value", name)) for name in chosen} == {"native"}
         model.disable_sparse_attention()
@@ -267,8 +271,8 @@ def test_copies_are_stock_and_the_original_stays_sparse(tiny, model, call):
                 run(twin, call)
         twin.enable_sparse_attention(SPARSE)
         torch.testing.assert_close(run(twin, call), sparse)
-        assert report_of(twin).sparse_calls == len(tiny.layers)
-    assert report_of(model).sparse_calls == len(tiny.layers)
+        assert report_of(twin).sparse_calls == num_calls(tiny)
+    assert report_of(model).sparse_calls == num_calls(tiny)
 
 
 def test_saving_leaves_no_trace(tiny, model, call, tmp_path):
@@ -325,7 +329,7 @@ def test_regional_compile_makes_as_many_graphs_as_stock(tiny, model, call, dynam
         dynamo.reset()
         dynamo.utils.counters.clear()
     assert graphs[0] == graphs[1] > 0
-    assert report_of(model).sparse_calls == 4 * (len(tiny.layers) - 1)
+    assert report_of(model).sparse_calls == 4 * (len(tiny.layers) - 1) * tiny.calls_per_layer
 
     eager = tiny.make()
     eager.enable_sparse_attention(dense_first)
@@ -376,6 +380,16 @@ def test_head_dim_above_256_runs_dense():
     model.enable_sparse_attention(SPARSE)
     assert torch.equal(run(model, call), stock)
     assert report_of(model).dense_reasons == {"head dim 260 above 256": 1}
+
+
+def test_a_mask_of_all_pairs_runs_dense():
+    # SkyReels-V2 where it generates block by block.
+    model = TINY["skyreels_v2"].make(num_frame_per_block=3)
+    call = TINY["skyreels_v2"].call(model, (6, 3, 3))
+    stock = run(model, call)
+    model.enable_sparse_attention(SPARSE)
+    assert torch.equal(run(model, call), stock)
+    assert report_of(model).dense_reasons == {"attention mask": 3}
 
 
 def test_a_call_that_does_not_say_its_sizes_runs_dense():

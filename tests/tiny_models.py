@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from tiny.auraflow import AURAFLOW
 from tiny.chroma import CHROMA
+from tiny.chronoedit import CHRONOEDIT
 from tiny.cogvideox import COGVIDEOX
 from tiny.cogview import COGVIEW3, COGVIEW4, GLM_IMAGE
 from tiny.ernie_image import ERNIE_IMAGE
@@ -20,11 +21,15 @@ from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from tiny.ltx import LTX
 from tiny.lumina2 import LUMINA2
+from tiny.mochi import MOCHI
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
 from tiny.pixart import DIT, HUNYUAN_DIT, PIXART
 from tiny.qwen_image import QWEN_IMAGE
 from tiny.sd3 import SD3
+from tiny.skyreels_v2 import SKYREELS_V2
 from tiny.wan import WAN
+from tiny.wan_animate import WAN_ANIMATE
+from tiny.wan_vace import WAN_VACE
 from tiny.z_image import Z_IMAGE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
@@ -32,6 +37,10 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 TINY: dict[str, TinyModel] = {
     "wan": WAN,
+    "wan_vace": WAN_VACE,
+    "wan_animate": WAN_ANIMATE,
+    "skyreels_v2": SKYREELS_V2,
+    "chronoedit": CHRONOEDIT,
     "hunyuan_video": HUNYUAN_VIDEO,
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
@@ -59,6 +68,7 @@ TINY: dict[str, TinyModel] = {
     "hunyuan_dit": HUNYUAN_DIT,
     "joyimage_edit": JOYIMAGE_EDIT,
     "joyimage_edit_plus": JOYIMAGE_EDIT_PLUS,
+    "mochi": MOCHI,
 }
 """Every test of families and of enabling runs on each of these."""
 

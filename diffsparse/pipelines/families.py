@@ -19,6 +19,7 @@ from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.joyimage import JOYIMAGE, JOYIMAGE_PLUS
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.lumina2 import LUMINA2
+from diffsparse.pipelines.mochi import MOCHI
 from diffsparse.pipelines.pixart import HUNYUAN_DIT, PIXART
 from diffsparse.pipelines.qwen_image import QWEN_IMAGE
 from diffsparse.pipelines.sd3 import SD3
@@ -31,6 +32,7 @@ FAMILIES: tuple[Family, ...] = (
     COGVIDEOX,
     LTX,
     FLUX,
+    MOCHI,
     CHROMA,
     FLUX2,
     FLUX3,

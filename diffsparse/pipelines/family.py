@@ -14,14 +14,16 @@ class Layout(NamedTuple):
     """Where the tokens of one attention sequence sit: `[text_before | grid | text_after]`.
 
     The grid's tokens come frame by frame, row by row. "Text" is every token that has no place in the grid:
-    captions, reference images, registers. A layer whose sequence is as long as the grid sees no text.
+    captions, reference images, registers. A layer whose sequence is as long as the grid sees none of it.
+    `text_after` is None where only the sequence itself shows how many
+    tokens follow the grid, as when the model leaves padded text out.
     """
 
     frames: int
     height: int
     width: int
     text_before: int = 0
-    text_after: int = 0
+    text_after: int | None = 0
 
 
 @dataclass(frozen=True)

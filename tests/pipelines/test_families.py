@@ -28,7 +28,7 @@ class Case:
     @property
     def expected(self):
         before = self.tiny.text_before + self.variant.text_before
-        after = self.tiny.text_after + self.variant.text_after
+        after = None if self.tiny.text_after is None else self.tiny.text_after + self.variant.text_after
         return Layout(*self.tiny.grid, before, after)
 
     def layout(self, **changes):
@@ -89,17 +89,17 @@ def test_layout_counts_the_tokens_that_every_layer_attends_to(case, monkeypatch)
     frames, height, width, before, after = case.layout()
     calls = attention_of(case, monkeypatch)
     lengths = {(q.shape[2], keys) for name, q, keys in calls if name in case.tiny.layers}
+    ends = case.tiny.text_lengths if after is None else (after,)
     video = frames * height * width
-    tokens = video + before + after
+    expected = {(video + before + end,) * 2 for end in ends}
     # Some layers see the grid without its text.
-    assert (tokens, tokens) in lengths
-    assert lengths <= {(tokens, tokens), (video, video)}
+    assert expected <= lengths <= expected | {(video, video)}
 
 
 def test_layers_are_the_self_attention_modules_in_the_order_they_run(case, monkeypatch):
     assert find_family(case.model).layer_names(case.model) == case.tiny.layers
     ran = [name for name, _, _ in attention_of(case, monkeypatch) if name in case.tiny.layers]
-    assert tuple(ran) == case.tiny.layers
+    assert ran == [name for name in case.tiny.layers for _ in range(case.tiny.calls_per_layer)]
 
 
 def test_no_other_attention_sees_the_whole_sequence(case, monkeypatch):
@@ -135,10 +135,11 @@ def test_a_change_of_the_text_changes_the_tokens_of_the_prompt(case, monkeypatch
         return
     text = case.call[case.tiny.text]
     other = torch.randn(text.shape, generator=torch.Generator().manual_seed(1))
-    least = math.prod(case.tiny.grid) + len(case.tiny.prompt)
+    least = math.prod(case.tiny.grid) + bool(case.tiny.prompt)
     before = first_query(case, monkeypatch, least)
     after = first_query(case, monkeypatch, least, **{case.tiny.text: other})
-    assert changed_rows(before, after) == sorted(place % len(before) for place in case.tiny.prompt)
+    prompt = case.variant.prompt or case.tiny.prompt
+    assert changed_rows(before, after) == sorted(place % len(before) for place in prompt)
 
 
 def test_reference_images_stand_after_the_grid(monkeypatch):
@@ -189,14 +190,17 @@ def test_the_mask_hides_padded_text_only_where_the_family_says(tiny, monkeypatch
     with recorded_attention(model, monkeypatch) as calls, torch.no_grad():
         model(**call)
     masks = [mask for (name, _, _), mask in zip(calls, every_mask, strict=True) if name in tiny.layers]
-    assert find_family(model).padding_mask or tiny.text_lengths is None
-    if tiny.text_lengths is None:
+    assert len(masks) == len(tiny.layers) * tiny.calls_per_layer
+    masked = tiny.text_lengths is not None and tiny.text_after is not None
+    assert find_family(model).padding_mask or not masked
+    if not masked:
         assert masks == [None] * len(masks)
         return
+    before = tiny.text_before + video
     for mask in masks:
         assert mask.dtype == torch.bool
-        assert mask.shape == (2, 1, 1, video + tiny.text_after)
-        assert mask.sum(-1).flatten().tolist() == [video + length for length in tiny.text_lengths]
+        assert mask.shape == (2, 1, 1, before + tiny.text_after)
+        assert mask.sum(-1).flatten().tolist() == [before + length for length in tiny.text_lengths]
         assert (mask.int().diff() <= 0).all()
 
 

@@ -25,12 +25,14 @@ class Variant:
         config: config entries that differ from the tiny ones.
         call: named arguments of a call -> those that this variant changes or adds.
         text_before, text_after: tokens that it adds around the grid.
+        prompt: as of the tiny model, where it is another.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
     call: Callable[[dict[str, Any]], dict[str, Any]] = lambda call: {}
     text_before: int = 0
     text_after: int = 0
+    prompt: range | None = None
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,12 @@ class TinyModel:
         call: transformer, grid, batch size, seed -> named arguments of its forward.
         layers: names of its self-attention modules, in the order they run.
         grid: an odd grid of a few dozen tokens.
-        text_before, text_after: tokens around the grid in the sequence of self-attention.
-        prompt: where the prompt's tokens are in it; negative numbers count from its end.
-        text_lengths: the tokens of the prompt that a mask leaves, in each row of a batch; None for no mask.
+        text_before, text_after: tokens around the grid in the sequence of self-attention; None where it is shorter
+            than the call says, because padded text is left out.
+        prompt: the tokens of it that another prompt changes; negative numbers count from its end.
+        text_lengths: the tokens after the grid that are no padding, in each row of a batch of two; None where there
+            is no padding.
+        row_by_row: attention is called once for each row of the batch.
         latents, text: the arguments that hold the latents and the prompt; None for a model without a prompt.
         latent_axes: axes of the latents, of "bcfhw"; "bsc" for latents that the pipeline packs.
         drops_unfilled_patches: latents that do not fill their last patches are allowed and lose them.
@@ -58,9 +63,10 @@ class TinyModel:
     layers: tuple[str, ...]
     grid: Grid = (3, 7, 5)
     text_before: int = 0
-    text_after: int = 0
+    text_after: int | None = 0
     prompt: range = range(0)
     text_lengths: tuple[int, ...] | None = None
+    row_by_row: bool = False
     latents: str = "hidden_states"
     text: str | None = "encoder_hidden_states"
     latent_axes: str = "bcfhw"
@@ -68,6 +74,11 @@ class TinyModel:
     positional: tuple[str, ...] = ("hidden_states",)
     compiled: bool = False
     variants: Mapping[str, Variant] = field(default_factory=dict)
+
+    @property
+    def calls_per_layer(self) -> int:
+        """Attention calls of each layer for a batch of two."""
+        return 2 if self.row_by_row else 1
 
 
 class Random:

@@ -7,24 +7,22 @@ from diffusers import WanTransformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
 from torch import nn
 
+CONFIG = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": HEADS,
+    "attention_head_dim": HEAD_DIM,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "text_dim": TEXT_CHANNELS,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 3,
+    "rope_max_seq_len": 64,
+}
+
 
 def make(**changes: Any) -> nn.Module:
-    return seeded(
-        WanTransformer3DModel,
-        {
-            "patch_size": (1, 2, 2),
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "text_dim": TEXT_CHANNELS,
-            "freq_dim": 16,
-            "ffn_dim": 32,
-            "num_layers": 3,
-            "rope_max_seq_len": 64,
-        },
-        changes,
-    )
+    return seeded(WanTransformer3DModel, CONFIG, changes)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:
