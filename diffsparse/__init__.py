@@ -1,7 +1,7 @@
 """Sparse attention for diffusion transformers.
 
 Importing diffsparse gives the pipelines and models of diffusers these methods:
-`enable_sparse_attention(config=None)`, `disable_sparse_attention()`, `is_sparse_attention_enabled` and
+`enable_sparse_attention(config=None, family=None)`, `disable_sparse_attention()`, `is_sparse_attention_enabled` and
 `sparse_attention_report()`. The same are here as functions of a pipeline or a transformer.
 """
 
@@ -17,6 +17,7 @@ from diffsparse.enable import (
     is_sparse_attention_enabled,
     sparse_attention_report,
 )
+from diffsparse.pipelines.family import Family, Layout
 from diffsparse.report import SparseAttentionReport, TransformerReport
 from diffsparse.session import DenseFallback
 from diffsparse.strategies.adaptive import Adaptive
@@ -47,7 +48,9 @@ __all__ = [
     "Dense",
     "DenseFallback",
     "DraftAttention",
+    "Family",
     "FlexPrefill",
+    "Layout",
     "MInference",
     "PAROAttention",
     "Radial",

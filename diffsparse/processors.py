@@ -21,17 +21,13 @@ from torch import Tensor, nn
 
 from diffsparse.session import Session, find_layer
 
-ATTENTION_NAMES = {"dispatch_attention_fn", "scaled_dot_product_attention"}
+ATTENTION_NAMES = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
 
 
 def make_sparse(module: nn.Module, handle: Tensor) -> bool:
     """Give an attention module a sparse processor for the layer of `handle`; False where it cannot have one."""
     processor = getattr(module, "processor", None)
-    # A processor that is an nn.Module (IP-Adapter) carries weights of its own and is left alone.
-    if processor is None or isinstance(processor, (nn.Module, _SparseProcessor)):
-        return False
-    stock_class: type = type(processor)
-    sparse_class = _sparse_class(stock_class)
+    sparse_class = _sparse_class_for(processor)
     if sparse_class is None:
         return False
     sparse = copy.copy(processor)
@@ -39,6 +35,14 @@ def make_sparse(module: nn.Module, handle: Tensor) -> bool:
     sparse._diffsparse_handle = handle
     module.processor = sparse
     return True
+
+
+def attention_calls(module: nn.Module) -> frozenset[str]:
+    """By which of `ATTENTION_NAMES` a module's processor calls attention; none where it cannot be made sparse."""
+    processor = getattr(module, "processor", None)
+    if _sparse_class_for(processor) is None:
+        return frozenset()
+    return ATTENTION_NAMES & frozenset(type(processor).__call__.__code__.co_names)
 
 
 def make_stock(module: nn.Module) -> None:
@@ -66,6 +70,15 @@ class _SparseProcessor:
 
 def _itself(processor: Any) -> Any:
     return processor
+
+
+def _sparse_class_for(processor: Any) -> type | None:
+    """The sparse class for a stock processor; None where there cannot be one."""
+    # A processor that is an nn.Module (IP-Adapter) carries weights of its own and is left alone.
+    if processor is None or isinstance(processor, (nn.Module, _SparseProcessor)):
+        return None
+    stock: type = type(processor)
+    return _sparse_class(stock)
 
 
 @functools.cache
