@@ -9,7 +9,9 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from tiny.chronoedit import CHRONOEDIT
 from tiny.cogvideox import COGVIDEOX
 from tiny.flux import FLUX
+from tiny.framepack import FRAMEPACK
 from tiny.hunyuan_video import HUNYUAN_VIDEO
+from tiny.hunyuan_video15 import HUNYUAN_VIDEO_15
 from tiny.ltx import LTX
 from tiny.mochi import MOCHI
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
@@ -28,6 +30,8 @@ TINY: dict[str, TinyModel] = {
     "skyreels_v2": SKYREELS_V2,
     "chronoedit": CHRONOEDIT,
     "hunyuan_video": HUNYUAN_VIDEO,
+    "framepack": FRAMEPACK,
+    "hunyuan_video15": HUNYUAN_VIDEO_15,
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
     "flux": FLUX,

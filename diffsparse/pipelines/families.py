@@ -7,12 +7,23 @@ from torch import nn
 from diffsparse.pipelines.cogvideox import COGVIDEOX
 from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.flux import FLUX
+from diffsparse.pipelines.framepack import FRAMEPACK
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
+from diffsparse.pipelines.hunyuan_video15 import HUNYUAN_VIDEO_15
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.mochi import MOCHI
 from diffsparse.pipelines.wan import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, COGVIDEOX, LTX, FLUX, MOCHI)
+FAMILIES: tuple[Family, ...] = (
+    WAN,
+    HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_15,
+    FRAMEPACK,
+    COGVIDEOX,
+    LTX,
+    MOCHI,
+    FLUX,
+)
 
 
 def find_family(transformer: nn.Module) -> Family | None:
