@@ -13,6 +13,7 @@ from tiny.framepack import FRAMEPACK
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.hunyuan_video15 import HUNYUAN_VIDEO_15
 from tiny.ltx import LTX
+from tiny.ltx2 import LTX2
 from tiny.mochi import MOCHI
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
 from tiny.skyreels_v2 import SKYREELS_V2
@@ -34,6 +35,7 @@ TINY: dict[str, TinyModel] = {
     "hunyuan_video15": HUNYUAN_VIDEO_15,
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
+    "ltx2": LTX2,
     "flux": FLUX,
     "mochi": MOCHI,
 }

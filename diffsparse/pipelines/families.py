@@ -11,6 +11,7 @@ from diffsparse.pipelines.framepack import FRAMEPACK
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.hunyuan_video15 import HUNYUAN_VIDEO_15
 from diffsparse.pipelines.ltx import LTX
+from diffsparse.pipelines.ltx2 import LTX2
 from diffsparse.pipelines.mochi import MOCHI
 from diffsparse.pipelines.wan import WAN
 
@@ -22,6 +23,7 @@ FAMILIES: tuple[Family, ...] = (
     COGVIDEOX,
     LTX,
     MOCHI,
+    LTX2,
     FLUX,
 )
 
