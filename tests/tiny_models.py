@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from tiny.chronoedit import CHRONOEDIT
 from tiny.cogvideox import COGVIDEOX
+from tiny.cosmos import COSMOS
 from tiny.flux import FLUX
 from tiny.framepack import FRAMEPACK
 from tiny.hunyuan_video import HUNYUAN_VIDEO
@@ -35,6 +36,7 @@ TINY: dict[str, TinyModel] = {
     "hunyuan_video15": HUNYUAN_VIDEO_15,
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
+    "cosmos": COSMOS,
     "ltx2": LTX2,
     "flux": FLUX,
     "mochi": MOCHI,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from diffsparse.pipelines.cogvideox import COGVIDEOX
+from diffsparse.pipelines.cosmos import COSMOS
 from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.flux import FLUX
 from diffsparse.pipelines.framepack import FRAMEPACK
@@ -23,6 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     COGVIDEOX,
     LTX,
     MOCHI,
+    COSMOS,
     LTX2,
     FLUX,
 )
