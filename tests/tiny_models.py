@@ -13,6 +13,7 @@ from tiny.flux import FLUX
 from tiny.framepack import FRAMEPACK
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.hunyuan_video15 import HUNYUAN_VIDEO_15
+from tiny.kandinsky5 import KANDINSKY5
 from tiny.ltx import LTX
 from tiny.ltx2 import LTX2
 from tiny.mochi import MOCHI
@@ -37,6 +38,7 @@ TINY: dict[str, TinyModel] = {
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
     "cosmos": COSMOS,
+    "kandinsky5": KANDINSKY5,
     "ltx2": LTX2,
     "flux": FLUX,
     "mochi": MOCHI,

@@ -11,6 +11,7 @@ from diffsparse.pipelines.flux import FLUX
 from diffsparse.pipelines.framepack import FRAMEPACK
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.hunyuan_video15 import HUNYUAN_VIDEO_15
+from diffsparse.pipelines.kandinsky5 import KANDINSKY5
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.ltx2 import LTX2
 from diffsparse.pipelines.mochi import MOCHI
@@ -25,6 +26,7 @@ FAMILIES: tuple[Family, ...] = (
     LTX,
     MOCHI,
     COSMOS,
+    KANDINSKY5,
     LTX2,
     FLUX,
 )
