@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+from tiny.allegro import ALLEGRO
 from tiny.chronoedit import CHRONOEDIT
 from tiny.cogvideox import COGVIDEOX
 from tiny.cosmos import COSMOS
@@ -37,6 +38,7 @@ TINY: dict[str, TinyModel] = {
     "hunyuan_video15": HUNYUAN_VIDEO_15,
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
+    "allegro": ALLEGRO,
     "cosmos": COSMOS,
     "kandinsky5": KANDINSKY5,
     "ltx2": LTX2,

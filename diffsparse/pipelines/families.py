@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from diffsparse.pipelines.allegro import ALLEGRO
 from diffsparse.pipelines.cogvideox import COGVIDEOX
 from diffsparse.pipelines.cosmos import COSMOS
 from diffsparse.pipelines.family import Family
@@ -25,6 +26,7 @@ FAMILIES: tuple[Family, ...] = (
     COGVIDEOX,
     LTX,
     MOCHI,
+    ALLEGRO,
     COSMOS,
     KANDINSKY5,
     LTX2,
