@@ -10,6 +10,7 @@ from tiny.allegro import ALLEGRO
 from tiny.chronoedit import CHRONOEDIT
 from tiny.cogvideox import COGVIDEOX
 from tiny.cosmos import COSMOS
+from tiny.easyanimate import EASYANIMATE
 from tiny.flux import FLUX
 from tiny.framepack import FRAMEPACK
 from tiny.hunyuan_video import HUNYUAN_VIDEO
@@ -40,6 +41,7 @@ TINY: dict[str, TinyModel] = {
     "ltx": LTX,
     "allegro": ALLEGRO,
     "cosmos": COSMOS,
+    "easyanimate": EASYANIMATE,
     "kandinsky5": KANDINSKY5,
     "ltx2": LTX2,
     "flux": FLUX,

@@ -7,6 +7,7 @@ from torch import nn
 from diffsparse.pipelines.allegro import ALLEGRO
 from diffsparse.pipelines.cogvideox import COGVIDEOX
 from diffsparse.pipelines.cosmos import COSMOS
+from diffsparse.pipelines.easyanimate import EASYANIMATE
 from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.flux import FLUX
 from diffsparse.pipelines.framepack import FRAMEPACK
@@ -28,6 +29,7 @@ FAMILIES: tuple[Family, ...] = (
     MOCHI,
     ALLEGRO,
     COSMOS,
+    EASYANIMATE,
     KANDINSKY5,
     LTX2,
     FLUX,
