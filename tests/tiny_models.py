@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from tiny.allegro import ALLEGRO
 from tiny.chronoedit import CHRONOEDIT
 from tiny.cogvideox import COGVIDEOX
+from tiny.consisid import CONSISID
 from tiny.cosmos import COSMOS
 from tiny.easyanimate import EASYANIMATE
 from tiny.flux import FLUX
@@ -40,6 +41,7 @@ TINY: dict[str, TinyModel] = {
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
     "allegro": ALLEGRO,
+    "consisid": CONSISID,
     "cosmos": COSMOS,
     "easyanimate": EASYANIMATE,
     "kandinsky5": KANDINSKY5,
