@@ -14,6 +14,7 @@ from tiny.cosmos import COSMOS
 from tiny.easyanimate import EASYANIMATE
 from tiny.flux import FLUX
 from tiny.framepack import FRAMEPACK
+from tiny.helios import HELIOS
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.hunyuan_video15 import HUNYUAN_VIDEO_15
 from tiny.kandinsky5 import KANDINSKY5
@@ -44,6 +45,7 @@ TINY: dict[str, TinyModel] = {
     "consisid": CONSISID,
     "cosmos": COSMOS,
     "easyanimate": EASYANIMATE,
+    "helios": HELIOS,
     "kandinsky5": KANDINSKY5,
     "ltx2": LTX2,
     "flux": FLUX,

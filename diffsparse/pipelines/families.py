@@ -11,6 +11,7 @@ from diffsparse.pipelines.easyanimate import EASYANIMATE
 from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.flux import FLUX
 from diffsparse.pipelines.framepack import FRAMEPACK
+from diffsparse.pipelines.helios import HELIOS
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.hunyuan_video15 import HUNYUAN_VIDEO_15
 from diffsparse.pipelines.kandinsky5 import KANDINSKY5
@@ -30,6 +31,7 @@ FAMILIES: tuple[Family, ...] = (
     ALLEGRO,
     COSMOS,
     EASYANIMATE,
+    HELIOS,
     KANDINSKY5,
     LTX2,
     FLUX,
