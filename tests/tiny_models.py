@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from tiny.allegro import ALLEGRO
+from tiny.anyflow import ANYFLOW
 from tiny.chronoedit import CHRONOEDIT
 from tiny.cogvideox import COGVIDEOX
 from tiny.consisid import CONSISID
@@ -42,6 +43,7 @@ TINY: dict[str, TinyModel] = {
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
     "allegro": ALLEGRO,
+    "anyflow": ANYFLOW,
     "consisid": CONSISID,
     "cosmos": COSMOS,
     "easyanimate": EASYANIMATE,

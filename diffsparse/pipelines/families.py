@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from diffsparse.pipelines.allegro import ALLEGRO
+from diffsparse.pipelines.anyflow import ANYFLOW
 from diffsparse.pipelines.cogvideox import COGVIDEOX
 from diffsparse.pipelines.cosmos import COSMOS
 from diffsparse.pipelines.easyanimate import EASYANIMATE
@@ -29,6 +30,7 @@ FAMILIES: tuple[Family, ...] = (
     LTX,
     MOCHI,
     ALLEGRO,
+    ANYFLOW,
     COSMOS,
     EASYANIMATE,
     HELIOS,
