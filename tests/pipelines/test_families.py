@@ -197,6 +197,10 @@ def test_the_mask_hides_padded_text_only_where_the_family_says(tiny, monkeypatch
         assert masks == [None] * len(masks)
         return
     before = tiny.text_before + video
+    if find_family(model).spreads_mask:
+        keys = [mask[:, :, :1] for mask in masks]
+        assert all(torch.equal(mask, k & k.mT) for mask, k in zip(masks, keys))
+        masks = keys
     for mask in masks:
         assert mask.dtype == torch.bool
         assert mask.shape == (2, 1, 1, before + tiny.text_after)
