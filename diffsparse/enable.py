@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffsparse.config import SparseAttentionConfig, as_config
@@ -198,6 +199,12 @@ class _CallHook:
     def __init__(self, session: Session) -> None:
         self._session = session
 
+    # torch.compile of a whole transformer calls the hooks itself and traces each of them, unless it is disabled here,
+    # at its outermost function: disabled any deeper, it would break the hook's graph and refuse fullgraph=True.
+    @torch.compiler.disable(
+        reason="diffsparse has to see each call of an enabled transformer. Compile the transformer itself, "
+        "torch.compile(transformer, fullgraph=True), and not a function that calls it; or leave out fullgraph=True."
+    )
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._session.begin_call(module, args, kwargs)
 
@@ -211,14 +218,3 @@ def _idle_hook() -> Any:
 
 def _do_nothing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     pass
-
-
-def add_methods() -> None:
-    """Give diffusers' pipelines and models the functions above as methods."""
-    from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
-
-    for owner in (DiffusionPipeline, ModularPipeline, ModelMixin):
-        owner.enable_sparse_attention = enable_sparse_attention
-        owner.disable_sparse_attention = disable_sparse_attention
-        owner.is_sparse_attention_enabled = property(is_sparse_attention_enabled)
-        owner.sparse_attention_report = sparse_attention_report

@@ -242,6 +242,7 @@ def _count_fallback(handle: Tensor, obstacle: str | None) -> None:
 @torch.library.custom_op(
     "diffsparse::attend",
     mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe,),
     schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool by_dispatch, Tensor handle)"
     " -> Tensor",
 )

@@ -106,7 +106,6 @@ class Session:
         self.close = weakref.finalize(self, _forget, tuple(int(handle) for handle in self.handles))
         """Forget the layers; calls with their handles run dense from now on."""
 
-    @torch.compiler.disable
     def begin_call(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read step and layout off a call of the transformer; its forward pre-hook."""
         call = dict(zip(self._argument_names, args)) | kwargs

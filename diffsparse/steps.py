@@ -27,6 +27,8 @@ class Step:
             names it.
         branch_is_named: whether something does. A call that nothing names may also be of another generation.
         is_first_of_generation: whether what was kept from earlier calls belongs to another generation.
+        is_last_of_generation: whether this is the last call of the last step, as far as the steps before it say how
+            many calls there are. False where nothing says how many steps there are.
     """
 
     index: int
@@ -34,6 +36,7 @@ class Step:
     branch: Hashable
     is_first_of_generation: bool
     branch_is_named: bool = False
+    is_last_of_generation: bool = False
 
     def is_within_first(self, fraction: float) -> bool:
         """Whether this step is among the first `fraction` of all; without a total, only step 0 is."""
@@ -46,8 +49,8 @@ class StepClock:
     """Reads the step off whatever runs the denoising loop, once for each call of the transformer.
 
     Sources, best first: the step in the transformer's cache context; the guider of a modular pipeline; the
-    scheduler's step index; a change of the timestep. Calls are never counted to find the step, since caches skip
-    layers and whole calls.
+    scheduler's step index, while it moves with the calls; the timestep's place in the scheduler's; a change of the
+    timestep. Calls are never counted to find the step, since caches skip layers and whole calls.
 
     Args:
         pipeline: what owns the scheduler; None for a transformer enabled on its own. Held weakly.
@@ -58,6 +61,9 @@ class StepClock:
         self._context: Any = None
         self._last: Step | None = None
         self._branches: set[Hashable] = set()
+        self._calls_of_step_before: int | None = None
+        self._watch = _SchedulerWatch()
+        self._schedule: tuple[Any, list[float] | None] = (None, None)
         self._timestep: float | None = None
         self._index_by_timestep = 0
         self._falls = True
@@ -71,8 +77,13 @@ class StepClock:
         if branch is None:
             branch = len(self._branches) % MAX_UNNAMED_BRANCHES if same_step else 0
         is_first = last is None or index < last.index or (same_step and branch in self._branches)
+        if is_first:
+            self._calls_of_step_before = None
+        elif not same_step:
+            self._calls_of_step_before = len(self._branches)
         self._branches = self._branches | {branch} if same_step and not is_first else {branch}
-        self._last = Step(index, total, branch, is_first, is_named)
+        is_last = index + 1 == total and len(self._branches) == self._calls_of_step_before
+        self._last = Step(index, total, branch, is_first, is_named, is_last)
         return self._last
 
     @contextmanager
@@ -95,31 +106,74 @@ class StepClock:
             return guider._step, guider._num_inference_steps, name or getattr(guider, "_count_prepared", None)
         scheduler = getattr(pipeline, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
-        if scheduler is not None and timesteps is not None and hasattr(scheduler, "_step_index"):
+        if timesteps is not None and hasattr(scheduler, "_step_index"):
             begin = getattr(scheduler, "_begin_index", None) or 0
-            current = scheduler._step_index
-            return (begin if current is None else current), len(timesteps), name
-        return self._by_timestep(timestep), None, name
+            current = begin if scheduler._step_index is None else scheduler._step_index
+            if self._watch.takes_part(timesteps, current, timestep):
+                return current, len(timesteps), name
+            timesteps = None
+        return *self._by_timestep(_value(timestep), timesteps), name
 
-    def _by_timestep(self, timestep: Any) -> int:
-        """Steps counted by changes of the timestep's value; a change of direction starts a new generation.
+    def _by_timestep(self, value: float | None, timesteps: Any) -> tuple[int, int | None]:
+        """Step index and number of steps by the timestep's value: its place in `timesteps`, or counted by its changes.
 
-        Reading the value waits for a GPU. It is the last resort, and once for each call of the transformer.
+        Counted, a change of direction starts a new generation, and the number of steps is None. It is counted where
+        `timesteps` is None, or has not had a value that came since it was made: another loop runs the transformer.
         """
-        if isinstance(timestep, Tensor):
-            timestep = timestep.detach().max().item()
-        if timestep is None or timestep == self._timestep:
+        counted = self._count_changes(value)
+        if self._schedule[0] is not timesteps:
+            self._schedule = timesteps, None if timesteps is None else torch.as_tensor(timesteps).tolist()
+        schedule = self._schedule[1]
+        if schedule is None or value not in schedule:
+            self._schedule = timesteps, None
+            return counted, None
+        return schedule.index(value), len(schedule)
+
+    def _count_changes(self, value: float | None) -> int:
+        if value is None or value == self._timestep:
             return self._index_by_timestep
         if self._timestep is None:
             self._index_by_timestep = 0
         elif self._index_by_timestep == 0:
-            self._falls, self._index_by_timestep = timestep < self._timestep, 1
-        elif (timestep < self._timestep) == self._falls:
+            self._falls, self._index_by_timestep = value < self._timestep, 1
+        elif (value < self._timestep) == self._falls:
             self._index_by_timestep += 1
         else:
             self._index_by_timestep = 0
-        self._timestep = timestep
+        self._timestep = value
         return self._index_by_timestep
+
+
+class _SchedulerWatch:
+    """Finds out whether a pipeline's scheduler takes part in the loop that calls the transformer.
+
+    It does not where the user runs a loop of their own with another scheduler: the pipeline's then stands still while
+    the timesteps change. Comparing these waits for a GPU, so it is done only where more calls have come than branches
+    explain.
+    """
+
+    def __init__(self) -> None:
+        self._timesteps: Any = None
+        self._index = -1
+        self._first_timestep: Any = None
+        self._calls = 0
+        self._takes_part = True
+
+    def takes_part(self, timesteps: Any, index: int, timestep: Any) -> bool:
+        """Whether a call with `timestep` may be of step `index` of the scheduler's `timesteps`."""
+        if timesteps is not self._timesteps or index != self._index:
+            self._timesteps, self._index, self._first_timestep = timesteps, index, timestep
+            # Behind its last step it has ended.
+            self._calls, self._takes_part = 0, index < len(timesteps)
+        self._calls += 1
+        if self._takes_part and self._calls > MAX_UNNAMED_BRANCHES:
+            self._takes_part = _value(timestep) == _value(self._first_timestep)
+        return self._takes_part
+
+
+def _value(timestep: Any) -> float | None:
+    """A timestep as a number, the largest where there are many. Reading it off a GPU waits for it."""
+    return timestep.detach().max().item() if isinstance(timestep, Tensor) else timestep
 
 
 class CacheContextReceiver:

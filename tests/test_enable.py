@@ -377,6 +377,61 @@ def test_a_pipeline_with_a_compiled_transformer_runs_sparse(pipeline, dynamo):
     torch.testing.assert_close(generate(pipeline), stock)
 
 
+def compile_whole(model, way):
+    if way == "torch.compile":
+        return torch.compile(model, fullgraph=True, backend="eager")
+    model.compile(fullgraph=True, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("way", "order"),
+    [
+        ("torch.compile", "enable, compile"),
+        ("method", "compile, enable"),
+        ("torch.compile", "compile, run, enable"),
+    ],
+)
+def test_a_transformer_compiled_whole_sees_each_step_and_grid(way, order, dynamo):
+    model = TINY["wan"].make(num_layers=1)
+    videos = [steps(TINY["wan"].call(model, grid), 2) for grid in ((2, 3, 5), (2, 5, 3))]
+    calls = [call for video in videos for call in video]
+    early = config(dense_steps=0.1)
+    stock = run(model, calls[0])
+    model.enable_sparse_attention(early)
+    expected = [run(model, call) for call in calls]
+    model.disable_sparse_attention()
+
+    whole = model
+    for action in order.split(", "):
+        if action == "compile":
+            whole = compile_whole(model, way)
+        elif action == "enable":
+            diffsparse.enable_sparse_attention(whole, early)
+        else:
+            torch.testing.assert_close(run(whole, calls[0]), stock)
+    for call, output in zip(calls, expected):
+        torch.testing.assert_close(run(whole, call), output)
+    report = report_of(whole)
+    assert (report.sparse_calls, report.dense_reasons) == (2, {"early step": 2})
+    diffsparse.disable_sparse_attention(whole)
+    torch.testing.assert_close(run(whole, calls[0]), stock)
+
+
+def test_a_compiled_function_around_the_transformer_is_refused_with_the_way_out(dynamo):
+    model = TINY["wan"].make(num_layers=1)
+    call = TINY["wan"].call(model, (1, 3, 5))
+    model.enable_sparse_attention(SPARSE)
+    around = torch.compile(lambda: run(model, call), fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"Compile the transformer itself"):
+        around()
+
+
+def test_attention_is_captured_in_no_cuda_graph():
+    # A graph replays kernels alone: the plan of the call that was captured would be run for ever.
+    assert torch.Tag.cudagraph_unsafe in torch.ops.diffsparse.attend.default.tags
+
+
 # --- what stays dense, with its reason
 
 

@@ -6,7 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
 
 from diffsparse.steps import CacheContextReceiver, Step, StepClock
 
@@ -130,3 +136,91 @@ def test_calls_that_nothing_tells_apart_do_not_pile_up():
     seen = [clock.tick(torch.tensor([500.0])) for _ in range(9)]
     assert len({step.branch for step in seen}) <= 4
     assert [i for i, step in enumerate(seen) if step.is_first_of_generation] == [0, 4, 8]
+
+
+def ticks(clock, timesteps, calls_per_step=1):
+    return [clock.tick(torch.tensor([value])) for value in timesteps for _ in range(calls_per_step)]
+
+
+@pytest.mark.parametrize("left", ["new", "used up", "in the middle"])
+def test_a_loop_of_the_users_own_goes_by_its_timesteps_whatever_the_pipelines_scheduler_says(left):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    if left != "new":
+        scheduler.set_timesteps(6)
+        sample = torch.zeros(1, 2)
+        for timestep in scheduler.timesteps[: 6 if left == "used up" else 3]:
+            scheduler.step(sample, timestep, sample)
+    pipeline = Pipeline(scheduler=scheduler)
+    clock = StepClock(pipeline)
+    for generation in range(2):
+        seen = ticks(clock, range(1000, 0, -50))
+        # A scheduler that has not ended is believed for as many calls as a step may have.
+        believed = 4 if generation == 0 and left != "used up" else 0
+        assert [(step.index, step.total) for step in seen[believed:]] == [(i, None) for i in range(20 - believed)]
+        assert [i for i, step in enumerate(seen) if step.is_first_of_generation] == ([0, 4] if believed else [0])
+
+
+def test_many_branches_of_one_step_do_not_make_the_scheduler_look_idle():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(3)
+    pipeline = Pipeline(scheduler=scheduler)
+    clock, sample = StepClock(pipeline), torch.zeros(1, 2)
+    for index, timestep in enumerate(scheduler.timesteps):
+        seen = [clock.tick(timestep.expand(2)) for _ in range(7)]
+        assert {(step.index, step.total) for step in seen} == {(index, 3)}
+        sample = scheduler.step(sample, timestep, sample).prev_sample
+
+
+def test_a_generation_after_a_loop_of_the_users_own_goes_by_the_scheduler_again():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline = Pipeline(scheduler=scheduler)
+    clock = StepClock(pipeline)
+    ticks(clock, range(1000, 0, -50))
+    scheduler.set_timesteps(5)
+    step = clock.tick(scheduler.timesteps[0])
+    assert (step.index, step.total, step.is_first_of_generation) == (0, 5, True)
+
+
+def test_a_scheduler_without_a_step_index_says_the_step_by_its_timesteps():
+    # As CogVideoX has it.
+    scheduler = CogVideoXDDIMScheduler()
+    assert not hasattr(scheduler, "_step_index")
+    pipeline = Pipeline(scheduler=scheduler)
+    clock = StepClock(pipeline)
+    for count in (10, 4):
+        scheduler.set_timesteps(count)
+        seen = ticks(clock, scheduler.timesteps.tolist(), calls_per_step=2)
+        assert [(step.index, step.total) for step in seen] == [(i, count) for i in range(count) for _ in range(2)]
+    # From the middle of the schedule, as video to video begins.
+    seen = ticks(clock, scheduler.timesteps[2:].tolist())
+    assert [(step.index, step.total) for step in seen] == [(2, 4), (3, 4)]
+    assert seen[0].is_first_of_generation
+    # Timesteps that are not its own.
+    assert [(step.index, step.total) for step in ticks(clock, [990.5, 500.5, 100.5])] == [
+        (0, None),
+        (1, None),
+        (2, None),
+    ]
+
+
+@pytest.mark.parametrize("make", [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler])
+@pytest.mark.parametrize("begin", [0, 2])
+def test_the_last_call_of_the_last_step_is_known(make, begin):
+    scheduler = make()
+    scheduler.set_timesteps(4)
+    total = len(scheduler.timesteps)
+    scheduler.set_begin_index(begin)
+    pipeline = Pipeline(scheduler=scheduler)
+    clock, sample, last = StepClock(pipeline), torch.zeros(1, 2), []
+    for timestep in scheduler.timesteps[begin:]:
+        last += [clock.tick(timestep).is_last_of_generation for _ in range(2)]
+        sample = scheduler.step(sample, timestep, sample).prev_sample
+    assert last == [False] * (2 * (total - begin) - 1) + [True]
+
+
+def test_no_call_is_the_last_where_the_steps_before_do_not_say_how_many_there_are():
+    clock = StepClock()
+    for _ in range(2):
+        with clock.receive("cond", 0, 1):
+            assert not clock.tick(None).is_last_of_generation
+    assert not any(step.is_last_of_generation for step in ticks(clock, [900, 500, 100]))

@@ -89,8 +89,8 @@ def test_the_reader_sees_imports():
         "diffsparse.kernels.block_sparse",
         "diffsparse.permutation",
     }
-    assert others("diffsparse.enable") == {"torch", "diffusers"}
-    assert others("diffsparse.enable", on_loading=True) == {"torch"}
+    assert others("diffsparse.processors") == {"torch", "diffusers"}
+    assert others("diffsparse.processors", on_loading=True) == {"torch"}
 
 
 @pytest.mark.parametrize("name", SOURCES)

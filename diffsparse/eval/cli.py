@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Collection, Mapping, Sequence
 
-from diffsparse.eval import ablation, bench, compare, demo, doctor
-
-# Each module has add_arguments(parser) and run(args) -> exit code, and imports what is heavy only in run.
-COMMANDS: dict[str, tuple[ModuleType, str]] = {
-    "demo": (demo, "make one video densely and sparsely with the embedded model, and compare the two"),
-    "bench": (bench, "time sparse attention against dense attention on this machine"),
-    "doctor": (doctor, "what this machine can run, and a self-test of it"),
+# Each names a module with add_arguments(parser) and run(args) -> exit code, which imports what is heavy only in run.
+COMMANDS = {
+    "demo": "make one video densely and sparsely with the embedded model, and compare the two",
+    "bench": "time sparse attention against dense attention on this machine",
+    "doctor": "what this machine can run, and a self-test of it",
 }
-EVAL_COMMANDS: dict[str, tuple[ModuleType, str]] = {
-    "compare": (compare, "PSNR, SSIM and LPIPS of two videos"),
-    "ablation": (ablation, "what the adaptive strategy owes to its parts, on the demo model"),
+EVAL_COMMANDS = {
+    "compare": "PSNR, SSIM and LPIPS of two videos",
+    "ablation": "what the adaptive strategy owes to its parts, on the demo model",
 }
 
 USER_ERROR = 2
@@ -29,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is success, 2 something that the user can mend, told in one line, 130 Ctrl-C.
     """
-    args = make_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser(argv).parse_args(argv)
     try:
         exit_code: int = args.run(args)
     except KeyboardInterrupt:
@@ -43,24 +42,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; the parsed `run` is the chosen one's."""
+def make_parser(words: Collection[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands; the parsed `run` is the chosen one's.
+
+    With `words` of a command line, only a command among them has its arguments: the others' modules need not load.
+    """
     parser = argparse.ArgumentParser(
         prog="diffsparse",
         description="Sparse attention for diffusion transformers: try it, measure it, look whether it is worth it.",
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add(commands, COMMANDS)
+    _add(commands, COMMANDS, words)
     evaluation = commands.add_parser("eval", help="quality of videos", description="Quality of videos.")
-    _add(evaluation.add_subparsers(required=True, metavar="COMMAND"), EVAL_COMMANDS)
+    _add(evaluation.add_subparsers(required=True, metavar="COMMAND"), EVAL_COMMANDS, words)
     return parser
 
 
 def _add(
-    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], commands: dict[str, tuple[ModuleType, str]]
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    commands: Mapping[str, str],
+    words: Collection[str] | None,
 ) -> None:
-    for name, (module, summary) in commands.items():
+    for name, summary in commands.items():
         parser = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        module.add_arguments(parser)
-        parser.set_defaults(run=module.run)
+        if words is None or name in words:
+            module = importlib.import_module(f"diffsparse.eval.{name}")
+            module.add_arguments(parser)
+            parser.set_defaults(run=module.run)
