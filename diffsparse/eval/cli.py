@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from diffsparse.eval import ablation, bench, compare, demo, doctor
+from diffsparse.eval import ablation, bench, compare, demo, doctor, run
 
 # Each module has add_arguments(parser) and run(args) -> exit code, and imports what is heavy only in run.
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "doctor": (doctor, "what this machine can run, and a self-test of it"),
 }
 EVAL_COMMANDS: dict[str, tuple[ModuleType, str]] = {
+    "run": (run, "videos of the same prompts and seeds, densely and by each config, in a folder"),
     "compare": (compare, "PSNR, SSIM and LPIPS of two videos"),
     "ablation": (ablation, "what the adaptive strategy owes to its parts, on the demo model"),
 }
