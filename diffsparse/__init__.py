@@ -12,56 +12,80 @@ from typing import TYPE_CHECKING, Any
 
 from diffsparse.methods import add_methods
 
-if TYPE_CHECKING:
-    from diffsparse.config import PRESETS, SparseAttentionConfig
-    from diffsparse.enable import (
-        disable_sparse_attention,
-        enable_sparse_attention,
-        is_sparse_attention_enabled,
-        sparse_attention_report,
-    )
-    from diffsparse.report import SparseAttentionReport, TransformerReport
-    from diffsparse.session import DenseFallback
-    from diffsparse.strategies.adaptive import Adaptive
-    from diffsparse.strategies.dense import Dense
-
 __version__ = "0.1.0"
 
-__all__ = [
-    "PRESETS",
-    "Adaptive",
-    "Dense",
-    "DenseFallback",
-    "SparseAttentionConfig",
-    "SparseAttentionReport",
-    "TransformerReport",
-    "disable_sparse_attention",
-    "enable_sparse_attention",
-    "is_sparse_attention_enabled",
-    "sparse_attention_report",
-]
+# For type checkers: the same names as in _HOMES.
+if TYPE_CHECKING:
+    from diffsparse.config import PRESETS as PRESETS
+    from diffsparse.config import SparseAttentionConfig as SparseAttentionConfig
+    from diffsparse.enable import disable_sparse_attention as disable_sparse_attention
+    from diffsparse.enable import enable_sparse_attention as enable_sparse_attention
+    from diffsparse.enable import is_sparse_attention_enabled as is_sparse_attention_enabled
+    from diffsparse.enable import sparse_attention_report as sparse_attention_report
+    from diffsparse.pipelines.family import Family as Family
+    from diffsparse.pipelines.family import Layout as Layout
+    from diffsparse.report import SparseAttentionReport as SparseAttentionReport
+    from diffsparse.report import TransformerReport as TransformerReport
+    from diffsparse.session import DenseFallback as DenseFallback
+    from diffsparse.strategies.adaptive import Adaptive as Adaptive
+    from diffsparse.strategies.dense import Dense as Dense
+    from diffsparse.strategies.draft_attention import DraftAttention as DraftAttention
+    from diffsparse.strategies.flex_prefill import FlexPrefill as FlexPrefill
+    from diffsparse.strategies.minference import MInference as MInference
+    from diffsparse.strategies.paro_attention import PAROAttention as PAROAttention
+    from diffsparse.strategies.radial import Radial as Radial
+    from diffsparse.strategies.rain_fusion import RainFusion as RainFusion
+    from diffsparse.strategies.rain_fusion2 import RainFusion2 as RainFusion2
+    from diffsparse.strategies.s2_attention import S2Attention as S2Attention
+    from diffsparse.strategies.sample_attention import SampleAttention as SampleAttention
+    from diffsparse.strategies.sliding_tile import SlidingTile as SlidingTile
+    from diffsparse.strategies.sparge_attention import SpargeAttention as SpargeAttention
+    from diffsparse.strategies.sparse_d import SparseD as SparseD
+    from diffsparse.strategies.sparse_video_gen import SparseVideoGen as SparseVideoGen
+    from diffsparse.strategies.svg2 import SVG2 as SVG2
+    from diffsparse.strategies.vmoba import VMoBA as VMoBA
+    from diffsparse.strategies.x_attention import XAttention as XAttention
 
 _HOMES = {
-    "config": ("PRESETS", "SparseAttentionConfig"),
-    "enable": (
-        "disable_sparse_attention",
-        "enable_sparse_attention",
-        "is_sparse_attention_enabled",
-        "sparse_attention_report",
-    ),
-    "report": ("SparseAttentionReport", "TransformerReport"),
-    "session": ("DenseFallback",),
-    "strategies.adaptive": ("Adaptive",),
-    "strategies.dense": ("Dense",),
+    "PRESETS": "config",
+    "SparseAttentionConfig": "config",
+    "disable_sparse_attention": "enable",
+    "enable_sparse_attention": "enable",
+    "is_sparse_attention_enabled": "enable",
+    "sparse_attention_report": "enable",
+    "Family": "pipelines.family",
+    "Layout": "pipelines.family",
+    "SparseAttentionReport": "report",
+    "TransformerReport": "report",
+    "DenseFallback": "session",
+    "Adaptive": "strategies.adaptive",
+    "Dense": "strategies.dense",
+    "DraftAttention": "strategies.draft_attention",
+    "FlexPrefill": "strategies.flex_prefill",
+    "MInference": "strategies.minference",
+    "PAROAttention": "strategies.paro_attention",
+    "Radial": "strategies.radial",
+    "RainFusion": "strategies.rain_fusion",
+    "RainFusion2": "strategies.rain_fusion2",
+    "S2Attention": "strategies.s2_attention",
+    "SampleAttention": "strategies.sample_attention",
+    "SlidingTile": "strategies.sliding_tile",
+    "SpargeAttention": "strategies.sparge_attention",
+    "SparseD": "strategies.sparse_d",
+    "SparseVideoGen": "strategies.sparse_video_gen",
+    "SVG2": "strategies.svg2",
+    "VMoBA": "strategies.vmoba",
+    "XAttention": "strategies.x_attention",
 }
 """The module of each public name; it is loaded when the name is first used, so that commands answer at once."""
 
+__all__ = tuple(_HOMES)
+
 
 def __getattr__(name: str) -> Any:
-    home = next((home for home, names in _HOMES.items() if name in names), None)
-    if home is None:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     return value
 
 

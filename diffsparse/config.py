@@ -21,7 +21,7 @@ class SparseAttentionConfig:
             steps lay out the scene.
         dense_layers: indices of layers that stay dense, counted from 0; negative ones from the end.
         min_tokens: shorter sequences stay dense, where sparse attention would not be faster.
-        replan_every: steps for which a layer's plan is kept.
+        replan_every: steps for which a layer's plan is kept, unless the strategy has made it to last.
         strict: raise at the first dense fallback, instead of counting it in the report. Early steps, dense layers
             and short sequences are policy, not fallbacks.
         backend: the kernel's implementation, one of those that `diffsparse doctor` lists; None for the best one.

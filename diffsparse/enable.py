@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import logging
 import weakref
@@ -14,8 +13,10 @@ import torch
 from torch import nn
 
 from diffsparse.config import SparseAttentionConfig, as_config
-from diffsparse.pipelines.families import find_family
+from diffsparse.describe import attention_patterns, family_to_start_from
+from diffsparse.pipelines.families import FAMILIES, find_family
 from diffsparse.pipelines.family import Family
+from diffsparse.pipelines.left_alone import LEFT_ALONE
 from diffsparse.processors import make_sparse, make_stock
 from diffsparse.report import SparseAttentionReport, make_report
 from diffsparse.session import Session
@@ -38,23 +39,30 @@ class _Enabled:
 _ENABLED: weakref.WeakKeyDictionary[nn.Module, _Enabled] = weakref.WeakKeyDictionary()
 
 
-def enable_sparse_attention(model: Any, config: SparseAttentionConfig | str | None = None) -> None:
+def enable_sparse_attention(
+    model: Any, config: SparseAttentionConfig | str | None = None, family: Family | None = None
+) -> None:
     """Make the self-attention of a pipeline's transformers sparse, until `disable_sparse_attention`.
 
     Works before or after offloading, compiling, or loading adapters. A transformer of no known family stays dense,
-    with a warning.
+    with a warning that says how to describe it.
 
     Args:
         model: a diffusers pipeline, a modular pipeline, or a transformer.
         config: None or the name of a preset, "quality", "balanced" (the default) or "fast", or a
             `SparseAttentionConfig`.
+        family: your own description of transformers, which goes before the known families.
 
     Raises:
-        ValueError: sparse attention is enabled already, the config is wrong, or there is no transformer.
-        TypeError: `config` or `model` is of another type.
+        ValueError: sparse attention is enabled already, the config is wrong, there is no transformer, or `family`
+            names none of them or other modules than attention.
+        TypeError: `config`, `model` or `family` is of another type.
     """
     chosen = as_config(config)
-    transformers = _transformers(model)
+    if family is not None and not isinstance(family, Family):
+        raise TypeError(f"`family` must be None or a diffsparse.Family, got {family!r}.")
+    own = () if family is None else (family,)
+    transformers = _transformers(model, own)
     if not transformers:
         raise ValueError(
             f"{type(model).__name__} has no diffusion transformer among its components, so there is no attention to "
@@ -67,7 +75,13 @@ def enable_sparse_attention(model: Any, config: SparseAttentionConfig | str | No
             f"{_ENABLED[transformers[active]].session.config}. Call `disable_sparse_attention()` first."
         )
     pipeline = None if isinstance(model, nn.Module) else model
-    sessions = {name: _open_session(t, chosen, pipeline) for name, t in transformers.items()}
+    families = {name: find_family(t, own) or find_family(t) for name, t in transformers.items()}
+    if family is not None and family not in families.values():
+        raise ValueError(
+            f"`family` describes {', '.join(family.transformers) or 'no transformer'}, but {type(model).__name__} has "
+            f"{', '.join(sorted({type(t).__name__ for t in transformers.values()}))}. Name its class in `transformers`."
+        )
+    sessions = {name: _open_session(t, families[name], chosen, pipeline) for name, t in transformers.items()}
     for name, transformer in transformers.items():
         _attach(transformer, sessions[name])
 
@@ -101,8 +115,11 @@ def sparse_attention_report(model: Any) -> SparseAttentionReport:
     return make_report(sessions)
 
 
-def _transformers(model: Any) -> dict[str, nn.Module]:
-    """The diffusion transformers of a pipeline by component name, or the model itself by its class name."""
+def _transformers(model: Any, own: tuple[Family, ...] = ()) -> dict[str, nn.Module]:
+    """The diffusion transformers of a pipeline by component name, or the model itself by its class name.
+
+    They are those of a known family or of the user's `own`, those that are enabled, and what the pipeline calls so.
+    """
     if isinstance(model, nn.Module):
         inner = _uncompiled(model)
         return {type(inner).__name__: inner}
@@ -113,7 +130,7 @@ def _transformers(model: Any) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in modules.items()
-        if find_family(module) is not None or name.startswith("transformer")
+        if find_family(module, (*own, *FAMILIES)) is not None or module in _ENABLED or name.startswith("transformer")
     }
 
 
@@ -123,27 +140,44 @@ def _uncompiled(module: nn.Module) -> nn.Module:
     return inner
 
 
-def _open_session(transformer: nn.Module, config: SparseAttentionConfig, pipeline: Any) -> Session:
-    family = find_family(transformer)
+def _open_session(
+    transformer: nn.Module, family: Family | None, config: SparseAttentionConfig, pipeline: Any
+) -> Session:
+    if family is None and (reason := LEFT_ALONE.get(type(transformer).__name__)) is not None:
+        logger.warning("%s stays dense: %s.", type(transformer).__name__, reason)
+        return Session(transformer, UNKNOWN, (), config, pipeline)
     if family is None:
         logger.warning(
-            "%s is of no model family that diffsparse knows, so it stays dense. To add one, describe it as in "
-            "diffsparse/pipelines (class name, names of its self-attention modules, where a call says its frames, "
-            "height and width); these families are known: see `diffsparse doctor`.",
+            "%s is of no model family that diffsparse knows, so it stays dense. To make it sparse, describe it; "
+            "start from this, and read diffsparse/pipelines for examples:\n\n%s",
             type(transformer).__name__,
+            family_to_start_from(transformer),
         )
         return Session(transformer, UNKNOWN, (), config, pipeline)
-    names = tuple(
-        name
-        for name, _ in transformer.named_modules()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in family.layers)
-    )
-    return Session(transformer, family, names, config, pipeline)
+    return Session(transformer, family, _layer_names(transformer, family), config, pipeline)
+
+
+def _layer_names(transformer: nn.Module, family: Family) -> tuple[str, ...]:
+    """The modules that the family's patterns match.
+
+    Raises:
+        ValueError: they match none, or one that is no attention module.
+    """
+    names = family.layer_names(transformer)
+    wrong = next((name for name in names if not hasattr(transformer.get_submodule(name), "processor")), None)
+    if not names or wrong is not None:
+        found = "no module" if wrong is None else f"`{wrong}`, which has no attention processor,"
+        raise ValueError(
+            f"`layers` {family.layers} of the family {family.name!r} match {found} of {type(transformer).__name__}. "
+            f"Its attention modules are {attention_patterns(transformer)}: describe it by a Family whose `layers` "
+            f"match those of self-attention and nothing else, and pass it as `family`."
+        )
+    return names
 
 
 def _attach(transformer: nn.Module, session: Session) -> None:
     for layer, (name, handle) in enumerate(zip(session.layer_names, session.handles)):
-        if not make_sparse(transformer.get_submodule(name), handle):
+        if not make_sparse(transformer.get_submodule(name), handle, session.family.spreads_mask):
             session.refused.add(layer)
             logger.warning("%s keeps its own attention: its processor cannot be made sparse.", name)
     if hasattr(transformer, "cache_context"):

@@ -107,6 +107,11 @@ class BlockSums:
         numerator, denominator = self._sum((self.peaks - self.peaks.amax(2, keepdim=True)).exp_())
         return numerator / denominator
 
+    def mass(self) -> Tensor:
+        """Share of each row's attention that each block holds, [B, H, K, R]."""
+        weights = self.denominators * (self.peaks - self.peaks.amax(2, keepdim=True)).exp_()
+        return weights / weights.sum(2, keepdim=True)
+
     def masked(self, visible: Tensor) -> tuple[Tensor, Tensor]:
         """What a block mask gives the sampled rows, without and with the pooled tail, each [B, H, D, R].
 

@@ -36,16 +36,25 @@ def tile_order(grid: TokenGrid, tile: tuple[int, int, int], device: torch.device
     Raises:
         ValueError: a tile side that is not positive.
     """
+    # A stable sort keeps the frame-major order inside each tile.
+    by_tile = torch.argsort(tile_of_token(grid, tile, device), stable=True)
+    return _with_text_last(grid, _video_tokens(grid, device).reshape(-1)[by_tile])
+
+
+def tile_of_token(grid: TokenGrid, tile: tuple[int, int, int], device: torch.device | str = "cpu") -> Tensor:
+    """The number of the tile that each video token lies in, tiles counted frame-major: [num_video_tokens] int64.
+
+    Raises:
+        ValueError: a tile side that is not positive.
+    """
     if min(tile) < 1:
         raise ValueError(f"`tile` must have three positive sides, in tokens, got {tile}.")
     sizes = (grid.frames, grid.height, grid.width)
     places = torch.meshgrid(*(torch.arange(size, device=device) for size in sizes), indexing="ij")
-    rank = torch.zeros(sizes, dtype=torch.long, device=device)
+    number = torch.zeros(sizes, dtype=torch.long, device=device)
     for place, side, size in zip(places, tile, sizes):
-        rank = rank * -(-size // side) + place // side
-    # A stable sort keeps the frame-major order inside each tile.
-    by_tile = torch.argsort(rank.reshape(-1), stable=True)
-    return _with_text_last(grid, _video_tokens(grid, device).reshape(-1)[by_tile])
+        number = number * -(-size // side) + place // side
+    return number.reshape(-1)
 
 
 def _video_tokens(grid: TokenGrid, device: torch.device | str) -> Tensor:

@@ -23,6 +23,7 @@ class AttentionPlan:
         key_permutation: the order of keys and values where it is not that of the queries; None where it is. Padded
             text stays last in both.
         skipped: [H] bool, heads whose output is 0; None for no head.
+        lasts: whether it serves all steps to come of a generation, whatever the config says of replanning.
     """
 
     permutation: Permutation | None
@@ -31,6 +32,7 @@ class AttentionPlan:
     classes: Tensor | None = None
     key_permutation: Permutation | None = None
     skipped: Tensor | None = None
+    lasts: bool = False
 
     def attend(
         self,

@@ -7,7 +7,7 @@ import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +29,11 @@ class Family(Protocol):
     @property
     def padding_mask(self) -> bool: ...  # noqa: D102
     @property
-    def layout(self) -> Callable[[nn.Module, Mapping[str, Any]], tuple[int, ...] | None]: ...  # noqa: D102
+    def timestep(self) -> str: ...  # noqa: D102
+    @property
+    def spreads_mask(self) -> bool: ...  # noqa: D102
+    @property
+    def layout(self) -> Callable[[nn.Module, Mapping[str, Any]], tuple[int | None, ...] | None]: ...  # noqa: D102
 
 
 class DenseFallback(RuntimeError):
@@ -57,6 +61,12 @@ class LayerTally:
 class _KeptPlan:
     plan: AttentionPlan | None
     made_at: int
+
+    def serves(self, step: int, replan_every: int) -> bool:
+        """Whether the plan is still right at this step of the same generation."""
+        age = step - self.made_at
+        lasts = self.plan is not None and self.plan.lasts
+        return age >= 0 and (lasts or age < replan_every)
 
 
 class Session:
@@ -90,7 +100,8 @@ class Session:
         self._model_name = type(transformer).__name__
         self._argument_names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._dense_layers = self._resolve_dense_layers()
-        self._grid: TokenGrid | None = None
+        self._layout: tuple[int | None, ...] | None = None
+        self._rows: Counter[int] = Counter()
         self._step: Step | None = None
         self._plans: dict[Hashable, _KeptPlan] = {}
         self.handles = tuple(_register(self, layer) for layer in range(len(layer_names)))
@@ -100,11 +111,11 @@ class Session:
     def begin_call(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read step and layout off a call of the transformer; its forward pre-hook."""
         call = dict(zip(self._argument_names, args)) | kwargs
-        self._step = self.clock.tick(call.get("timestep"))
-        layout = self.family.layout(transformer, call)
-        last, self._grid = self._grid, TokenGrid(*layout) if layout is not None else None
+        self._step = self.clock.tick(call.get(self.family.timestep))
+        self._rows.clear()
+        last, self._layout = self._layout, self.family.layout(transformer, call)
         # Branches may differ in their text, but never in the size of the video.
-        if self._step.is_first_of_generation or _video_size(self._grid) != _video_size(last):
+        if self._step.is_first_of_generation or _video_size(self._layout) != _video_size(last):
             self._plans.clear()
         if self.config.strict:
             for layer, name in enumerate(self.layer_names):
@@ -139,6 +150,7 @@ class Session:
             DenseFallback: the config is strict and this layer cannot run sparse.
         """
         self.num_heads = query.shape[1]
+        self._rows[layer] += 1
         if (reason := self._policy(layer, query)) is not None:
             self.count_dense(layer, reason)
             return dense()
@@ -186,6 +198,18 @@ class Session:
                 )
         return frozenset(layer % count for layer in self.config.dense_layers)
 
+    def _grid(self, num_tokens: int) -> TokenGrid | None:
+        """Where the tokens of a sequence of this length sit, by the layout of the call."""
+        if self._layout is None:
+            return None
+        *fixed, text_after = self._layout
+        grid = TokenGrid(*fixed)  # type: ignore[arg-type]
+        # Some layers see the grid without its text.
+        if num_tokens == grid.num_video_tokens:
+            return replace(grid, text_before=0)
+        left = max(0, num_tokens - grid.num_tokens) if text_after is None else text_after
+        return replace(grid, text_after=left)
+
     def _policy(self, layer: int, query: Tensor) -> str | None:
         """Why the user's own settings want this call dense."""
         if layer in self._dense_layers:
@@ -200,12 +224,13 @@ class Session:
         """Why this call cannot run sparse."""
         if self._step is None:
             return "called outside its transformer"
-        if self._grid is None:
+        grid = self._grid(query.shape[2])
+        if grid is None:
             return "the call does not say the size of the grid"
         if query.shape != key.shape or key.shape != value.shape:
             return "query, key and value differ in shape"
-        if query.shape[2] != self._grid.num_tokens:
-            return f"{query.shape[2]} tokens where the layout says {self._grid.num_tokens}"
+        if query.shape[2] != grid.num_tokens:
+            return f"{query.shape[2]} tokens where the layout says {grid.num_tokens}"
         if query.shape[3] > MAX_HEAD_DIM:
             return f"head dim {query.shape[3]} above {MAX_HEAD_DIM}"
         if mask is not None and not (self.family.padding_mask and _hides_keys_only(mask)):
@@ -222,17 +247,19 @@ class Session:
         scale: float | None,
     ) -> AttentionPlan | str:
         """The layer's plan, kept or new, or why there is none."""
+        grid = self._grid(query.shape[2])
         assert self._step is not None
-        assert self._grid is not None
-        made_for = (self._grid, query.shape, query.dtype, query.device, key_length is None)
+        assert grid is not None
+        made_for = (grid, query.shape, query.dtype, query.device, key_length is None)
         # Guidance branches share a plan: their errors then point the same way, and guidance does not amplify them.
-        slot = (layer, made_for, None if self._step.branch_is_named else self._step.branch)
+        # A model that attends row by row of the batch calls a layer several times; each row is a video of its own.
+        slot = (layer, self._rows[layer], made_for, None if self._step.branch_is_named else self._step.branch)
         kept = self._plans.get(slot)
-        if kept is None or not 0 <= self._step.index - kept.made_at < self.config.replan_every:
+        if kept is None or not kept.serves(self._step.index, self.config.replan_every):
             if not _is_finite(query, key, value):
                 return "NaN or infinity in query, key or value"
             call = AttentionCall(
-                grid=self._grid,
+                grid=grid,
                 layer=layer,
                 num_layers=len(self.layer_names),
                 step=self._step.index,
@@ -271,8 +298,8 @@ def find_layer(handle: Tensor) -> tuple[Session, int] | None:
     return None if session is None else (session, layer)
 
 
-def _video_size(grid: TokenGrid | None) -> tuple[int, int, int] | None:
-    return None if grid is None else (grid.frames, grid.height, grid.width)
+def _video_size(layout: tuple[int | None, ...] | None) -> tuple[int | None, ...] | None:
+    return None if layout is None else layout[:3]
 
 
 def _hides_keys_only(mask: Tensor) -> bool:

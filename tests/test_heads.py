@@ -32,6 +32,13 @@ def test_exact_is_dense_attention(case):
     assert torch.allclose(sums.exact().double(), expected, atol=1e-5)
 
 
+def test_mass_is_what_the_weights_of_each_block_sum_to(case):
+    rows, key, _, _, sums = case
+    in_block = torch.nn.functional.one_hot(torch.arange(105) // 16).double()  # [S, K]
+    weights = torch.softmax(rows.double() @ key.double().transpose(-1, -2), -1)
+    assert torch.allclose(sums.mass().double(), (weights @ in_block).transpose(-1, -2), atol=1e-5)
+
+
 def test_masked_is_attention_to_the_visible_blocks(case):
     rows, key, value, visible, sums = case
     seen = visible.transpose(-1, -2)[..., torch.arange(105) // 16]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_models import wan
+from tiny_models import TINY
 
 import diffsparse
 from diffsparse import Adaptive, SparseAttentionConfig
@@ -56,7 +56,7 @@ def test_the_dict_is_ready_for_json():
 
 
 def test_nothing_to_report_is_an_error_that_says_so():
-    transformer = wan()
+    transformer = TINY["wan"].make()
     with pytest.raises(ValueError, match="not enabled"):
         diffsparse.sparse_attention_report(transformer)
     transformer.enable_sparse_attention(SparseAttentionConfig(Adaptive(density=0.5)))

@@ -1,251 +1,96 @@
-"""Tiny transformers of every family with random weights, calls of them, and a whole tiny pipeline."""
+"""The tiny transformers with random weights that tests run on, one for each class, and a whole tiny pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    CogVideoXTransformer3DModel,
-    FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
-    HunyuanVideoTransformer3DModel,
-    LTXVideoTransformer3DModel,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+from tiny.allegro import ALLEGRO
+from tiny.anyflow import ANYFLOW
+from tiny.auraflow import AURAFLOW
+from tiny.chroma import CHROMA
+from tiny.chronoedit import CHRONOEDIT
+from tiny.cogvideox import COGVIDEOX
+from tiny.cogview import COGVIEW3, COGVIEW4, GLM_IMAGE
+from tiny.consisid import CONSISID
+from tiny.cosmos import COSMOS
+from tiny.easyanimate import EASYANIMATE
+from tiny.ernie_image import ERNIE_IMAGE
+from tiny.flux import BRIA, BRIA_FIBO, FLUX, LONGCAT_IMAGE, OVIS_IMAGE
+from tiny.flux2 import FLUX2
+from tiny.flux3 import FLUX3
+from tiny.framepack import FRAMEPACK
+from tiny.helios import HELIOS
+from tiny.hidream import HIDREAM
+from tiny.hunyuan_image import HUNYUAN_IMAGE
+from tiny.hunyuan_video import HUNYUAN_VIDEO
+from tiny.hunyuan_video15 import HUNYUAN_VIDEO_15
+from tiny.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
+from tiny.kandinsky5 import KANDINSKY5
+from tiny.ltx import LTX
+from tiny.ltx2 import LTX2
+from tiny.lumina2 import LUMINA2
+from tiny.mochi import MOCHI
+from tiny.model import TEXT_CHANNELS, Grid, TinyModel
+from tiny.pixart import DIT, HUNYUAN_DIT, PIXART
+from tiny.qwen_image import QWEN_IMAGE
+from tiny.sd3 import SD3
+from tiny.skyreels_v2 import SKYREELS_V2
+from tiny.wan import WAN
+from tiny.wan_animate import WAN_ANIMATE
+from tiny.wan_vace import WAN_VACE
+from tiny.z_image import Z_IMAGE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-HEADS, HEAD_DIM = 2, 32
-CHANNELS = 4
-TEXT_TOKENS, TEXT_CHANNELS = 7, 16
-
-Grid = tuple[int, int, int]
-"""Frames, height, width in tokens."""
-
-
-class TinyModel(NamedTuple):
-    """How to make a transformer of a family, and the named arguments of a call of it.
-
-    Attributes:
-        make: config entries that differ from the tiny ones -> the transformer, the same weights each time.
-        call: transformer, grid, batch size, seed -> named arguments of its forward.
-        layers: names of its self-attention modules, in the order they run.
-        text_before, text_after: text tokens in the sequence of self-attention.
-    """
-
-    make: Callable[..., nn.Module]
-    call: Callable[..., dict[str, Any]]
-    layers: tuple[str, ...]
-    text_before: int = 0
-    text_after: int = 0
-
-
-def wan(**changes: Any) -> nn.Module:
-    return _seeded(
-        WanTransformer3DModel,
-        {
-            "patch_size": (1, 2, 2),
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "text_dim": TEXT_CHANNELS,
-            "freq_dim": 16,
-            "ffn_dim": 32,
-            "num_layers": 3,
-            "rope_max_seq_len": 64,
-        },
-        changes,
-    )
-
-
-def wan_call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:
-    random = _Random(seed)
-    sizes = (size * patch for size, patch in zip(grid, model.config.patch_size))
-    return {
-        "hidden_states": random(batch, model.config.in_channels, *sizes),
-        "timestep": torch.full((batch,), 500),
-        "encoder_hidden_states": random(batch, TEXT_TOKENS, TEXT_CHANNELS),
-    }
-
-
-def hunyuan_video(**changes: Any) -> nn.Module:
-    return _seeded(
-        HunyuanVideoTransformer3DModel,
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "num_refiner_layers": 1,
-            "patch_size": 2,
-            "patch_size_t": 1,
-            "guidance_embeds": True,
-            "text_embed_dim": TEXT_CHANNELS,
-            "pooled_projection_dim": 8,
-            "rope_axes_dim": (8, 12, 12),
-        },
-        changes,
-    )
-
-
-def hunyuan_video_call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:
-    """Rows of the batch have 4, 3, 2, … text tokens that are not padding."""
-    random = _Random(seed)
-    frames, height, width = grid
-    patch = model.config.patch_size
-    lengths = torch.arange(4, 4 - batch, -1)
-    call = {
-        "hidden_states": random(
-            batch, model.config.in_channels, frames * model.config.patch_size_t, height * patch, width * patch
-        ),
-        "timestep": torch.full((batch,), 500),
-        "encoder_hidden_states": random(batch, TEXT_TOKENS, TEXT_CHANNELS),
-        "encoder_attention_mask": (torch.arange(TEXT_TOKENS) < lengths[:, None]).long(),
-        "pooled_projections": random(batch, 8),
-    }
-    return call | ({"guidance": torch.full((batch,), 6000.0)} if model.config.guidance_embeds else {})
-
-
-def cogvideox(**changes: Any) -> nn.Module:
-    return _seeded(
-        CogVideoXTransformer3DModel,
-        {
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "time_embed_dim": 8,
-            "text_embed_dim": TEXT_CHANNELS,
-            "num_layers": 3,
-            "sample_width": 10,
-            "sample_height": 14,
-            "sample_frames": 9,
-            "patch_size": 2,
-            "temporal_compression_ratio": 4,
-            "max_text_seq_length": TEXT_TOKENS,
-        },
-        changes,
-    )
-
-
-def cogvideox_call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:
-    random = _Random(seed)
-    frames, height, width = grid
-    patch, patch_t = model.config.patch_size, model.config.patch_size_t or 1
-    return {
-        "hidden_states": random(batch, frames * patch_t, model.config.in_channels, height * patch, width * patch),
-        "timestep": torch.full((batch,), 500),
-        "encoder_hidden_states": random(batch, TEXT_TOKENS, TEXT_CHANNELS),
-    }
-
-
-def ltx(**changes: Any) -> nn.Module:
-    return _seeded(
-        LTXVideoTransformer3DModel,
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "cross_attention_dim": HEADS * HEAD_DIM,
-            "num_layers": 3,
-            "caption_channels": TEXT_CHANNELS,
-        },
-        changes,
-    )
-
-
-def ltx_call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:
-    random = _Random(seed)
-    frames, height, width = grid
-    return {
-        "hidden_states": random(batch, frames * height * width, model.config.in_channels),
-        "encoder_hidden_states": random(batch, TEXT_TOKENS, TEXT_CHANNELS),
-        "timestep": torch.full((batch,), 500),
-        "encoder_attention_mask": torch.ones(batch, TEXT_TOKENS),
-        "num_frames": frames,
-        "height": height,
-        "width": width,
-    }
-
-
-def flux(**changes: Any) -> nn.Module:
-    return _seeded(
-        FluxTransformer2DModel,
-        {
-            "in_channels": CHANNELS,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": HEAD_DIM,
-            "num_attention_heads": HEADS,
-            "joint_attention_dim": TEXT_CHANNELS,
-            "pooled_projection_dim": 8,
-            "axes_dims_rope": (8, 12, 12),
-        },
-        changes,
-    )
-
-
-def flux_call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:
-    random = _Random(seed)
-    frames, height, width = grid
-    return {
-        "hidden_states": random(batch, frames * height * width, model.config.in_channels),
-        "encoder_hidden_states": random(batch, TEXT_TOKENS, TEXT_CHANNELS),
-        "pooled_projections": random(batch, 8),
-        "timestep": torch.full((batch,), 0.5),
-        "img_ids": image_ids(height, width),
-        "txt_ids": torch.zeros(TEXT_TOKENS, 3),
-    }
-
-
-def image_ids(height: int, width: int, image: int = 0) -> Tensor:
-    """Flux's position ids [height * width, 3] of one image."""
-    return torch.cartesian_prod(torch.tensor([image]), torch.arange(height), torch.arange(width)).float()
-
-
-TINY = {
-    "wan": TinyModel(wan, wan_call, tuple(f"blocks.{i}.attn1" for i in range(3))),
-    "hunyuan_video": TinyModel(
-        hunyuan_video,
-        hunyuan_video_call,
-        (
-            *(f"transformer_blocks.{i}.attn" for i in range(2)),
-            *(f"single_transformer_blocks.{i}.attn" for i in range(2)),
-        ),
-        text_after=TEXT_TOKENS,
-    ),
-    "cogvideox": TinyModel(
-        cogvideox,
-        cogvideox_call,
-        tuple(f"transformer_blocks.{i}.attn1" for i in range(3)),
-        text_before=TEXT_TOKENS,
-    ),
-    "ltx": TinyModel(ltx, ltx_call, tuple(f"transformer_blocks.{i}.attn1" for i in range(3))),
-    "flux": TinyModel(
-        flux,
-        flux_call,
-        (
-            *(f"transformer_blocks.{i}.attn" for i in range(2)),
-            *(f"single_transformer_blocks.{i}.attn" for i in range(2)),
-        ),
-        text_before=TEXT_TOKENS,
-    ),
+TINY: dict[str, TinyModel] = {
+    "wan": WAN,
+    "wan_vace": WAN_VACE,
+    "wan_animate": WAN_ANIMATE,
+    "skyreels_v2": SKYREELS_V2,
+    "chronoedit": CHRONOEDIT,
+    "hunyuan_video": HUNYUAN_VIDEO,
+    "framepack": FRAMEPACK,
+    "hunyuan_video15": HUNYUAN_VIDEO_15,
+    "cogvideox": COGVIDEOX,
+    "ltx": LTX,
+    "allegro": ALLEGRO,
+    "anyflow": ANYFLOW,
+    "consisid": CONSISID,
+    "cosmos": COSMOS,
+    "easyanimate": EASYANIMATE,
+    "helios": HELIOS,
+    "kandinsky5": KANDINSKY5,
+    "ltx2": LTX2,
+    "flux": FLUX,
+    "bria": BRIA,
+    "bria_fibo": BRIA_FIBO,
+    "ovis_image": OVIS_IMAGE,
+    "longcat_image": LONGCAT_IMAGE,
+    "chroma": CHROMA,
+    "flux2": FLUX2,
+    "flux3": FLUX3,
+    "qwen_image": QWEN_IMAGE,
+    "sd3": SD3,
+    "cogview3": COGVIEW3,
+    "cogview4": COGVIEW4,
+    "glm_image": GLM_IMAGE,
+    "auraflow": AURAFLOW,
+    "hunyuan_image": HUNYUAN_IMAGE,
+    "ernie_image": ERNIE_IMAGE,
+    "hidream": HIDREAM,
+    "z_image": Z_IMAGE,
+    "lumina2": LUMINA2,
+    "pixart": PIXART,
+    "dit": DIT,
+    "hunyuan_dit": HUNYUAN_DIT,
+    "joyimage_edit": JOYIMAGE_EDIT,
+    "joyimage_edit_plus": JOYIMAGE_EDIT_PLUS,
+    "mochi": MOCHI,
 }
-"""The families by name."""
-
-
-def tiny_grid(family: str) -> Grid:
-    """An odd grid of a few dozen tokens; Flux makes one image."""
-    return (1, 7, 5) if family == "flux" else (3, 7, 5)
+"""Every test of families and of enabling runs on each of these."""
 
 
 def tiny_wan_pipeline(seed: int = 0, two_experts: bool = False) -> WanPipeline:
@@ -273,8 +118,8 @@ def tiny_wan_pipeline(seed: int = 0, two_experts: bool = False) -> WanPipeline:
         text_encoder=text_encoder,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=wan(in_channels=16, out_channels=16, num_layers=2),
-        transformer_2=wan(in_channels=16, out_channels=16, num_layers=2) if two_experts else None,
+        transformer=WAN.make(in_channels=16, out_channels=16, num_layers=2),
+        transformer_2=WAN.make(in_channels=16, out_channels=16, num_layers=2) if two_experts else None,
         boundary_ratio=0.8 if two_experts else None,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -297,22 +142,6 @@ def generate(pipeline: WanPipeline, *, steps: int = 3, grid: Grid = (2, 3, 5), *
         "output_type": "latent",
     }
     return pipeline(**(call | changes)).frames
-
-
-class _Random:
-    """Normal tensors of given sizes, one after the other from one seed."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, *sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=self.generator)
-
-
-def _seeded(cls: Callable[..., nn.Module], config: dict[str, Any], changes: dict[str, Any]) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return cls(**(config | changes)).eval().requires_grad_(False)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

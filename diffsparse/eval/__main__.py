@@ -1,7 +1,7 @@
-"""`python -m diffsparse.eval`, the same as `diffsparse`."""
+"""`python -m diffsparse.eval run …` is `diffsparse eval run …`, for launchers; other words are as in `diffsparse`."""
 
 import sys
 
-from diffsparse.eval.cli import main
+from diffsparse.eval.cli import EVAL_COMMANDS, main
 
-sys.exit(main())
+sys.exit(main(["eval", *sys.argv[1:]] if sys.argv[1:2] and sys.argv[1] in EVAL_COMMANDS else sys.argv[1:]))

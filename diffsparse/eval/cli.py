@@ -14,6 +14,7 @@ COMMANDS = {
     "doctor": "what this machine can run, and a self-test of it",
 }
 EVAL_COMMANDS = {
+    "run": "videos of the same prompts and seeds, densely and by each config, in a folder",
     "compare": "PSNR, SSIM and LPIPS of two videos",
     "ablation": "what the adaptive strategy owes to its parts, on the demo model",
 }

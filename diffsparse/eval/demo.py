@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
     device = choose_device(args.device)
     lpips = lpips_or_reason(args.lpips_backbone)
-    _make_writable(args.output)
+    make_writable(args.output)
 
     started = time.perf_counter()
     pipe = load_pipeline(args.model, device)
@@ -124,7 +124,7 @@ def _prompt(args: argparse.Namespace) -> str:
     return prompt
 
 
-def _make_writable(folder: Path) -> None:
+def make_writable(folder: Path) -> None:
     """Make the folder, and find out now whether a file can be written there."""
     probe = folder / f".writable.{os.getpid()}"
     try:
@@ -139,8 +139,8 @@ def _make_writable(folder: Path) -> None:
 
 def _warn_of_cut_prompt(pipe: Any, prompt: str, sampling: Sampling, console: Console) -> None:
     num_tokens = len(pipe.tokenizer(prompt).input_ids)
-    if num_tokens > sampling.max_sequence_length:
-        limit = sampling.max_sequence_length
+    limit = sampling.max_sequence_length
+    if limit is not None and num_tokens > limit:
         console.print(f"The prompt has {num_tokens} tokens; the model reads only the first {limit}.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import time
 from collections.abc import Callable
@@ -18,15 +19,18 @@ SAMPLING_FILE = "demo.json"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the model of a folder wants to be called; `demo.json` beside its model_index.json."""
+    """How a model is called; of a folder's model, `demo.json` beside its model_index.json says it.
+
+    Without a guidance scale or a longest prompt, the pipeline's own are used.
+    """
 
     height: int
     width: int
     num_frames: int
     num_inference_steps: int
-    guidance_scale: float
-    max_sequence_length: int
-    fps: float
+    guidance_scale: float | None = None
+    max_sequence_length: int | None = None
+    fps: float = 16
 
     @classmethod
     def read(cls, folder: Path) -> Sampling:
@@ -132,7 +136,10 @@ def load_pipeline(folder: Path, device: str) -> Any:
 def generate(
     pipe: Any, prompt: str, seed: int, sampling: Sampling, on_step: Callable[[], None] = lambda: None
 ) -> Generation:
-    """Make the video of a prompt and a seed: the same noise on every device. `on_step` is called after each step."""
+    """Make the video of a prompt and a seed: the same noise on every device. `on_step` is called after each step.
+
+    A pipeline of images makes a video of one frame.
+    """
     import torch
 
     ticks: list[float] = []
@@ -153,26 +160,32 @@ def generate(
     hooks = [transformer.register_forward_pre_hook(start) for transformer in _transformers(pipe)]
     started = time.perf_counter()
     try:
-        frames = pipe(
+        output = pipe(
             prompt,
-            height=sampling.height,
-            width=sampling.width,
-            num_frames=sampling.num_frames,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            max_sequence_length=sampling.max_sequence_length,
+            **_sizes(pipe, sampling),
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
             callback_on_step_end=end_of_step,
-        ).frames[0]
+        )
     finally:
         for hook in hooks:
             hook.remove()
     seconds = time.perf_counter() - started
+    # [F, H, W, 3]
+    frames = output.frames[0] if hasattr(output, "frames") else output.images[:1]
     return Generation(frames, tuple(np.diff(ticks).tolist()), seconds)
 
 
 _WAY_OUT = "Install diffsparse again, or name another model."
+
+
+def _sizes(pipe: Any, sampling: Sampling) -> dict[str, Any]:
+    """What the pipeline is to be told of the sampling: pipelines of images know no frames."""
+    known = inspect.signature(pipe.__call__).parameters
+    values = {name: value for name, value in vars(sampling).items() if value is not None and name != "fps"}
+    if sampling.num_frames == 1 and "num_frames" not in known:
+        del values["num_frames"]
+    return values
 
 
 def _transformers(pipe: Any) -> list[Any]:

@@ -125,6 +125,7 @@ def render(
     *,
     zoom: float = 1.0,
     look_at: tuple[float, float] = (0.0, 0.0),
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """The scene as video [3, num_frames, height, width], float32 in 0..1.
 
@@ -132,10 +133,10 @@ def render(
     """
     side = min(height, width)
     pixels = side * zoom
-    y = ((torch.arange(height) + 0.5 - height / 2) / pixels + look_at[1])[None, :, None]
-    x = ((torch.arange(width) + 0.5 - width / 2) / pixels + look_at[0])[None, None, :]
+    y = ((torch.arange(height, device=device) + 0.5 - height / 2) / pixels + look_at[1])[None, :, None]
+    x = ((torch.arange(width, device=device) + 0.5 - width / 2) / pixels + look_at[0])[None, None, :]
     # [F, 1, 1], zero in the middle of the clip
-    time = (torch.arange(num_frames) - (num_frames - 1) / 2)[:, None, None]
+    time = (torch.arange(num_frames, device=device) - (num_frames - 1) / 2)[:, None, None]
     image = _background(scene, x, y, time, pixels)
     for shape in (scene.behind, scene.front):
         if shape is not None:
@@ -157,7 +158,7 @@ def _background(scene: Scene, x: Tensor, y: Tensor, time: Tensor, pixels: float)
         light = _square_wave(v + 0.06 * torch.sin(2 * math.pi * u / 0.5), 0.34, pixels)
     else:
         light = torch.full_like(u, 0.7)
-    return (0.30 + 0.40 * light) * _rgb(scene.color)
+    return (0.30 + 0.40 * light) * _rgb(scene.color, light.device)
 
 
 def _draw(shape: Shape, image: Tensor, x: Tensor, y: Tensor, time: Tensor, pixels: float) -> Tensor:
@@ -187,7 +188,7 @@ def _draw(shape: Shape, image: Tensor, x: Tensor, y: Tensor, time: Tensor, pixel
         light = _checker(u, v, 0.9, own_pixels)
     else:
         light = torch.ones_like(u)
-    paint = _rgb(shape.color) * (0.25 + 0.75 * light) * core + 0.04 * (1 - core)
+    paint = _rgb(shape.color, light.device) * (0.25 + 0.75 * light) * core + 0.04 * (1 - core)
     return image * (1 - inside) + paint * inside
 
 
@@ -234,5 +235,5 @@ def _checker(u: Tensor, v: Tensor, period: float, pixels: float) -> Tensor:
     return a * b + (1 - a) * (1 - b)
 
 
-def _rgb(color: str) -> Tensor:
-    return torch.tensor(COLORS[color])[:, None, None, None]
+def _rgb(color: str, device: torch.device) -> Tensor:
+    return torch.tensor(COLORS[color], device=device)[:, None, None, None]

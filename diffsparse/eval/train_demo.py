@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from diffsparse.eval.data_parallel import Workers
 from diffsparse.eval.demo_tokenizer import build_tokenizer
+from diffsparse.eval.generate import choose_device
 from diffsparse.eval.synthetic_video import demo_prompts
 from diffsparse.eval.train_demo_export import contact_sheet, export_pipeline, write_model_card
 from diffsparse.eval.train_demo_latents import fit_demo_vae
@@ -53,14 +54,18 @@ def train(
     *,
     steps: int | None = None,
     workers: Workers = ALONE,
+    device: torch.device | str = "cpu",
+    batch_scale: int = 1,
 ) -> tuple[AutoencoderKLWan, TextToLatents, PreTrainedTokenizerFast]:
     """Train, or go on training, for `minutes` or `steps` in all, whichever ends first; gives the averaged models."""
     recipe = recipe or Recipe()
     output.mkdir(parents=True, exist_ok=True)
     vae, model, tokenizer = _build(recipe, seed)
+    vae.to(device)
+    model.to(device)
     run = TrainingRun(output, "transformer", 60 * minutes, steps)
-    train_transformer(model, tokenizer, vae, run, seed, workers=workers, phases=recipe.phases)
-    return vae, model, tokenizer
+    train_transformer(model, tokenizer, vae, run, seed, workers=workers, phases=recipe.phases, batch_scale=batch_scale)
+    return vae.cpu(), model.cpu(), tokenizer
 
 
 def load(
@@ -82,32 +87,36 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="checkpoints, log.jsonl and pipeline/ go here")
     parser.add_argument("--minutes", type=float, default=90.0, help="time budget, interruptions not counted")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that train together, one thread each")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--batch-scale", type=int, default=1, help="times the clips a step; a GPU wants 16 or more")
+    parser.add_argument("--workers", type=int, default=1, help="processes on a CPU that train together, a thread each")
     parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint, do not train")
     parser.add_argument("--pipeline", type=Path, help="where to export to; OUTPUT/pipeline if not given")
     parser.add_argument("--samples", type=int, default=6, help="prompts on the contact sheet")
     parser.add_argument("--notes", default=NOTES, help="what comes out, for the model card")
     arguments = parser.parse_args()
+    device = choose_device(arguments.device)
+    if arguments.workers > 1 and device != "cpu":
+        parser.error(f"--workers {arguments.workers} is for a CPU; on {device} use --batch-scale")
     if arguments.workers > 1 and not arguments.export_only:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "meeting").unlink(missing_ok=True)
         torch.multiprocessing.spawn(_train_together, (arguments,), nprocs=arguments.workers)
     elif not arguments.export_only:
-        train(arguments.output, arguments.minutes, arguments.seed)
+        train(arguments.output, arguments.minutes, arguments.seed, device=device, batch_scale=arguments.batch_scale)
     parts = load(arguments.output, arguments.seed)
     folder = arguments.pipeline or arguments.output / "pipeline"
     grid = PHASES[-1].grid
     pipe = export_pipeline(folder, *parts, grid)
     if arguments.samples > 0:
         prompts = demo_prompts()[: arguments.samples]
-        contact_sheet(pipe, prompts, folder / "samples.png", grid)
+        contact_sheet(pipe.to(device), prompts, folder / "samples.png", grid)
         log = arguments.output / "log.jsonl"
         write_model_card(
             folder,
             log,
-            minutes=arguments.minutes,
-            seed=arguments.seed,
-            workers=arguments.workers,
+            options=f"--minutes {arguments.minutes:g} --seed {arguments.seed} --workers {arguments.workers} "
+            f"--device {device} --batch-scale {arguments.batch_scale}",
             prompts=prompts,
             notes=arguments.notes,
         )
@@ -116,7 +125,13 @@ def main() -> None:
 def _train_together(rank: int, arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     workers = Workers.join(rank, arguments.workers, (arguments.output / "meeting").absolute())
-    train(arguments.output, arguments.minutes, arguments.seed, workers=workers)
+    train(
+        arguments.output,
+        arguments.minutes,
+        arguments.seed,
+        workers=workers,
+        batch_scale=arguments.batch_scale,
+    )
 
 
 def _build(recipe: Recipe, seed: int) -> tuple[AutoencoderKLWan, TextToLatents, PreTrainedTokenizerFast]:

@@ -76,10 +76,8 @@ def contact_sheet(
         Image.fromarray(sheet).quantize(128).save(path, optimize=True)
 
 
-def write_model_card(
-    folder: Path, log: Path, *, minutes: float, seed: int, workers: int, prompts: list[str], notes: str
-) -> None:
-    """README.md: what was trained, on what, for how long, with what loss, and what the samples show."""
+def write_model_card(folder: Path, log: Path, *, options: str, prompts: list[str], notes: str) -> None:
+    """README.md: what was trained, by which `options`, for how long, with what loss, and what the samples show."""
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     denoiser = [line for line in lines if line["stage"] == "transformer"]
     grids: dict[str, dict[str, float]] = {line["grid"]: line for line in denoiser}
@@ -102,10 +100,9 @@ world that it was trained on.
 
 - **Data**: captioned video rendered by `diffsparse/eval/synthetic_video.py`: one or two textured shapes that move,
   turn or pulse, one in front of the other, over drifting backgrounds. No outside data.
-- **Training**: `python -m diffsparse.eval.train_demo --minutes {minutes:g} --seed {seed} --workers {workers}`,
-  on a CPU, one thread a worker, bfloat16 autocast. The autoencoder is fitted in closed form (principal components
-  of patches, `diffsparse/eval/linear_vae.py`); text encoder and transformer are trained together by flow matching,
-  Muon and AdamW; the averaged weights are exported.
+- **Training**: `python -m diffsparse.eval.train_demo {options}`, in bfloat16 where the hardware has it. The
+  autoencoder is fitted in closed form (principal components of patches, `diffsparse/eval/linear_vae.py`); text
+  encoder and transformer are trained together by flow matching, Muon and AdamW; the averaged weights are exported.
 - **Size**: see `demo.json` for the size it was trained to sample.
 
 | latent grid (frames x height x width) | up to step | minutes | flow-matching loss there |

@@ -23,14 +23,14 @@ def fit_demo_vae(seed: int, num_components: int, num_clips: int = 200, side: int
 
 def normalized_latents(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     """Video [B, 3, F, H, W] in 0..1 as the latents [B, C, F, H/8, W/8] that the transformer sees."""
-    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean, device=video.device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std, device=video.device).view(1, -1, 1, 1, 1)
     with torch.no_grad():
         return (vae.encode(video * 2 - 1).latent_dist.mode() - mean) / std
 
 
 class LatentPool:
-    """The newest rendered and encoded clips of one grid, with their captions."""
+    """The newest rendered and encoded clips of one grid, with their captions, on the autoencoder's device."""
 
     def __init__(self, vae: AutoencoderKLWan, grid: tuple[int, int, int], capacity: int = 2048) -> None:
         self.vae = vae
@@ -44,7 +44,7 @@ class LatentPool:
         frames, height, width = self.grid
         for _ in range(count):
             scene = random_scene(generator)
-            video = render(scene, frames, PATCH_SIZE * height, PATCH_SIZE * width)
+            video = render(scene, frames, PATCH_SIZE * height, PATCH_SIZE * width, device=self.vae.device)
             clip = (normalized_latents(self.vae, video[None])[0], scene.caption)
             if len(self.clips) < self.capacity:
                 self.clips.append(clip)

@@ -29,6 +29,7 @@ class Phase:
     """A part of the run, up to the share `until` of its time, at one latent grid (frames, height, width).
 
     Each step of each worker adds `new_clips` rendered clips to its pool of latents and draws `batch` clips from it.
+    The numbers are for a CPU; a GPU takes `batch_scale` times as many of both.
     """
 
     until: float
@@ -112,8 +113,9 @@ def train_transformer(
     workers: Workers = ALONE,
     phases: tuple[Phase, ...] = PHASES,
     rate: float = 2e-3,
+    batch_scale: int = 1,
 ) -> None:
-    """Train for the run's time; leaves the averaged weights in `model`."""
+    """Train on the device of the model and of the autoencoder, for the run's time; leaves the average in `model`."""
     optimizers = _optimizers(model, rate)
     average = WeightAverage(model)
 
@@ -136,13 +138,13 @@ def train_transformer(
         generator = workers.generator(seed, run.step)
         if pool is None or pool.grid != phase.grid:
             pool = LatentPool(vae, phase.grid)
-            pool.grow(4 * phase.batch, generator)
-        pool.grow(phase.new_clips, generator)
-        latents, captions = pool.draw(phase.batch, generator)
+            pool.grow(4 * batch_scale * phase.batch, generator)
+        pool.grow(batch_scale * phase.new_clips, generator)
+        latents, captions = pool.draw(batch_scale * phase.batch, generator)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * learning_rate_factor(run.step, progress)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=has_fast_bfloat16(latents.device)):
             loss = flow_matching_loss(model, tokenizer, latents, captions, generator)
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -161,6 +163,11 @@ def train_transformer(
     if workers.writes:
         run.save(state())
     model.load_state_dict(average.weights)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware; a CPU that does not takes 50 times as long."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def learning_rate_factor(step: int, progress: float) -> float:
@@ -182,10 +189,12 @@ def flow_matching_loss(
     dropped = torch.rand(B, generator=generator) < caption_dropout
     captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions, strict=True)]
     tokens = tokenizer(captions, padding="max_length", max_length=MAX_SEQUENCE_LENGTH, return_tensors="pt")
+    tokens = tokens.to(latents.device)
     # stratified, so that a small batch still covers the noise levels
     sigma = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
-    sigma = TIMESTEP_SHIFT * sigma / (1 + (TIMESTEP_SHIFT - 1) * sigma)
-    noise = torch.randn(latents.shape, generator=generator)
+    sigma = (TIMESTEP_SHIFT * sigma / (1 + (TIMESTEP_SHIFT - 1) * sigma)).to(latents.device)
+    # Drawn on the CPU, so that a seed means the same noise everywhere.
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     level = sigma.view(B, 1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
     velocity = model(noisy, sigma * 1000, tokens.input_ids, tokens.attention_mask)
@@ -193,13 +202,18 @@ def flow_matching_loss(
 
 
 def _optimizers(model: TextToLatents, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings, projections in and out, norms and biases."""
+    """Muon for the matrices inside the layers, AdamW for embeddings, projections in and out, norms and biases.
+
+    Muon works in bfloat16: where that is slow, AdamW has to do for all.
+    """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = "blocks." in name or "encoder.block" in name
         is_matrix = parameter.ndim == 2 and inside and "relative_attention_bias" not in name
         (matrices if is_matrix else others).append(parameter)
+    if not has_fast_bfloat16(others[0].device):
+        return [torch.optim.AdamW([*matrices, *others], lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),

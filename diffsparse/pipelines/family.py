@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,14 +14,16 @@ class Layout(NamedTuple):
     """Where the tokens of one attention sequence sit: `[text_before | grid | text_after]`.
 
     The grid's tokens come frame by frame, row by row. "Text" is every token that has no place in the grid:
-    captions, reference images, registers.
+    captions, reference images, registers. A layer whose sequence is as long as the grid sees none of it.
+    `text_after` is None where only the sequence itself shows how many
+    tokens follow the grid, as when the model leaves padded text out.
     """
 
     frames: int
     height: int
     width: int
     text_before: int = 0
-    text_after: int = 0
+    text_after: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,21 @@ class Family:
         name: what the report calls it.
         transformers: class names of the transformers, so that no release of diffusers has to have them all.
         layers: `fnmatch` patterns over module names that match the self-attention modules and nothing else.
-            Layers are numbered in the order of `named_modules`, which has to be the order they run in.
+            Layers are numbered pattern by pattern, within one in the order of `named_modules`: the order they
+            run in. `a|b` is one pattern that matches what a or b does, for modules that take turns.
         layout: given the transformer and the named arguments of one call of it, where the tokens sit in its
             self-attention; None when the call does not say, or when they do not form a grid. It runs once
             for each call, so it goes by shapes and plain numbers: reading a tensor's values waits for the
             device.
         padding_mask: the mask that reaches self-attention is a bool [B, 1, 1, S] that hides nothing but a
             tail of padded text, so that it can become a key length. Any other mask keeps a layer dense.
+        spreads_mask: the processor is given such a mask as [B, text tokens] and makes a mask of all pairs of tokens
+            of it, [B, 1, S, S]; it gets a `KeyMask` in its place.
+        timestep: the argument that holds the timestep. It tells the steps of a transformer that is enabled on its
+            own.
+
+    Raises:
+        TypeError: a field of another type, with what was expected.
     """
 
     name: str
@@ -45,3 +56,29 @@ class Family:
     layers: tuple[str, ...]
     layout: Callable[[nn.Module, Mapping[str, Any]], Layout | None]
     padding_mask: bool = False
+    spreads_mask: bool = False
+    timestep: str = "timestep"
+
+    def __post_init__(self) -> None:
+        for field in ("transformers", "layers"):
+            value = getattr(self, field)
+            # A single string would be taken apart into letters, and "*" matches every module.
+            if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
+                raise TypeError(
+                    f"`{field}` of a family must be a tuple of strings, got {value!r}. For one say (name,)."
+                )
+        if not callable(self.layout):
+            raise TypeError(
+                f"`layout` of a family must be a function of the transformer and its call's arguments that returns a "
+                f"Layout or None, got {self.layout!r}."
+            )
+
+    def layer_names(self, transformer: nn.Module) -> tuple[str, ...]:
+        """Names of the transformer's self-attention modules, in the order they run."""
+        names = [name for name, _ in transformer.named_modules()]
+        return tuple(
+            name
+            for pattern in self.layers
+            for name in names
+            if any(fnmatch.fnmatchcase(name, one) for one in pattern.split("|"))
+        )

@@ -1,4 +1,4 @@
-"""FLUX.1: text, then the image as one frame, in one sequence; double-stream, then single-stream blocks."""
+"""FLUX.1, and models laid out like it: text, then the image as one frame; double-stream, then single-stream blocks."""
 
 from __future__ import annotations
 
@@ -75,7 +75,13 @@ def _image_size(ids: Tensor) -> tuple[int, int] | None:
 
 FLUX = Family(
     name="flux",
-    transformers=("FluxTransformer2DModel",),
+    transformers=(
+        "FluxTransformer2DModel",
+        "BriaTransformer2DModel",
+        "BriaFiboTransformer2DModel",
+        "OvisImageTransformer2DModel",
+        "LongCatImageTransformer2DModel",
+    ),
     layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     layout=layout,
 )

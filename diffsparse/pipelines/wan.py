@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: video tokens only, the prompt enters by cross-attention."""
+"""Wan 2.1 and 2.2, and models built on it: video tokens only, the prompt enters by cross-attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     """The grid of the latents [B, C, frames, height, width], cut into patches.
 
     Image to video puts its condition into more channels, or (Wan 2.2 5B) into the first frame; the timestep
-    is then one per token. Neither adds a token.
+    is then one per token. Neither adds a token. Reference images of VACE and Animate are frames of the latents,
+    before the video's. SkyReels-V2 brings a mask of all pairs where it generates block by block: dense then.
     """
     latents = call.get("hidden_states")
     if latents is None or latents.ndim != 5:
@@ -23,7 +24,14 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
 
 WAN = Family(
     name="wan",
-    transformers=("WanTransformer3DModel",),
-    layers=("blocks.*.attn1",),
+    transformers=(
+        "WanTransformer3DModel",
+        "WanVACETransformer3DModel",
+        "WanAnimateTransformer3DModel",
+        "SkyReelsV2Transformer3DModel",
+        "ChronoEditTransformer3DModel",
+    ),
+    # VACE's control blocks run first.
+    layers=("vace_blocks.*.attn1", "blocks.*.attn1"),
     layout=layout,
 )

@@ -14,13 +14,12 @@ from diffsparse.heads import BlockSums, HeadClass, head_errors, sample_rows
 from diffsparse.kernels.pooling import block_means
 from diffsparse.permutation import Permutation, axis_order, tile_order
 from diffsparse.plan import AttentionPlan
+from diffsparse.strategies.always_exact import block_distance, exact_blocks
+from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.strategy import AttentionCall
 
 NEGLIGIBLE_ERROR = 1e-4
 """A squared relative error that nobody sees; below it a head keeps its band."""
-
-PLANNING_BYTES = 1 << 29
-"""Memory that planning may take beside query, key and value."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Adaptive:
         scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
         choices = [
             self._choose(query[:, heads], key[:, heads], value[:, heads], layout, call.key_length, scale)
-            for heads in _head_slices(query, self.sampled_rows)
+            for heads in head_slices(query, self.sampled_rows)
         ]
         visible, tail, order, classes = (
             torch.cat(parts, dim=axis)
@@ -223,15 +222,6 @@ class _Choice:
         )
 
 
-def _head_slices(query: Tensor, sampled_rows: int) -> list[slice]:
-    """Heads to judge at a time, so that what judging needs stays within `PLANNING_BYTES`."""
-    batch, heads, tokens, dim = query.shape
-    # float32 scores of the sampled rows; keys and values in another order and as float32; sums by block.
-    bytes_a_head = 4 * batch * tokens * (sampled_rows + 4 * dim)
-    step = max(1, PLANNING_BYTES // bytes_a_head)
-    return [slice(first, first + step) for first in range(0, heads, step)]
-
-
 @dataclass(frozen=True, eq=False)
 class _Layout:
     """What depends on the grid and the options alone.
@@ -273,16 +263,10 @@ def _layout(grid: TokenGrid, options: Adaptive, device: torch.device) -> _Layout
     )
     query_blocks = num_blocks(grid.num_tokens, options.query_block_size)
     key_blocks = num_blocks(grid.num_tokens, options.key_block_size)
-    # In every order the text stands last; a block with a single text token is a text block.
     first_text_query = grid.num_video_tokens // options.query_block_size
-    first_text_key = grid.num_video_tokens // options.key_block_size
     has_text = grid.num_tokens > grid.num_video_tokens
-    always = torch.zeros(query_blocks, key_blocks, dtype=torch.bool)
-    distance = _block_distance(query_blocks, key_blocks, options)
-    always |= distance == distance.amin(-1, keepdim=True)
-    if has_text:
-        always[first_text_query:] = True
-        always[:, first_text_key:] = True
+    always = exact_blocks(grid, options.query_block_size, options.key_block_size)
+    distance = block_distance(query_blocks, key_blocks, options.query_block_size, options.key_block_size)
     seen_by_all = int(always[:first_text_query].sum(-1).max()) if first_text_query else 0
     budget = min(key_blocks, max(round(options.density * key_blocks), seen_by_all, 1))
     nearest = distance.masked_fill(always, -1.0).topk(budget, dim=-1, largest=False).indices
@@ -297,10 +281,3 @@ def _layout(grid: TokenGrid, options: Adaptive, device: torch.device) -> _Layout
         has_text=has_text,
         starts_with_video=grid.text_before == 0,
     )
-
-
-def _block_distance(query_blocks: int, key_blocks: int, options: Adaptive) -> Tensor:
-    """Tokens between the centres of query and key blocks, [Q, K]."""
-    queries = (torch.arange(query_blocks) + 0.5) * options.query_block_size
-    keys = (torch.arange(key_blocks) + 0.5) * options.key_block_size
-    return (queries[:, None] - keys).abs()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from diffusers import WanPipeline
 
+from diffsparse.eval import train_demo_transformer
 from diffsparse.eval.demo_tokenizer import build_tokenizer
-from diffsparse.eval.synthetic_video import random_scene
+from diffsparse.eval.synthetic_video import random_scene, render
 from diffsparse.eval.train_demo import Recipe, load, train
 from diffsparse.eval.train_demo_export import call_settings, export_pipeline
-from diffsparse.eval.train_demo_transformer import Phase
+from diffsparse.eval.train_demo_transformer import Phase, build_model, flow_matching_loss
 from diffsparse.eval.training_run import TrainingRun, save_atomically
 
 GRID = (3, 2, 2)
@@ -41,6 +43,39 @@ def test_loss_falls(trained):
     folder, _ = trained
     losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0], losses
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, token_ids, mask):
+        return SimpleNamespace(last_hidden_state=self.embedding(token_ids))
+
+
+def test_everything_of_a_step_is_on_the_device_of_the_model():
+    """On meta tensors, which take no other device beside them."""
+    tokenizer = build_tokenizer(num_captions=50)
+    generator = torch.Generator().manual_seed(0)
+    video = render(random_scene(generator), 3, 16, 16, device="meta")
+    assert video.device.type == "meta"
+    with torch.device("meta"):
+        model = build_model(len(tokenizer), latent_channels=4, num_heads=1, head_dim=16, num_layers=1, ffn_dim=16)
+        # transformers' own encoder looks at the values of the mask, and there are none.
+        embedding = torch.nn.Embedding(len(tokenizer), 128)
+    model.text_encoder = Encoder(embedding)
+    latents = torch.empty(2, 4, 3, 2, 2, device="meta")
+    loss = flow_matching_loss(model, tokenizer, latents, ["a red circle", "a star"], generator)
+    assert loss.device.type == "meta"
+
+
+def test_a_cpu_without_bfloat16_trains_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_demo_transformer, "has_fast_bfloat16", lambda device: False)
+    train(tmp_path, minutes=5, seed=0, recipe=TINY, steps=20, batch_scale=2)
+    saved = torch.load(tmp_path / "transformer.pt")
+    assert len(saved["state"]["optimizers"]) == 1
+    assert all(value.isfinite().all() for value in saved["state"]["average"].values())
 
 
 def test_every_grid_gets_its_share_of_the_time(trained):

@@ -1,75 +1,46 @@
 """What each family says about its transformer, held against what really reaches the attention calls."""
 
-import fnmatch
+import math
 from contextlib import contextmanager
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import CHANNELS, TINY, TinyModel, image_ids, tiny_grid
+from tiny.model import Variant
+from tiny_models import TINY
 
 from diffsparse.pipelines.families import FAMILIES, find_family
 from diffsparse.pipelines.family import Layout
+from diffsparse.pipelines.left_alone import LEFT_ALONE
 
 
-class Variant:
-    """A checkpoint that shares its family's class: what its config and its calls add."""
+class Case:
+    """A tiny model in one of its variants, a call of it, and what its family says of the two."""
 
-    def __init__(self, family, config=None, call=None, grid=None):
-        self.tiny: TinyModel = TINY[family]
-        self.model = self.tiny.make(**(config or {}))
-        self.grid = grid or tiny_grid(family)
-        self.call = self.tiny.call(self.model, self.grid, batch=2)
-        self.call |= call(self.call) if call else {}
-        self.extra_after = self.call["hidden_states"].shape[1] - 35 if family == "flux" else 0
+    def __init__(self, name, variant=None):
+        self.tiny = TINY[name]
+        self.variant = self.tiny.variants[variant] if variant else Variant()
+        self.model = self.tiny.make(**self.variant.config)
+        self.call = self.tiny.call(self.model, self.tiny.grid, batch=2)
+        self.call |= self.variant.call(self.call)
 
     @property
     def expected(self):
-        return Layout(*self.grid, self.tiny.text_before, self.tiny.text_after + self.extra_after)
+        before = self.tiny.text_before + self.variant.text_before
+        after = None if self.tiny.text_after is None else self.tiny.text_after + self.variant.text_after
+        return Layout(*self.tiny.grid, before, after)
 
     def layout(self, **changes):
         return find_family(self.model).layout(self.model, self.call | changes)
 
 
-def clean_first_frame(call):
-    # Wan 2.2 5B: one timestep for each token.
-    return {"timestep": torch.full((2, 3 * 7 * 5), 500)}
+NAMES = [(name, variant) for name, tiny in TINY.items() for variant in (None, *tiny.variants)]
 
 
-def kontext(call):
-    references = torch.cat([image_ids(4, 3, image=1), image_ids(2, 2, image=1)])
-    return {
-        "hidden_states": torch.cat([call["hidden_states"], torch.randn(2, 16, CHANNELS)], dim=1),
-        "img_ids": torch.cat([call["img_ids"], references]),
-    }
-
-
-VARIANTS = {
-    "wan": lambda: Variant("wan"),
-    "wan image to video": lambda: Variant("wan", {"in_channels": 9, "out_channels": 4}),
-    "wan clean first frame": lambda: Variant("wan", call=clean_first_frame),
-    "wan patches in time": lambda: Variant("wan", {"patch_size": (2, 2, 4)}),
-    "hunyuan_video": lambda: Variant("hunyuan_video"),
-    "hunyuan_video no guidance": lambda: Variant("hunyuan_video", {"guidance_embeds": False}),
-    "hunyuan_video latent_concat": lambda: Variant(
-        "hunyuan_video", {"image_condition_type": "latent_concat", "in_channels": 9}
-    ),
-    "hunyuan_video token_replace": lambda: Variant("hunyuan_video", {"image_condition_type": "token_replace"}),
-    "hunyuan_video patches in time": lambda: Variant("hunyuan_video", {"patch_size_t": 2}),
-    "cogvideox": lambda: Variant("cogvideox"),
-    "cogvideox 1.5": lambda: Variant(
-        "cogvideox", {"patch_size_t": 2, "patch_bias": False, "use_rotary_positional_embeddings": True}
-    ),
-    "cogvideox image to video": lambda: Variant("cogvideox", {"in_channels": 8}),
-    "ltx": lambda: Variant("ltx"),
-    "flux": lambda: Variant("flux"),
-    "flux kontext": lambda: Variant("flux", call=kontext),
-}
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request):
-    return VARIANTS[request.param]()
+@pytest.fixture(params=NAMES, ids=[" ".join(filter(None, names)) for names in NAMES])
+def case(request):
+    return Case(*request.param)
 
 
 @contextmanager
@@ -79,7 +50,7 @@ def recorded_attention(model, monkeypatch):
     stock = F.scaled_dot_product_attention
 
     def record(query, key, *args, **kwargs):
-        calls.append((running[-1], query.detach().clone(), key.shape[2]))
+        calls.append((running[-1] if running else "", query.detach().clone(), key.shape[2]))
         return stock(query, key, *args, **kwargs)
 
     for name, module in model.named_modules():
@@ -93,16 +64,16 @@ def recorded_attention(model, monkeypatch):
         hook.remove()
 
 
-def attention_of(variant, monkeypatch, **changes):
-    with recorded_attention(variant.model, monkeypatch) as calls, torch.no_grad():
-        variant.model(**(variant.call | changes))
+def attention_of(case, monkeypatch, **changes):
+    with recorded_attention(case.model, monkeypatch) as calls, torch.no_grad():
+        case.model(**(case.call | changes))
     return calls
 
 
-def first_query(variant, monkeypatch, **changes):
-    """What the first self-attention layer is given: [S, H * D] of the first batch row."""
-    calls = attention_of(variant, monkeypatch, **changes)
-    query = next(query for name, query, _ in calls if name == variant.tiny.layers[0])
+def first_query(case, monkeypatch, least=0, **changes):
+    """What the first self-attention layer of at least so many tokens is given: [S, H * D] of the first batch row."""
+    calls = attention_of(case, monkeypatch, **changes)
+    query = next(query for name, query, _ in calls if name in case.tiny.layers and query.shape[2] >= least)
     return query[0].transpose(0, 1).flatten(1)
 
 
@@ -110,132 +81,144 @@ def changed_rows(before, after):
     return (before != after).any(-1).nonzero().flatten().tolist()
 
 
-def layer_names(model):
-    patterns = find_family(model).layers
-    return tuple(
-        name for name, _ in model.named_modules() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    )
+def test_layout_names_the_grid_and_the_text(case):
+    assert case.layout() == case.expected
 
 
-def test_layout_names_the_grid_and_the_text(variant):
-    assert variant.layout() == variant.expected
+def test_layout_counts_the_tokens_that_every_layer_attends_to(case, monkeypatch):
+    frames, height, width, before, after = case.layout()
+    calls = attention_of(case, monkeypatch)
+    lengths = {(q.shape[2], keys) for name, q, keys in calls if name in case.tiny.layers}
+    ends = case.tiny.text_lengths if after is None else (after,)
+    video = frames * height * width
+    expected = {(video + before + end,) * 2 for end in ends}
+    # Some layers see the grid without its text.
+    assert expected <= lengths <= expected | {(video, video)}
 
 
-def test_layout_counts_the_tokens_that_every_layer_attends_to(variant, monkeypatch):
-    frames, height, width, before, after = variant.layout()
-    calls = attention_of(variant, monkeypatch)
-    lengths = {(q.shape[2], keys) for name, q, keys in calls if name in variant.tiny.layers}
-    tokens = frames * height * width + before + after
-    assert lengths == {(tokens, tokens)}
+def test_layers_are_the_self_attention_modules_in_the_order_they_run(case, monkeypatch):
+    assert find_family(case.model).layer_names(case.model) == case.tiny.layers
+    ran = [name for name, _, _ in attention_of(case, monkeypatch) if name in case.tiny.layers]
+    assert ran == [name for name in case.tiny.layers for _ in range(case.tiny.calls_per_layer)]
 
 
-def test_layers_are_the_self_attention_modules_in_the_order_they_run(variant, monkeypatch):
-    assert layer_names(variant.model) == variant.tiny.layers
-    ran = [name for name, _, _ in attention_of(variant, monkeypatch) if name in variant.tiny.layers]
-    assert tuple(ran) == variant.tiny.layers
-
-
-def test_no_other_attention_sees_the_whole_sequence(variant, monkeypatch):
-    tokens = attention_of(variant, monkeypatch)
-    lengths = {q.shape[2] for name, q, _ in tokens if name in variant.tiny.layers}
-    others = [(q.shape[2], keys) for name, q, keys in tokens if name not in variant.tiny.layers]
+def test_no_other_attention_sees_the_whole_sequence(case, monkeypatch):
+    tokens = attention_of(case, monkeypatch)
+    lengths = {q.shape[2] for name, q, _ in tokens if name in case.tiny.layers}
+    others = [(q.shape[2], keys) for name, q, keys in tokens if name not in case.tiny.layers]
     assert all(queries not in lengths or keys not in lengths for queries, keys in others)
 
 
-def test_a_change_in_one_patch_changes_the_token_the_layout_says(variant, monkeypatch):
-    layout = variant.layout()
-    frame, row, column = (size - 1 for size in variant.grid)
+def test_a_change_in_one_patch_changes_the_token_the_layout_says(case, monkeypatch):
+    layout = case.layout()
+    frame, row, column = (size - 1 for size in case.tiny.grid)
     row -= 2
-    token = layout.text_before + (frame * layout.height + row) * layout.width + column
-    latents = variant.call["hidden_states"].clone()
-    if latents.ndim == 3:  # packed: [B, S, C]
-        latents[:, token - layout.text_before] += 1
+    place_in_grid = (frame * layout.height + row) * layout.width + column
+    latents = case.call[case.tiny.latents].clone()
+    if case.tiny.latent_axes == "bsc":
+        latents[:, place_in_grid] += 1
     else:
-        frames_first = type(variant.model).__name__.startswith("CogVideoX")
-        video = latents.transpose(1, 2) if frames_first else latents  # [B, C, frames, height, width]
-        patch = (full // tokens for full, tokens in zip(video.shape[2:], variant.grid))
+        video = latents if "f" in case.tiny.latent_axes else latents.unsqueeze(case.tiny.latent_axes.index("h"))
+        axes = case.tiny.latent_axes if "f" in case.tiny.latent_axes else case.tiny.latent_axes.replace("h", "fh")
+        video = video.permute([axes.index(axis) for axis in "bcfhw"])
+        patch = (full // tokens for full, tokens in zip(video.shape[2:], case.tiny.grid))
         place = (slice(i * p, (i + 1) * p) for i, p in zip((frame, row, column), patch))
         video[(slice(None), slice(None), *place)] += 1
-    before = first_query(variant, monkeypatch)
-    after = first_query(variant, monkeypatch, hidden_states=latents)
-    assert changed_rows(before, after) == [token]
+    before = first_query(case, monkeypatch)
+    after = first_query(case, monkeypatch, **{case.tiny.latents: latents})
+    text_before = layout.text_before if len(before) > math.prod(case.tiny.grid) else 0
+    assert changed_rows(before, after) == [text_before + place_in_grid]
 
 
-def test_a_change_of_the_text_changes_the_tokens_the_layout_says(variant, monkeypatch):
-    layout = variant.layout()
-    text = variant.call["encoder_hidden_states"]
+def test_a_change_of_the_text_changes_the_tokens_of_the_prompt(case, monkeypatch):
+    if case.tiny.text is None:
+        return
+    text = case.call[case.tiny.text]
     other = torch.randn(text.shape, generator=torch.Generator().manual_seed(1))
-    before = first_query(variant, monkeypatch)
-    after = first_query(variant, monkeypatch, encoder_hidden_states=other)
-    start_of_after = len(before) - layout.text_after
-    expected = [*range(layout.text_before), *range(start_of_after, start_of_after + variant.tiny.text_after)]
-    assert changed_rows(before, after) == expected
+    least = math.prod(case.tiny.grid) + bool(case.tiny.prompt)
+    before = first_query(case, monkeypatch, least)
+    after = first_query(case, monkeypatch, least, **{case.tiny.text: other})
+    prompt = case.variant.prompt or case.tiny.prompt
+    assert changed_rows(before, after) == sorted(place % len(before) for place in prompt)
 
 
 def test_reference_images_stand_after_the_grid(monkeypatch):
-    variant = VARIANTS["flux kontext"]()
-    layout = variant.layout()
-    assert layout.text_after == 4 * 3 + 2 * 2
-    latents = variant.call["hidden_states"].clone()
+    case = Case("flux", "kontext")
+    layout = case.layout()
+    latents = case.call["hidden_states"].clone()
     latents[:, 35:] += 1
-    before = first_query(variant, monkeypatch)
-    after = first_query(variant, monkeypatch, hidden_states=latents)
+    before = first_query(case, monkeypatch)
+    after = first_query(case, monkeypatch, hidden_states=latents)
     assert changed_rows(before, after) == list(range(len(before) - layout.text_after, len(before)))
 
 
-@pytest.mark.parametrize("family", TINY)
-def test_layout_is_none_where_the_call_does_not_say(family):
-    model = TINY[family].make()
-    call = TINY[family].call(model, tiny_grid(family))
+@pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
+def test_layout_is_none_where_the_call_does_not_say(tiny):
+    model = tiny.make()
+    call = tiny.call(model, tiny.grid)
     layout = find_family(model).layout
     assert layout(model, {}) is None
     assert layout(model, dict.fromkeys(call)) is None
-    assert layout(model, call | {"hidden_states": torch.zeros(2, 3)}) is None
+    assert layout(model, call | {tiny.latents: torch.zeros(2, 3)}) is None
 
 
-@pytest.mark.parametrize("family", ["wan", "hunyuan_video", "cogvideox"])
-def test_latents_that_do_not_fill_their_last_patches_lose_them(family, monkeypatch):
-    variant = Variant(family)
-    latents = variant.call["hidden_states"]
-    variant.call["hidden_states"] = F.pad(latents, (0, 1, 0, 1))
-    assert variant.layout() == variant.expected
-    with recorded_attention(variant.model, monkeypatch) as calls, torch.no_grad():
-        variant.model(**variant.call)
-    tokens = 3 * 7 * 5 + variant.tiny.text_before + variant.tiny.text_after
-    assert {q.shape[2] for name, q, _ in calls if name in variant.tiny.layers} == {tokens}
+@pytest.mark.parametrize("name", [name for name in TINY if TINY[name].drops_unfilled_patches])
+def test_latents_that_do_not_fill_their_last_patches_lose_them(name, monkeypatch):
+    case = Case(name)
+    latents = case.call[case.tiny.latents]
+    case.call[case.tiny.latents] = F.pad(latents, (0, 1, 0, 1))
+    assert case.layout() == case.expected
+    with recorded_attention(case.model, monkeypatch) as calls, torch.no_grad():
+        case.model(**case.call)
+    tokens = math.prod(case.tiny.grid) + case.tiny.text_before + case.tiny.text_after
+    assert {q.shape[2] for name, q, _ in calls if name in case.tiny.layers} == {tokens}
 
 
-@pytest.mark.parametrize("family", TINY)
-def test_the_mask_hides_padded_text_only_where_the_family_says(family, monkeypatch):
-    model = TINY[family].make()
-    call = TINY[family].call(model, tiny_grid(family), batch=2)
-    masks = []
+@pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
+def test_the_mask_hides_padded_text_only_where_the_family_says(tiny, monkeypatch):
+    model = tiny.make()
+    call = tiny.call(model, tiny.grid, batch=2)
+    video = math.prod(tiny.grid)
+    every_mask = []
     stock = F.scaled_dot_product_attention
 
-    def record(query, key, value, attn_mask=None, **kwargs):
-        if query.shape[2] == key.shape[2] and query.shape[2] > 10:
-            masks.append(attn_mask)
-        return stock(query, key, value, attn_mask=attn_mask, **kwargs)
+    def record(query, key, value, attn_mask=None, *args, **kwargs):
+        every_mask.append(attn_mask)
+        return stock(query, key, value, attn_mask, *args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
-    with torch.no_grad():
+    with recorded_attention(model, monkeypatch) as calls, torch.no_grad():
         model(**call)
-    assert len(masks) == len(TINY[family].layers)
-    if not find_family(model).padding_mask:
+    masks = [mask for (name, _, _), mask in zip(calls, every_mask, strict=True) if name in tiny.layers]
+    assert len(masks) == len(tiny.layers) * tiny.calls_per_layer
+    masked = tiny.text_lengths is not None and tiny.text_after is not None
+    assert find_family(model).padding_mask or not masked
+    if not masked:
         assert masks == [None] * len(masks)
         return
-    video = 3 * 7 * 5
+    before = tiny.text_before + video
+    if find_family(model).spreads_mask:
+        keys = [mask[:, :, :1] for mask in masks]
+        assert all(torch.equal(mask, k & k.mT) for mask, k in zip(masks, keys))
+        masks = keys
     for mask in masks:
         assert mask.dtype == torch.bool
-        assert mask.shape == (2, 1, 1, video + 7)
-        assert mask.sum(-1).flatten().tolist() == [video + 4, video + 3]
+        assert mask.shape == (2, 1, 1, before + tiny.text_after)
+        assert mask.sum(-1).flatten().tolist() == [before + length for length in tiny.text_lengths]
         assert (mask.int().diff() <= 0).all()
 
 
-def test_every_family_is_tested_and_named_once():
-    assert {family.name for family in FAMILIES} == set(TINY)
+def test_every_class_is_tested_and_named_once():
     names = [name for family in FAMILIES for name in family.transformers]
     assert len(set(names)) == len(names)
+    assert set(names) == {type(tiny.make()).__name__ for tiny in TINY.values()}
+
+
+def test_what_is_left_alone_is_a_transformer_of_diffusers_and_of_no_family():
+    known = {name for family in FAMILIES for name in family.transformers}
+    assert set(LEFT_ALONE) & known == set()
+    # In the list of names that diffusers can import, whether this release has all of them or not.
+    assert [name for name in LEFT_ALONE if not isinstance(getattr(diffusers, name), type)] == []
 
 
 def test_a_class_of_the_same_name_or_a_subclass_is_found_and_others_are_not():

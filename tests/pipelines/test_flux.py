@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from tiny_models import image_ids
+from tiny.flux import image_ids
 
 from diffsparse.pipelines import flux
 

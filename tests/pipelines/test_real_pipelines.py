@@ -3,7 +3,8 @@
 import diffusers
 import pytest
 import torch
-from tiny_models import TEXT_CHANNELS, TEXT_TOKENS, TINY, tiny_wan_pipeline
+from tiny.model import TEXT_CHANNELS, TEXT_TOKENS
+from tiny_models import TINY, tiny_wan_pipeline
 
 import diffsparse
 from diffsparse import Adaptive, SparseAttentionConfig

@@ -120,7 +120,7 @@ def test_half_precision_plans_like_single():
 def test_heads_judged_a_few_at_a_time_get_the_same_plan(monkeypatch):
     qkv = random_qkv(GRID, batch=2)
     together = Adaptive(**SMALL).plan(*qkv, AttentionCall(GRID))
-    monkeypatch.setattr("diffsparse.strategies.adaptive.PLANNING_BYTES", 1)
+    monkeypatch.setattr("diffsparse.strategies.planning_memory.PLANNING_BYTES", 1)
     apart = Adaptive(**SMALL).plan(*qkv, AttentionCall(GRID))
     assert torch.equal(together.mask.visible(), apart.mask.visible())
     assert torch.equal(together.permutation.order, apart.permutation.order)

@@ -6,7 +6,25 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffsparse import Adaptive
+from diffsparse import (
+    SVG2,
+    Adaptive,
+    DraftAttention,
+    FlexPrefill,
+    MInference,
+    PAROAttention,
+    Radial,
+    RainFusion,
+    RainFusion2,
+    S2Attention,
+    SampleAttention,
+    SlidingTile,
+    SpargeAttention,
+    SparseD,
+    SparseVideoGen,
+    VMoBA,
+    XAttention,
+)
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import check_lists
 from diffsparse.plan import AttentionPlan
@@ -15,6 +33,24 @@ from diffsparse.strategies.strategy import AttentionCall
 SMALL = {"query_block_size": 16, "key_block_size": 16}
 STRATEGIES = [
     Adaptive(density=0.3, sampled_rows=16, tile=(2, 2, 4), **SMALL),
+    SpargeAttention(mass=0.5, similarity=0.1, **SMALL),
+    SlidingTile(tile=(2, 2, 4), window=(1, 2, 1), **SMALL),
+    Radial(**SMALL),
+    DraftAttention(density=0.3, patch=(2, 4), **SMALL),
+    RainFusion2(density=0.3, window=(2, 4), **SMALL),
+    SVG2(query_clusters=6, key_clusters=10, mass=0.5, iterations=2, **SMALL),
+    XAttention(mass=0.5, stride=4, **SMALL),
+    SparseD(density=0.3, **SMALL),
+    S2Attention(local_blocks=2, stride=4, block_size=16),
+    SampleAttention(mass=0.5, sampled_rows=16, block_size=16),
+    MInference(density=0.3, sampled_rows=16, block_size=16),
+    FlexPrefill(mass=0.5, sampled_rows=16, block_size=16),
+    PAROAttention(density=0.3, sampled_blocks=2, **SMALL),
+    RainFusion(density=0.3, sampled_rows=16, **SMALL),
+    RainFusion(density=0.3, rule="two-way", sampled_rows=16, **SMALL),
+    SparseVideoGen(density=0.3, sampled_rows=16, **SMALL),
+    VMoBA(box_chunk=(2, 3, 4), **SMALL),
+    VMoBA(box_chunk=(2, 3, 4), select="top-k", scope="head-global", routing="union", **SMALL),
 ]
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
 

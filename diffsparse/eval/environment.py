@@ -1,0 +1,50 @@
+"""What a result was made with: machine, versions, revision."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from diffsparse.eval.doctor import devices, versions
+
+PACKAGE = Path(__file__).parent.parent
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Processor, accelerators, versions of packages, the revision of diffsparse; ready for JSON."""
+    return {
+        "device": device,
+        "machine": {"processor": _processor()} | devices(),
+        "versions": versions(),
+        "git_revision": git_revision(),
+    }
+
+
+def git_revision(package: Path = PACKAGE) -> str | None:
+    """The commit that a folder of this project is checked out at, with a + where files differ from it.
+
+    None outside a checkout, as after `pip install`.
+    """
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    revision = _git(package, "rev-parse", "HEAD")
+    return f"{revision}+" if _git(package, "status", "--porcelain", "--", ".") else revision
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,113 @@
+"""A config in one word on a command line: `fast`, or `adaptive:density=0.2,dense_steps=0.1`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import diffsparse
+from diffsparse.config import PRESETS, SparseAttentionConfig
+
+DENSE = "dense"
+"""The name of what every config is compared with."""
+
+
+@dataclass(frozen=True)
+class NamedConfig:
+    """A config and the text that stands for it.
+
+    Attributes:
+        folder: the text with nothing in it that a file name must not have.
+    """
+
+    text: str
+    config: SparseAttentionConfig
+
+    @property
+    def folder(self) -> str:
+        """A folder name that tells configs apart as the text does."""
+        return re.sub(r"[^A-Za-z0-9.,=+-]+", "_", self.text)
+
+
+def read_configs(texts: list[str]) -> list[NamedConfig]:
+    """The configs of several texts.
+
+    Raises:
+        ValueError: a text that cannot be read, or two that say the same or need the same folder.
+    """
+    configs = [read_config(text) for text in texts]
+    for index, config in enumerate(configs):
+        if config.folder.lower() == DENSE:
+            raise ValueError(f"--config {config.text}: dense videos are always made, so leave it out.")
+        for other in configs[:index]:
+            if config.config == other.config or config.folder.lower() == other.folder.lower():
+                raise ValueError(f"--config {other.text} and {config.text} are the same: leave one out.")
+    return configs
+
+
+def read_config(text: str) -> NamedConfig:
+    """The config of NAME or NAME:OPTION=VALUE,…, where NAME is a preset or a strategy that diffsparse exports.
+
+    An option is a field of the strategy or of `SparseAttentionConfig`, a value is written as in Python; quotes around
+    a word may be left out.
+
+    Raises:
+        ValueError: an unknown name or option, or a value that it cannot take.
+    """
+    name, _, options = text.strip().partition(":")
+    strategies = exported_strategies()
+    if name in PRESETS:
+        config = PRESETS[name]()
+    elif name.lower() in strategies:
+        config = SparseAttentionConfig(_made(text, strategies[name.lower()], {}))
+    else:
+        raise ValueError(
+            f"--config {text}: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a strategy "
+            f"({', '.join(strategies)})."
+        )
+    values = _read_options(text, options)
+    of_config = {field.name for field in dataclasses.fields(config)} - {"strategy"}
+    of_strategy = {field.name for field in dataclasses.fields(config.strategy)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - of_config - of_strategy)
+    if unknown:
+        raise ValueError(
+            f"--config {text}: there is no option {unknown[0]!r}. {type(config.strategy).__name__} has "
+            f"{', '.join(sorted(of_strategy)) or 'none'}; every config has {', '.join(sorted(of_config))}."
+        )
+    strategy = _made(text, config.strategy, {key: values[key] for key in values if key in of_strategy})
+    changes = {key: values[key] for key in values if key not in of_strategy}
+    return NamedConfig(text.strip(), _made(text, config, {"strategy": strategy} | changes))
+
+
+def exported_strategies() -> dict[str, type]:
+    """The strategies in `diffsparse` by their class names in small letters."""
+    exported = {name: getattr(diffsparse, name) for name in diffsparse.__all__}
+    return {name.lower(): c for name, c in exported.items() if dataclasses.is_dataclass(c) and hasattr(c, "plan")}
+
+
+def _read_options(text: str, options: str) -> dict[str, Any]:
+    try:
+        call = ast.parse(f"f({options})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("every option needs a name")
+        return {
+            str(k.arg): k.value.id if isinstance(k.value, ast.Name) else ast.literal_eval(k.value)
+            for k in call.keywords
+        }
+    except (SyntaxError, ValueError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(
+            f"--config {text}: the options cannot be read ({reason}); "
+            f"expected OPTION=VALUE,… as in adaptive:density=0.2,dense_steps=0.1."
+        ) from error
+
+
+def _made(text: str, base: Any, changes: dict[str, Any]) -> Any:
+    """The class made with its defaults, or the object with these fields changed."""
+    try:
+        return base() if isinstance(base, type) else dataclasses.replace(base, **changes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--config {text}: {error}") from error

@@ -1,0 +1,77 @@
+"""The prompts of a run: a shipped set, or a text, CSV or JSONL file, with what is wrong in it found at once."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+ASSETS = Path(__file__).parent.parent / "assets"
+SHIPPED = {
+    "demo": ASSETS / "demo_prompts.txt",
+    "general": ASSETS / "general_prompts.txt",
+}
+
+
+def read_prompts(name: str) -> list[str]:
+    """The prompts of a shipped set or of a file.
+
+    A text file has one prompt a line, a CSV file a column `prompt`, a JSONL file a string a line or an object with
+    the key `prompt`. Empty lines are skipped, anything else in a file is ignored.
+
+    Raises:
+        ValueError: no such set or file, none or equal prompts in it, or contents that cannot be read.
+    """
+    file = SHIPPED.get(name, Path(name))
+    if not file.is_file():
+        raise ValueError(f"--prompts must be {' or '.join(SHIPPED)} or a file, got {name}, which is neither.")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
+    numbered = _READERS.get(file.suffix.lower(), _from_text)(file, text)
+    lines_of: dict[str, int] = {}
+    for line, prompt in numbered:
+        if not prompt.strip():
+            continue
+        if prompt.strip() in lines_of:
+            raise ValueError(
+                f"{file} has the prompt {prompt.strip()!r} twice, in lines {lines_of[prompt.strip()]} and {line}. "
+                f"For more videos of a prompt name more --seeds."
+            )
+        lines_of[prompt.strip()] = line
+    if not lines_of:
+        raise ValueError(f"{file} has no prompt in it; expected one a line.")
+    return list(lines_of)
+
+
+def _from_text(file: Path, text: str) -> list[tuple[int, str]]:
+    return list(enumerate(text.splitlines(), start=1))
+
+
+def _from_csv(file: Path, text: str) -> list[tuple[int, str]]:
+    reader = csv.DictReader(text.splitlines(keepends=True))
+    if "prompt" not in (reader.fieldnames or ()):
+        raise ValueError(f"{file} must have a column `prompt`, its first line is {text.splitlines()[:1]}.")
+    return [(reader.line_num, row["prompt"] or "") for row in reader]
+
+
+def _from_jsonl(file: Path, text: str) -> list[tuple[int, str]]:
+    prompts = []
+    for number, line in _from_text(file, text):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}, is not JSON: {error}.") from error
+        prompt = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(prompt, str):
+            raise ValueError(f"{file}, line {number}, must be a string or have the key `prompt`, got {line.strip()}.")
+        prompts.append((number, prompt))
+    return prompts
+
+
+_READERS = {".csv": _from_csv, ".jsonl": _from_jsonl}

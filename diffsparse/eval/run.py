@@ -1,0 +1,162 @@
+"""`diffsparse eval run`: videos of the same prompts and seeds, densely and by each config, in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diffsparse.eval.demo import LARGEST_SEED, make_writable
+from diffsparse.eval.environment import environment
+from diffsparse.eval.generate import choose_device
+from diffsparse.eval.model_choice import EMBEDDED, choose_model
+from diffsparse.eval.named_config import read_configs
+from diffsparse.eval.prompts import read_prompts
+from diffsparse.eval.run_folder import RunFolder
+from diffsparse.eval.run_videos import Job, make_videos
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is generated, how, on what, and where it goes."""
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED,
+        help="folder of a pipeline, or its name on the hub (default: demo, the embedded model)",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="SET|FILE",
+        help="demo or general, or a text, CSV (column prompt) or JSONL (key prompt) file "
+        "(default: demo for models with a demo.json, else general)",
+    )
+    parser.add_argument("--num-prompts", type=int, metavar="N", help="only the first N prompts (default: all)")
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        default=["balanced"],
+        metavar="CONFIG",
+        help="presets or strategies, with options: fast adaptive:density=0.2,dense_steps=0.1 (default: balanced)",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the noise (default: 0)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="such as 1280x720 (default: the model's)")
+    parser.add_argument("--frames", type=int, help="frames a video, 1 for images (default: the model's)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the best one here)")
+    parser.add_argument("--offload", action="store_true", help="keep on the GPU only the part that computes")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("diffsparse-eval"),
+        metavar="FOLDER",
+        help="where all goes; what is there already is not made again (default: diffsparse-eval)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make what the folder lacks. What is wrong with the arguments is found before anything is generated."""
+    from rich.console import Console
+
+    from diffsparse.eval.run_progress import RunProgress
+
+    console = Console(highlight=False)
+    job = read_job(args)
+    make_writable(args.output)
+    folder = RunFolder(args.output)
+    folder.agree(_settings(job), {"command": _command(args, job)} | environment(job.device))
+    _check_room(job, folder)
+    sampling = job.model.sampling
+    configs = ", ".join(config.text for config in job.configs)
+    console.print(
+        f"{job.num_videos} videos: {len(job.prompts)} prompts, {len(job.seeds)} seeds, dense and {configs}; "
+        f"{sampling.width} × {sampling.height}, {sampling.num_frames} frames, {sampling.num_inference_steps} steps "
+        f"on {job.device}",
+        markup=False,
+        soft_wrap=True,
+    )
+    with RunProgress(console, job.num_videos, sampling.num_inference_steps) as progress:
+        num_failed = make_videos(job, folder, progress)
+    if num_failed:
+        console.print(f"{num_failed} of {job.num_videos} videos could not be made. The same command tries them again.")
+        return 1
+    console.print(f"All is there. Look at it: diffsparse eval report {shlex.quote(str(args.output))}", markup=False)
+    return 0
+
+
+def read_job(args: argparse.Namespace) -> Job:
+    """What the arguments ask for.
+
+    Raises:
+        ValueError: they cannot be followed.
+    """
+    model = choose_model(args.model, args.size, args.frames, args.steps)
+    prompts = read_prompts(args.prompts or ("demo" if model.knows_its_sampling else "general"))
+    if args.num_prompts is not None:
+        if not 1 <= args.num_prompts <= len(prompts):
+            raise ValueError(
+                f"--num-prompts must be 1 to {len(prompts)}, the prompts there are; got {args.num_prompts}."
+            )
+        prompts = prompts[: args.num_prompts]
+    for seed in args.seeds:
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"--seeds must be between 0 and {LARGEST_SEED}, got {seed}.")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds must differ, got {args.seeds}.")
+    rank, num_ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    num_pairs = len(prompts) * len(args.seeds)
+    return Job(
+        model=model,
+        prompts=prompts,
+        seeds=args.seeds,
+        configs=read_configs(args.config),
+        device=_device(args.device),
+        offload=args.offload,
+        start=rank * num_pairs // num_ranks,
+    )
+
+
+def _device(name: str | None) -> str:
+    """As asked for; else each process that a launcher started on this machine takes a GPU of its own."""
+    import torch
+
+    device = choose_device(name)
+    count = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}" if name is None and device == "cuda" else device
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    return {
+        "model": job.model.name,
+        "model_sha256": job.model.fingerprint,
+        "sampling": vars(job.model.sampling),
+        "prompts": job.prompts,
+        "seeds": sorted(job.seeds),
+        "configs": {config.folder: {"text": config.text, "config": repr(config.config)} for config in job.configs},
+    }
+
+
+def _command(args: argparse.Namespace, job: Job) -> str:
+    sampling = job.model.sampling
+    words = ["diffsparse", "eval", "run", "--model", args.model]
+    words += ["--prompts", args.prompts] if args.prompts else []
+    words += ["--num-prompts", str(args.num_prompts)] if args.num_prompts else []
+    words += ["--config", *args.config, "--seeds", *map(str, args.seeds), "--steps", str(sampling.num_inference_steps)]
+    words += ["--size", f"{sampling.width}x{sampling.height}", "--frames", str(sampling.num_frames)]
+    words += ["--device", args.device] if args.device else []
+    words += ["--offload"] if args.offload else []
+    return shlex.join([*words, "--output", str(args.output)])
+
+
+def _check_room(job: Job, folder: RunFolder) -> None:
+    """Find out now whether the disk can hold the videos, as PNGs hold noise at worst."""
+    missing = sum(folder.record(config, pair) is None for pair in job.pairs for config in job.config_names)
+    sampling = job.model.sampling
+    needed = missing * sampling.num_frames * sampling.height * sampling.width * 3
+    free = shutil.disk_usage(folder.path).free
+    if needed > free:
+        raise ValueError(
+            f"--output {folder.path}: {missing} videos may need {needed / 1e9:.1f} GB, the disk has "
+            f"{free / 1e9:.1f} GB free. Make room, or name another folder."
+        )

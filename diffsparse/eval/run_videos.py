@@ -1,0 +1,149 @@
+"""Making the videos of a run, as one of any number of processes that share its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import diffsparse
+from diffsparse.eval.environment import environment
+from diffsparse.eval.generate import Generation, generate
+from diffsparse.eval.model_choice import ModelChoice
+from diffsparse.eval.named_config import DENSE, NamedConfig
+from diffsparse.eval.peak_memory import PeakMemory
+from diffsparse.eval.run_folder import Pair, RunFolder
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is to make, and what this process makes it on.
+
+    Attributes:
+        start: index of the pair to begin with, so that processes meet seldom.
+    """
+
+    model: ModelChoice
+    prompts: list[str]
+    seeds: list[int]
+    configs: list[NamedConfig]
+    device: str
+    offload: bool = False
+    start: int = 0
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Every prompt with every seed."""
+        pairs = [Pair(prompt, seed) for seed in self.seeds for prompt in range(len(self.prompts))]
+        return pairs[self.start :] + pairs[: self.start]
+
+    @property
+    def config_names(self) -> list[str]:
+        """Folders of the videos, the dense ones' first."""
+        return [DENSE, *(config.folder for config in self.configs)]
+
+    @property
+    def num_videos(self) -> int:
+        """Of all pairs and configs."""
+        return len(self.pairs) * len(self.config_names)
+
+
+class Progress(Protocol):
+    """Who is told how far it is."""
+
+    def start(self, what: str) -> None: ...  # noqa: D102
+    def step(self) -> None: ...  # noqa: D102
+    def end(self, what: str, outcome: str) -> None: ...  # noqa: D102
+    def skip(self, num_videos: int) -> None: ...  # noqa: D102
+
+
+def make_videos(job: Job, folder: RunFolder, progress: Progress) -> int:
+    """Make every video that is not there or not as it was written; how many failed, each with its reason noted.
+
+    The dense video of a pair and its sparse ones are made by one process, so that their times can be compared. Pairs
+    that others hold come last: what they leave undone, because they died, is then done here.
+    """
+    studio = Studio(job)
+    taken = [pair for pair in job.pairs if not _make_pair(pair, job, folder, studio, progress, after_others=False)]
+    for pair in taken:
+        _make_pair(pair, job, folder, studio, progress, after_others=True)
+    return sum(folder.record(config, pair) is None for pair in job.pairs for config in job.config_names)
+
+
+class Studio:
+    """The pipeline, loaded when the first video is to be made."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._environment = environment(job.device)
+        self._pipe: Any = None
+        self._warm: set[str] = set()
+
+    def make(
+        self, config: NamedConfig | None, prompt: str, seed: int, on_step: Callable[[], None]
+    ) -> tuple[Generation, dict[str, Any]]:
+        """A video by a config, or densely, and its record.
+
+        The first calls of a process are slower: memory is fetched, kernels are compiled. So the first video of each
+        config follows after one step outside the timing.
+        """
+        if self._pipe is None:
+            self._pipe = self._job.model.load(self._job.device, self._job.offload)
+        name = DENSE if config is None else config.folder
+        sampling = self._job.model.sampling
+        if name not in self._warm:
+            early = None if config is None else dataclasses.replace(config.config, dense_steps=0.0)
+            self._generate(early, prompt, seed, dataclasses.replace(sampling, num_inference_steps=1), lambda: None)
+            self._warm.add(name)
+        memory = PeakMemory(self._job.device)
+        made, attention = self._generate(None if config is None else config.config, prompt, seed, sampling, on_step)
+        return made, {
+            "prompt": prompt,
+            "seed": seed,
+            "config": name,
+            "num_frames": len(made.frames),
+            "total_seconds": made.total_seconds,
+            "seconds_per_step": made.seconds_per_step,
+            "step_seconds": made.step_seconds,
+            "other_seconds": made.other_seconds,
+            "peak_memory_bytes": memory.num_bytes,
+            "peak_memory_kind": memory.kind,
+            "attention": attention,
+            "environment": self._environment,
+        }
+
+    def _generate(
+        self, config: diffsparse.SparseAttentionConfig | None, prompt: str, seed: int, sampling: Any, on_step: Any
+    ) -> tuple[Generation, dict[str, Any] | None]:
+        if config is None:
+            return generate(self._pipe, prompt, seed, sampling, on_step), None
+        diffsparse.enable_sparse_attention(self._pipe, config)
+        try:
+            made = generate(self._pipe, prompt, seed, sampling, on_step)
+            return made, diffsparse.sparse_attention_report(self._pipe).as_dict()
+        finally:
+            diffsparse.disable_sparse_attention(self._pipe)
+
+
+def _make_pair(pair: Pair, job: Job, folder: RunFolder, studio: Studio, progress: Progress, after_others: bool) -> bool:
+    """Whether this process had the pair to itself, and so made what was missing."""
+    with folder.claim(pair, wait=after_others) as mine:
+        if not mine:
+            return False
+        for name, config in zip(job.config_names, [None, *job.configs]):
+            if folder.is_whole(name, pair) or (after_others and folder.failure(name, pair)):
+                progress.skip(1)
+                continue
+            what = f"{config.text if config else DENSE}, prompt {pair.prompt}, seed {pair.seed}"
+            progress.start(what)
+            # Whatever goes wrong with one video, the rest may still be made.
+            try:
+                made, record = studio.make(config, job.prompts[pair.prompt], pair.seed, progress.step)
+                folder.add(name, pair, made.frames, record)
+                progress.end(what, f"{made.total_seconds:.1f} s")
+            except Exception as error:
+                folder.remove(name, pair)
+                folder.note_failure(name, pair, f"{type(error).__name__}: {error}")
+                progress.end(what, f"failed: {type(error).__name__}: {error}")
+    return True

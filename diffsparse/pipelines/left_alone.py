@@ -1,0 +1,29 @@
+"""Transformers of diffusers that diffsparse leaves dense on purpose, and why."""
+
+LEFT_ALONE: dict[str, str] = {
+    "AceStepTransformer1DModel": "it makes audio, whose tokens form a line and no grid",
+    "AnyFlowFARTransformer3DModel": "it is causal, and brings a block mask and a key-value cache of its own",
+    "Cosmos3OmniTransformer": "its queries are fewer than its keys, which several heads share",
+    "DreamLiteTransformer2DModel": "it is a part of a UNet, whose attention diffsparse does not take over",
+    "Ideogram4Transformer2DModel": "it passes a mask over pairs of tokens, in every call",
+    "Kandinsky6SRTransformer3DModel": "it brings a block mask of its own",
+    "Krea2Transformer2DModel": "its pipeline hides padded text before the image by a mask, in every call",
+    "LatteTransformer3DModel": "it attends within frames and through time in turn, over short sequences",
+    "LongCatAudioDiTTransformer": "it makes audio, whose tokens form a line and no grid",
+    "LuminaNextDiT2DModel": "it passes a mask of the size of all pairs of tokens, in every call",
+    "MiniMaxMusic3Transformer1DModel": "it makes audio, whose tokens form a line and no grid",
+    "NucleusMoEImageTransformer2DModel": "its queries are the image's alone, its keys the text's as well",
+    "OmniGenTransformer2DModel": "it passes a mask over pairs of tokens, in every call",
+    "PRXTransformer2DModel": "its queries are the image's alone, its keys the text's as well",
+    "PriorTransformer": "it makes an embedding, its tokens form no grid",
+    "QwenImage21Transformer2DModel": "it keeps the keys of the prompt in a cache, its queries are fewer than its keys",
+    "RFD4ProteinaTransformer": "it makes proteins, and adds a bias to every pair of tokens",
+    "SanaTransformer2DModel": "its self-attention is linear, there are no pairs of tokens to skip",
+    "SanaVideoTransformer3DModel": "its self-attention is linear, there are no pairs of tokens to skip",
+    "SanaWMLTX2RefinerTransformer3DModel": "it streams video through a key-value cache",
+    "SanaWMTransformer3DModel": "most of its attention is linear, and none of it runs in an attention processor",
+    "Transformer2DModel": "it is a part of UNets, whose attention diffsparse does not take over",
+    "TransformerTemporalModel": "it attends through time alone, over short sequences",
+    "WanAnimate2Transformer3DModel": "it brings a block mask of its own",
+}
+"""Class name to the reason, which completes the sentence "it stays dense: …"."""

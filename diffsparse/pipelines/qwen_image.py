@@ -1,0 +1,37 @@
+"""Qwen-Image, its Edit and its Layered models: text, then images, in one sequence of double-stream blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffsparse.pipelines.family import Family, Layout
+
+
+def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
+    """The text tokens, the image that comes first in `img_shapes`, then reference images.
+
+    Layered models make several images of one size, which count as frames. Padded text stands before the image, so
+    that no key length can hide it: in a batch of prompts of different lengths the mask keeps every layer dense.
+    """
+    latents, text, rows = (call.get(name) for name in ("hidden_states", "encoder_hidden_states", "img_shapes"))
+    if latents is None or latents.ndim != 3 or text is None or not rows:
+        return None
+    shapes = [tuple(shape) for shape in rows[0]]
+    if any([tuple(shape) for shape in row] != shapes for row in rows):
+        return None
+    frames, height, width = shapes[0]
+    if transformer.config.use_layer3d_rope:
+        frames *= next((i for i, shape in enumerate(shapes) if shape != shapes[0]), len(shapes))
+    references = latents.shape[1] - frames * height * width
+    if references < 0:
+        return None
+    return Layout(frames, height, width, text_before=text.shape[1], text_after=references)
+
+
+QWEN_IMAGE = Family(
+    name="qwen_image",
+    transformers=("QwenImageTransformer2DModel",),
+    layers=("transformer_blocks.*.attn",),
+    layout=layout,
+)

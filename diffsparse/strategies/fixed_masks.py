@@ -1,0 +1,134 @@
+"""Masks that depend on the grid alone, each with its token order: what the heads of a layer choose among."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffsparse.block_mask import BlockMask
+from diffsparse.grid import TokenGrid
+from diffsparse.heads import BlockSums, head_errors, sample_rows
+from diffsparse.kernels.pooling import block_means
+from diffsparse.permutation import Permutation
+from diffsparse.plan import AttentionPlan
+from diffsparse.strategies.planning_memory import head_slices
+from diffsparse.strategies.strategy import AttentionCall
+
+
+@dataclass(frozen=True, eq=False)
+class FixedMasks:
+    """N block masks over a few token orders.
+
+    Attributes:
+        orders: the token orders, M of them.
+        order_of: which of the orders each mask is for, N numbers.
+        choice: the same as a tensor, [N] int64.
+        visible: [N, Q, K] bool, the block maps.
+        mask: their lists, [1, N, Q, C].
+        key_orders: the orders of keys and values where they are not those of the queries, M of them.
+    """
+
+    orders: Permutation
+    order_of: tuple[int, ...]
+    choice: Tensor
+    visible: Tensor
+    mask: BlockMask
+    key_orders: Permutation | None = None
+
+    @classmethod
+    def of(
+        cls,
+        orders: Tensor,
+        masks: Sequence[tuple[int, Tensor]],
+        query_block_size: int,
+        key_block_size: int,
+        device: torch.device,
+        key_orders: Tensor | None = None,
+    ) -> FixedMasks:
+        """From orders [M, S], and for each mask the number of its order and its block map [Q, K] bool.
+
+        `key_orders` [M, S] where keys and values have their own. Waits for values: made once for a grid, and kept.
+        """
+        order_of = tuple(number for number, _ in masks)
+        visible = torch.stack([block_map for _, block_map in masks])
+        longest = int(visible.sum(-1).max())
+        lists = BlockMask.from_visible(visible[None], orders.shape[1], query_block_size, key_block_size, longest)
+        return cls(
+            orders=Permutation.of(orders.to(device)),
+            order_of=order_of,
+            choice=torch.tensor(order_of, device=device),
+            visible=visible.to(device),
+            mask=BlockMask(
+                lists.key_blocks.to(device), lists.counts.to(device), orders.shape[1], query_block_size, key_block_size
+            ),
+            key_orders=None if key_orders is None else Permutation.of(key_orders.to(device)),
+        )
+
+    def plan(self, chosen: Tensor, classes: Tensor | None = None, skipped: Tensor | None = None) -> AttentionPlan:
+        """The plan in which head h runs mask `chosen[h]`, of chosen [H] int64; classes and skipped as the plan's."""
+        order = self.choice.index_select(0, chosen)
+        keys = self.key_orders
+        return AttentionPlan(
+            Permutation(self.orders.orders, self.orders.inverses, order),
+            BlockMask(
+                self.mask.key_blocks.index_select(1, chosen),
+                self.mask.counts.index_select(1, chosen),
+                self.mask.num_tokens,
+                self.mask.query_block_size,
+                self.mask.key_block_size,
+            ),
+            classes=classes,
+            key_permutation=None if keys is None else Permutation(keys.orders, keys.inverses, order),
+            skipped=skipped,
+        )
+
+    def errors(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor,
+        call: AttentionCall,
+        measure: Callable[[Tensor, Tensor], Tensor] = head_errors,
+    ) -> Tensor:
+        """What each mask would cost each head, [N, H] float32, by its executed blocks on sampled rows.
+
+        Args:
+            query, key, value: [B, H, S, D].
+            rows: [R] the tokens whose query rows are computed exactly.
+            call: where and when.
+            measure: of the masked and the exact output, both [B, H, D, R], by head: [H].
+        """
+        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        by_slice = []
+        for heads in head_slices(query, len(rows)):
+            sampled = query[:, heads].index_select(2, rows).float() * scale
+            errors: dict[int, Tensor] = {}
+            for number in sorted(set(self.order_of)):
+                sums = self._sums(sampled, key[:, heads], value[:, heads], number, call.key_length)
+                exact = sums.exact()
+                block_of_row = self.orders.inverses[number].index_select(0, rows) // self.mask.query_block_size
+                for mask, order in enumerate(self.order_of):
+                    if order == number:
+                        seen = self.visible[mask].index_select(0, block_of_row).T  # [K, R]
+                        errors[mask] = measure(sums.masked(seen[None, None])[0], exact)
+            by_slice.append(torch.stack([errors[mask] for mask in range(len(self.order_of))]))
+        return torch.cat(by_slice, dim=1)
+
+    def _sums(self, rows: Tensor, key: Tensor, value: Tensor, number: int, key_length: Tensor | None) -> BlockSums:
+        """Attention of the scaled rows [B, H, R, D] by key block of one of the orders."""
+        keys = self.orders if self.key_orders is None else self.key_orders
+        order = Permutation(keys.orders[number, None], keys.inverses[number, None])
+        key, value = order.apply(key), order.apply(value)
+        size = self.mask.key_block_size
+        return BlockSums.of(rows, key, value, block_means(key, size)[0], size, key_length)
+
+
+@functools.lru_cache(maxsize=16)
+def sampled_rows(grid: TokenGrid, count: int, seed: int, device: torch.device) -> Tensor:
+    """`sample_rows`, kept on the device: [R] int64."""
+    return sample_rows(grid, count, seed).to(device)

@@ -1,0 +1,49 @@
+"""K-means of the tokens of each head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffsparse.strategies.planning_memory import slices
+
+
+def k_means(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Clusters of the tokens of x [H, S, F] float32, by Euclidean distance, each head for itself.
+
+    Starts from `centroids` [H, C, F] and moves them a fixed number of times, without waiting for them to settle. A
+    cluster that loses all its tokens stays where it is. Sums are made in a fixed order, so that the same tokens give
+    the same clusters.
+
+    Returns:
+        The label of each token [H, S] int64, by the centroids as they are in the end; the centroids [H, C, F]; how
+        many tokens each cluster has [H, C] int64.
+    """
+    clusters = centroids.shape[1]
+    for _ in range(iterations):
+        labels = nearest(x, centroids)
+        sizes = cluster_sizes(labels, clusters)
+        order = torch.argsort(labels, dim=-1, stable=True)
+        by_cluster = x.gather(1, order[..., None].expand_as(x))
+        sums = torch.segment_reduce(by_cluster, "sum", lengths=sizes, axis=1, unsafe=True)
+        means = sums / sizes.clamp(min=1)[..., None]
+        centroids = torch.where(sizes[..., None] > 0, means, centroids)
+    labels = nearest(x, centroids)
+    return labels, centroids, cluster_sizes(labels, clusters)
+
+
+def nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """The index of the centroid [H, C, F] nearest to each token of x [H, S, F]: [H, S] int64."""
+    heads, tokens, _ = x.shape
+    # The token's own square is the same for all centroids.
+    half_squares = centroids.square().sum(-1)[:, None] / 2
+    labels = torch.empty((heads, tokens), dtype=torch.long, device=x.device)
+    for part in slices(tokens, 8 * heads * centroids.shape[1]):
+        labels[:, part] = torch.argmin(half_squares - x[:, part] @ centroids.transpose(-1, -2), dim=-1)
+    return labels
+
+
+def cluster_sizes(labels: Tensor, clusters: int) -> Tensor:
+    """How many tokens carry each label, [H, C] int64."""
+    sizes = labels.new_zeros((labels.shape[0], clusters))
+    return sizes.scatter_add_(1, labels, torch.ones_like(labels))

@@ -1,0 +1,25 @@
+"""How much of the work of planning is done at a time, so that it needs little memory."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+PLANNING_BYTES = 1 << 29
+"""Memory that planning may take beside query, key and value."""
+
+
+def head_slices(query: Tensor, sampled_rows: int) -> list[slice]:
+    """The heads of query [B, H, S, D], a few at a time: what judging these takes stays within `PLANNING_BYTES`.
+
+    `sampled_rows` is how many rows of each head are held against all keys.
+    """
+    batch, heads, tokens, dim = query.shape
+    # float32 scores of the sampled rows; keys and values in another order and as float32; sums by block.
+    bytes_a_head = 4 * batch * tokens * (sampled_rows + 4 * dim)
+    return slices(heads, bytes_a_head)
+
+
+def slices(count: int, bytes_each: int) -> list[slice]:
+    """`count` things, as many at a time as `PLANNING_BYTES` holds of `bytes_each`, one at least."""
+    step = max(1, PLANNING_BYTES // bytes_each)
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+
+from diffsparse import PRESETS, Adaptive, Dense, SparseAttentionConfig
+from diffsparse.eval.named_config import exported_strategies, read_config, read_configs
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_named_as_elsewhere(name):
+    assert read_config(name).config == PRESETS[name]()
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        ("adaptive", SparseAttentionConfig(Adaptive())),
+        ("Adaptive:density=0.2,dense_steps=0", SparseAttentionConfig(Adaptive(density=0.2), dense_steps=0)),
+        ("adaptive:tile=(1,2,2),tail=False", SparseAttentionConfig(Adaptive(tile=(1, 2, 2), tail=False))),
+        ("dense:backend=eager,dense_layers=(0,-1)", SparseAttentionConfig(Dense(), 0.2, (0, -1), backend="eager")),
+        ("fast:strict=True", SparseAttentionConfig(Adaptive(density=0.15), dense_steps=0.1, strict=True)),
+    ],
+)
+def test_options_go_to_the_strategy_or_to_the_config(text, config):
+    assert read_config(text).config == config
+
+
+def test_every_strategy_that_diffsparse_exports_has_its_name():
+    assert exported_strategies().items() >= {"adaptive": Adaptive, "dense": Dense}.items()
+    for name in exported_strategies():
+        assert name == type(read_config(name).config.strategy).__name__.lower()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("fats", "'fats' is neither a preset .*fast.* nor a strategy .*adaptive"),
+        ("adaptive:densty=0.2", "no option 'densty'.*density.*dense_steps"),
+        ("adaptive:density=2", "`density` must be"),
+        ("fast:dense_steps=20", "`dense_steps` must be"),
+        ("adaptive:density", "OPTION=VALUE"),
+        ("adaptive:density=0.2)+(1", "OPTION=VALUE"),
+        ("adaptive:density=__import__('os').getpid()", "OPTION=VALUE"),
+        ("adaptive:**{}", "OPTION=VALUE"),
+        ("fast:strategy=dense", "no option 'strategy'"),
+        ("", "neither"),
+    ],
+)
+def test_what_is_wrong_is_said(text, says):
+    with pytest.raises(ValueError, match=says):
+        read_config(text)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["fast", "fast"], ["balanced", "adaptive:density=0.25"], ["fast", "dense"]],
+)
+def test_two_configs_that_are_one_are_refused(texts):
+    with pytest.raises(ValueError, match="--config"):
+        read_configs(texts)
+
+
+def test_a_folder_name_holds_nothing_that_a_file_system_refuses():
+    folder = read_config("adaptive:tile=(1, 2, 2), tail=False").folder
+    assert folder == "adaptive_tile=_1,_2,_2_,_tail=False"

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+import diffsparse
+from diffsparse.eval import run, run_videos
+from diffsparse.eval.generate import Generation, Sampling
+
+CONFIGS = ["fast:min_tokens=0", "adaptive:density=0.5,min_tokens=0,query_block_size=2,key_block_size=2"]
+
+
+class Killed(BaseException):
+    """What stops a process wherever it is."""
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\na dog\n")
+    return file
+
+
+def start(model, prompts, output, *more):
+    argv = ["--model", model, "--prompts", prompts, "--steps", 2, "--device", "cpu", "--output", output, *more]
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    return run.run(parser.parse_args([str(arg) for arg in argv]))
+
+
+def contents(folder):
+    """Checksums of all videos, which files there are, and what was recorded that is not a time."""
+    records = {}
+    for file in folder.glob("*/*.json"):
+        record = json.loads(file.read_text())
+        records[file.relative_to(folder)] = (record["sha256"], record["prompt"], record["attention"])
+    return records
+
+
+def fake_videos(monkeypatch, stop=lambda n: None):
+    """Noise in place of videos, quick, decided by all that decides a video; the prompts of those made so far.
+
+    `stop(n)` may end the process at the n-th, warm-ups not counted.
+    """
+    made = []
+
+    def fake(pipe, prompt, seed, sampling, on_step):
+        if sampling.num_inference_steps > 1:
+            made.append(prompt)
+            stop(len(made))
+        for _ in range(sampling.num_inference_steps):
+            on_step()
+        sparse = diffsparse.is_sparse_attention_enabled(pipe)
+        random = np.random.default_rng([seed, sparse, *prompt.encode()])
+        return Generation(random.random((2, 6, 8, 3), dtype=np.float32), (0.5, 0.5), 1.5)
+
+    monkeypatch.setattr(run_videos, "generate", fake)
+    return made
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tiny_model, prompts, tmp_path, monkeypatch, capsys):
+    def kill_at_3(n):
+        if n == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        fake_videos(patch, kill_at_3)
+        with pytest.raises(Killed):
+            start(tiny_model, prompts, tmp_path / "killed", "--config", *CONFIGS)
+    made = fake_videos(monkeypatch)
+    assert start(tiny_model, prompts, tmp_path / "killed", "--config", *CONFIGS) == 0
+    assert made == ["a cat", "a dog", "a dog", "a dog"]
+    assert start(tiny_model, prompts, tmp_path / "whole", "--config", *CONFIGS) == 0
+    assert len(contents(tmp_path / "whole")) == 6
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    made.clear()
+    assert start(tiny_model, prompts, tmp_path / "whole", "--config", *CONFIGS) == 0
+    assert made == []
+
+
+def test_a_damaged_video_is_made_again_and_a_new_config_uses_the_dense_ones(tiny_model, prompts, tmp_path, monkeypatch):
+    made = fake_videos(monkeypatch)
+    output = tmp_path / "run"
+    assert start(tiny_model, prompts, output, "--config", CONFIGS[0]) == 0
+    before = contents(output)
+    frame = next((output / "dense" / "001-seed0").iterdir())
+    frame.write_bytes(frame.read_bytes()[:-3])
+    made.clear()
+    assert start(tiny_model, prompts, output, "--config", CONFIGS[0]) == 0
+    assert made == ["a dog"]
+    assert contents(output) == before
+    assert start(tiny_model, prompts, output, "--config", CONFIGS[1], "--num-prompts", 2) == 0
+    assert made == ["a dog", "a cat", "a dog"]
+
+
+def test_a_video_that_fails_leaves_the_rest_to_be_made(tiny_model, prompts, tmp_path, monkeypatch, capsys):
+    def fail_at_2(n):
+        if n == 2:
+            raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        made = fake_videos(patch, fail_at_2)
+        assert start(tiny_model, prompts, tmp_path / "run", "--config", CONFIGS[0]) == 1
+        assert made == ["a cat", "a cat", "a dog", "a dog"]
+    fake_videos(monkeypatch)
+    shown = capsys.readouterr().out
+    assert "failed: RuntimeError: out of memory" in shown
+    assert "1 of 4 videos could not be made" in shown
+    assert start(tiny_model, prompts, tmp_path / "run", "--config", CONFIGS[0]) == 0
+
+
+def test_a_record_tells_time_memory_density_and_where(tiny_model, prompts, tmp_path):
+    smaller = "--num-prompts", 1, "--size", "32x32", "--frames", 5
+    assert start(tiny_model, prompts, tmp_path / "run", "--config", CONFIGS[1] + ",dense_steps=0.5", *smaller) == 0
+    record = json.loads(next((tmp_path / "run").glob("adaptive*/*.json")).read_text())
+    assert len(record["step_seconds"]) == 2
+    assert record["total_seconds"] > sum(record["step_seconds"]) > 0
+    assert record["peak_memory_bytes"] is None or record["peak_memory_bytes"] > 1e7
+    assert 0 < record["attention"]["overall_density"] < 1
+    assert record["attention"]["transformers"][0]["dense_reasons"] == {"early step": 4}
+    assert record["environment"]["versions"]["torch"]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert "--steps 2 --size 32x32 --frames 5" in manifest["made_by"][0]["command"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--config", "fats"], "fats"),
+        (["--steps", 0], "--steps"),
+        (["--frames", -1], "--frames"),
+        (["--size", "64"], "WIDTHxHEIGHT"),
+        (["--seeds", 1, 1], "--seeds must differ"),
+        (["--seeds", -1], "--seeds"),
+        (["--num-prompts", 3], "1 to 2"),
+        (["--model", "./nowhere"], "no folder"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--output", "/proc/nowhere"], "--output"),
+        (["--frames", 10**9], "disk"),
+    ],
+)
+def test_bad_input_is_found_before_a_model_is_loaded(tiny_model, prompts, tmp_path, monkeypatch, more, says):
+    monkeypatch.setattr(run_videos, "Studio", None)
+    with pytest.raises(ValueError, match=says):
+        start(tiny_model, prompts, tmp_path / "run", *more)
+
+
+def test_results_of_other_settings_are_not_mixed_in(tiny_model, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "make_videos", lambda *args: 0)
+    start(tiny_model, prompts, tmp_path / "run")
+    with pytest.raises(ValueError, match="sampling"):
+        start(tiny_model, prompts, tmp_path / "run", "--steps", 3)
+
+
+def test_a_model_that_does_not_say_how_it_is_called_has_to_be_told(own_tiny_model, prompts, tmp_path, monkeypatch):
+    (own_tiny_model / "demo.json").unlink()
+    with pytest.raises(ValueError, match="--size, --frames and --steps"):
+        start(own_tiny_model, prompts, tmp_path / "run")
+    told = []
+    monkeypatch.setattr(run, "make_videos", lambda job, *rest: told.append(job.model.sampling) or 0)
+    assert start(own_tiny_model, prompts, tmp_path / "run", "--size", "64x48", "--frames", 5) == 0
+    assert told == [Sampling(height=48, width=64, num_frames=5, num_inference_steps=2)]
+
+
+def test_ranks_begin_at_different_pairs(tiny_model, prompts, tmp_path, monkeypatch):
+    starts = []
+    monkeypatch.setattr(run, "make_videos", lambda job, *rest: starts.append(job.pairs[0].prompt) or 0)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        start(tiny_model, prompts, tmp_path / "run")
+    assert starts == [0, 1]

@@ -1,0 +1,165 @@
+"""What the image families say of calls that their tiny models do not make, and which of them stay dense."""
+
+import pytest
+import torch
+from tiny.flux2 import four_ids, image_ids
+from tiny.model import CHANNELS, TEXT_CHANNELS
+from tiny_models import TINY
+
+from diffsparse import Adaptive, SparseAttentionConfig
+from diffsparse.pipelines.families import find_family
+from diffsparse.pipelines.family import Layout
+
+SPARSE = SparseAttentionConfig(
+    Adaptive(density=0.3, query_block_size=16, key_block_size=16), dense_steps=0.0, min_tokens=0
+)
+
+
+class Called:
+    """A tiny model and a call of it, changed."""
+
+    def __init__(self, name, batch=1, config=None, grid=None, **changes):
+        self.tiny = TINY[name]
+        self.model = self.tiny.make(**(config or {}))
+        self.call = self.tiny.call(self.model, grid or self.tiny.grid, batch=batch) | changes
+
+    @property
+    def layout(self):
+        return find_family(self.model).layout(self.model, self.call)
+
+    def run(self):
+        with torch.no_grad():
+            output = self.model(**self.call, return_dict=False)[0]
+        return torch.stack(output) if isinstance(output, list) else output
+
+    def ran(self):
+        """Sparse calls, and dense ones by reason, once enabled."""
+        self.model.enable_sparse_attention(SPARSE)
+        self.run()
+        (report,) = self.model.sparse_attention_report().transformers
+        self.model.disable_sparse_attention()
+        return report.sparse_calls, report.dense_reasons
+
+    def stays_dense(self, reason):
+        stock, layers = self.run(), len(self.tiny.layers)
+        sparse_calls, reasons = self.ran()
+        return (sparse_calls, reasons) == (0, {reason: layers}) and torch.equal(self.run(), stock)
+
+
+def random(*sizes):
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(0))
+
+
+def test_z_images_captions_may_differ_in_length_and_their_padding_is_no_key():
+    captions = [random(7, TEXT_CHANNELS), random(40, TEXT_CHANNELS)]
+    images = [random(CHANNELS, 1, 14, 10), random(CHANNELS, 1, 14, 10)]
+    called = Called("z_image", batch=2, x=images, cap_feats=captions)
+    assert called.layout == Layout(1, 7, 5, text_after=64 - 35 + 64)
+    assert called.ran() == (2, {})
+    full = SparseAttentionConfig(
+        Adaptive(density=1.0, query_block_size=16, key_block_size=16), dense_steps=0.0, min_tokens=0
+    )
+    stock = called.run()
+    called.model.enable_sparse_attention(full)
+    torch.testing.assert_close(called.run(), stock)
+
+
+def test_z_images_refiners_are_no_layers():
+    assert Called("z_image", config={"n_refiner_layers": 1}).ran() == (2, {})
+
+
+def test_z_images_of_different_sizes_and_omni_calls_have_no_layout():
+    images = [random(CHANNELS, 1, 14, 10), random(CHANNELS, 1, 10, 14)]
+    assert Called("z_image", batch=2, x=images).layout is None
+    assert Called("z_image", x=[images]).layout is None
+
+
+def test_qwen_images_layers_are_frames_and_a_reference_is_not():
+    shapes = [[(1, 7, 5), (1, 7, 5), (1, 7, 5), (1, 2, 3)]]
+    latents = random(1, 3 * 35 + 6, CHANNELS)
+    layered = {"use_layer3d_rope": True}
+    called = Called("qwen_image", config=layered, img_shapes=shapes, hidden_states=latents)
+    assert called.layout == Layout(3, 7, 5, text_before=7, text_after=6)
+    assert called.ran() == (2, {})
+    assert Called("qwen_image", img_shapes=shapes, hidden_states=latents).layout == Layout(1, 7, 5, 7, 2 * 35 + 6)
+
+
+def test_qwen_images_of_different_sizes_or_other_latents_have_no_layout():
+    assert Called("qwen_image", batch=2, img_shapes=[[(1, 7, 5)], [(1, 5, 7)]]).layout is None
+    assert Called("qwen_image", img_shapes=[[(1, 7, 6)]]).layout is None
+    assert Called("qwen_image", img_shapes=[]).layout is None
+
+
+def test_padded_text_before_the_image_stays_dense():
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    assert Called("qwen_image", batch=2, encoder_hidden_states_mask=mask).stays_dense("attention mask")
+
+
+def test_chroma_stays_dense_with_the_mask_of_its_pipeline():
+    mask = torch.ones(1, 7 + 35)
+    mask[:, 4:7] = 0
+    assert Called("chroma", attention_mask=mask).stays_dense("attention mask")
+
+
+def test_cogview4_and_glm_image_stay_dense_with_a_mask():
+    mask = torch.ones(1, 7)
+    for name in ("cogview4", "glm_image"):
+        assert Called(name, attention_mask=mask).stays_dense("attention mask")
+
+
+def test_glm_image_stays_dense_where_it_reads_keys_from_a_cache():
+    from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+
+    cache = GlmImageKVCache(num_layers=2)
+    called = Called("glm_image", kv_caches=cache)
+    cache.set_mode("write")
+    called.run()
+    cache.set_mode("read")
+    assert called.stays_dense("query, key and value differ in shape")
+
+
+def test_lumina2_has_a_layout_only_where_prompts_are_equally_long():
+    mask = torch.arange(7) < torch.tensor([[5], [6]])
+    assert Called("lumina2", batch=2, encoder_attention_mask=mask.long()).layout is None
+    assert Called("lumina2", batch=2, encoder_attention_mask=torch.ones(2, 7)).layout == Layout(1, 7, 5, 7)
+
+
+def test_hidream_pads_no_square():
+    called = Called("hidream", grid=(1, 6, 6))
+    assert called.layout == Layout(1, 6, 6, text_after=7 + 2 * 3)
+    assert called.ran() == (3, {})
+
+
+def test_flux2_with_a_cache_of_keys_has_no_layout():
+    assert Called("flux2", kv_cache_mode="extract").layout is None
+    assert Called("flux2", kv_cache_mode=None).layout == Layout(1, 7, 5, 7)
+
+
+def test_the_size_of_a_flux2_image_is_that_of_the_first_alone():
+    ids = torch.cat([image_ids(4, 6), image_ids(6, 4, image=10), image_ids(4, 6, image=20)])
+    called = Called("flux2", img_ids=four_ids(ids)[None], hidden_states=random(1, 72, CHANNELS))
+    assert called.layout == Layout(1, 4, 6, 7, 48)
+
+
+def test_joyimages_images_are_frames():
+    called = Called("joyimage_edit", hidden_states=random(1, 3, CHANNELS, 1, 14, 10))
+    assert called.layout == Layout(3, 7, 5, text_after=7)
+    assert called.ran() == (2, {})
+
+
+def test_joyimage_plus_needs_one_size_of_the_generated_image():
+    patches = random(2, 35 + 12, CHANNELS, 1, 2, 2)
+    one_size = [[(1, 7, 5), (1, 4, 3)], [(1, 7, 5), (1, 2, 2)]]
+    assert Called("joyimage_edit_plus", hidden_states=patches, shape_list=one_size).layout == Layout(1, 7, 5, 0, 12 + 7)
+    two_sizes = [[(1, 7, 5), (1, 4, 3)], [(1, 5, 7), (1, 4, 3)]]
+    assert Called("joyimage_edit_plus", hidden_states=patches, shape_list=two_sizes).layout is None
+    masked = Called("joyimage_edit_plus", encoder_hidden_states_mask=torch.ones(1, 7))
+    assert masked.stays_dense("attention mask")
+
+
+@pytest.mark.parametrize("name", ["hunyuan_image"])
+def test_a_video_refiner_of_three_axes_has_frames(name):
+    config = {"patch_size": (1, 1, 1), "rope_axes_dim": (8, 12, 12)}
+    called = Called(name, config=config, grid=(2, 7, 5))
+    assert called.layout == Layout(2, 7, 5, text_after=7)
+    assert called.ran() == (4, {})

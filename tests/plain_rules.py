@@ -1,0 +1,66 @@
+"""Rules of strategies written out plainly, one token and one row at a time, for tests to compare with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffsparse.grid import TokenGrid
+from diffsparse.plan import AttentionPlan
+
+
+def random_qkv(grid: TokenGrid, batch: int = 1, heads: int = 3, dim: int = 24, seed: int = 0) -> list[Tensor]:
+    """Query, key and value, [B, H, S, D] each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, heads, grid.num_tokens, dim, generator=generator) for _ in range(3)]
+
+
+def blocks_of(order: list[int], size: int) -> list[list[int]]:
+    """The tokens of each block."""
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def frame_major(grid: TokenGrid) -> list[int]:
+    """The tokens as they are, but for text in front, which goes behind the video."""
+    video = range(grid.text_before, grid.text_before + grid.num_video_tokens)
+    return [*video, *range(grid.text_before), *range(video.stop, grid.num_tokens)]
+
+
+def is_text(token: int, grid: TokenGrid) -> bool:
+    return not grid.text_before <= token < grid.text_before + grid.num_video_tokens
+
+
+def always(queries: list[list[int]], keys: list[list[int]], grid: TokenGrid) -> list[list[bool]]:
+    """Pairs of blocks that hold text, or a token in common. For key blocks that are no larger than query blocks."""
+    return [[any(is_text(token, grid) for token in q + k) or bool(set(q) & set(k)) for k in keys] for q in queries]
+
+
+def fewest(mass: list[float], share: float, kept: list[bool]) -> list[bool]:
+    """What is kept, and of the rest the largest until all of it together reaches the share."""
+    kept = list(kept)
+    for index in sorted(range(len(mass)), key=lambda index: -mass[index]):
+        if any(kept) and sum(m for m, k in zip(mass, kept) if k) >= share * sum(mass):
+            break
+        kept[index] = True
+    return kept
+
+
+def highest(scores: list[float], count: int, kept: list[bool]) -> list[bool]:
+    """What is kept, and of the rest the largest until there are `count`."""
+    kept = list(kept)
+    for index in sorted(range(len(scores)), key=lambda index: -scores[index]):
+        if sum(kept) >= count:
+            break
+        kept[index] = True
+    return kept
+
+
+def visible_of(plan: AttentionPlan, batch: int = 0, head: int = 0) -> list[list[bool]]:
+    """The block map of one head, [Q][K]."""
+    visible = plan.mask.visible()
+    return visible[batch % visible.shape[0], head % visible.shape[1]].tolist()
+
+
+def order_of(plan: AttentionPlan, grid: TokenGrid) -> list[int]:
+    """The order of the tokens, the same for all heads."""
+    return list(range(grid.num_tokens)) if plan.permutation is None else plan.permutation.order[0].tolist()

@@ -1,0 +1,182 @@
+"""A transformer that no family knows: what the warning gives to start from, and what a user's own family does."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from tiny_models import tiny_wan_pipeline
+from torch import nn
+
+import diffsparse
+from diffsparse import Adaptive, DenseFallback, Family, Layout, SparseAttentionConfig
+from diffsparse.describe import attention_patterns
+
+HEIGHT, WIDTH, TEXT = 7, 5, 3
+
+
+class Mine(nn.Module):
+    """Text, then an image, through two layers of self-attention, after one of cross-attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.cross = Attention(query_dim=64, cross_attention_dim=48, heads=2, dim_head=32)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"norm": nn.LayerNorm(64), "attn": Attention(query_dim=64, heads=2, dim_head=32)})
+            for _ in range(2)
+        )
+
+    def forward(self, image, time, text):
+        x = torch.cat([text, image.flatten(2).mT + time], dim=1)
+        x = x + self.cross(x, text[..., :48])
+        for block in self.blocks:
+            x = x + block["attn"](block["norm"](x))
+        return x
+
+
+def layout(transformer, call):
+    height, width = call["image"].shape[-2:]
+    return Layout(1, height, width, text_before=call["text"].shape[1])
+
+
+MINE = Family("mine", ("Mine",), ("blocks.*.attn",), layout, timestep="time")
+SPARSE = SparseAttentionConfig(
+    Adaptive(density=0.3, query_block_size=16, key_block_size=16), dense_steps=0.0, min_tokens=0
+)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Mine().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def call():
+    return {"image": torch.randn(1, 64, HEIGHT, WIDTH), "time": torch.tensor(0.5), "text": torch.randn(1, TEXT, 64)}
+
+
+def report_of(model):
+    (report,) = diffsparse.sparse_attention_report(model).transformers
+    return report
+
+
+def test_the_warning_is_code_that_needs_only_the_layout(model, call, caplog):
+    caplog.set_level(logging.WARNING, logger="diffsparse")
+    stock = model(**call)
+    diffsparse.enable_sparse_attention(model, SPARSE)
+    assert torch.equal(model(**call), stock)
+    (record,) = caplog.records
+    introduction, code = record.getMessage().split("\n\n", 1)
+    assert "Mine is of no model family" in introduction
+    assert "image, time, text" in code
+    assert report_of(model).family is None
+    assert report_of(model).sparse_calls == 0
+    assert "no known family" in str(diffsparse.sparse_attention_report(model))
+    diffsparse.disable_sparse_attention(model)
+
+    described = []
+    ready = code.replace("frames=...", "frames=1").replace("height=...", f"height={HEIGHT}")
+    ready = ready.replace("width=...", f"width={WIDTH}").replace("text_before=...", f"text_before={TEXT}")
+    ready = ready.replace("text_after=...", "text_after=0")
+    namespace = {"model": SimpleNamespace(enable_sparse_attention=lambda family: described.append(family))}
+    exec(ready, namespace)
+    diffsparse.enable_sparse_attention(model, SPARSE, family=described[0])
+    model(**call)
+    assert (report_of(model).sparse_calls, report_of(model).dense_calls) == (2, 0)
+
+
+def test_patterns_name_self_attention_once_each_and_no_sure_cross_attention(model):
+    assert attention_patterns(model) == ("blocks.*.attn",)
+    assert attention_patterns(nn.Sequential(nn.Linear(1, 1))) == ()
+
+
+def test_layers_are_numbered_pattern_by_pattern_and_alternatives_take_turns(model):
+    def names(*layers):
+        return Family("mine", ("Mine",), layers, layout).layer_names(model)
+
+    assert names("blocks.*.norm", "blocks.*.attn") == tuple(f"blocks.{i}.{m}" for m in ("norm", "attn") for i in (0, 1))
+    assert names("blocks.*.norm|blocks.*.attn") == tuple(f"blocks.{i}.{m}" for i in (0, 1) for m in ("norm", "attn"))
+
+
+def test_a_family_of_ones_own_runs_sparse_and_disables_exactly(model, call):
+    stock = model(**call)
+    diffsparse.enable_sparse_attention(model, SPARSE, family=MINE)
+    assert not torch.equal(model(**call), stock)
+    report = report_of(model)
+    assert (report.family, report.num_layers, report.sparse_calls, report.dense_calls) == ("mine", 2, 2, 0)
+    diffsparse.disable_sparse_attention(model)
+    assert torch.equal(model(**call), stock)
+
+
+def test_steps_are_told_by_the_argument_that_the_family_names(model, call):
+    diffsparse.enable_sparse_attention(
+        model, SparseAttentionConfig(SPARSE.strategy, dense_steps=0.2, min_tokens=0), family=MINE
+    )
+    for time in (1.0, 0.6, 0.2):
+        model(**(call | {"time": torch.tensor(time)}))
+    assert report_of(model).dense_reasons == {"early step": 2}
+    assert report_of(model).sparse_calls == 4
+
+
+def test_a_layout_of_another_number_of_tokens_is_counted_or_raised(model, call):
+    wrong = Family("mine", ("Mine",), MINE.layers, lambda transformer, call: Layout(1, HEIGHT, WIDTH))
+    stock = model(**call)
+    diffsparse.enable_sparse_attention(model, SPARSE, family=wrong)
+    assert torch.equal(model(**call), stock)
+    assert report_of(model).dense_reasons == {"38 tokens where the layout says 35": 2}
+    diffsparse.disable_sparse_attention(model)
+    strict = SparseAttentionConfig(SPARSE.strategy, dense_steps=0.0, min_tokens=0, strict=True)
+    diffsparse.enable_sparse_attention(model, strict, family=wrong)
+    with pytest.raises(DenseFallback, match=r"blocks\.0\.attn.*38 tokens where the layout says 35"):
+        model(**call)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (("transformer_blocks.*.attn",), r"match no module of Mine.*'blocks\.\*\.attn'"),
+        (("blocks.*",), r"match `blocks\.0`, which has no attention processor, of Mine"),
+        ((), "match no module"),
+    ],
+)
+def test_patterns_that_match_nothing_or_other_modules_are_refused(model, layers, message):
+    with pytest.raises(ValueError, match=message):
+        diffsparse.enable_sparse_attention(model, SPARSE, family=Family("mine", ("Mine",), layers, layout))
+    assert not diffsparse.is_sparse_attention_enabled(model)
+
+
+def test_a_family_that_names_no_transformer_here_is_refused(model):
+    other = Family("other", ("Other",), MINE.layers, layout)
+    with pytest.raises(ValueError, match=r"describes Other, but Mine has Mine\. Name its class"):
+        diffsparse.enable_sparse_attention(model, SPARSE, family=other)
+    with pytest.raises(TypeError, match=r"must be None or a diffsparse\.Family, got 'wan'"):
+        diffsparse.enable_sparse_attention(model, SPARSE, family="wan")
+
+
+def test_a_pipelines_component_of_any_name_can_be_described(model):
+    class Pipeline:
+        components = {"denoiser": model, "vae": nn.Linear(1, 1)}  # noqa: RUF012
+
+    pipeline = Pipeline()
+    diffsparse.enable_sparse_attention(pipeline, SPARSE, family=MINE)
+    assert report_of(pipeline).name == "denoiser"
+    diffsparse.disable_sparse_attention(pipeline)
+    assert not diffsparse.is_sparse_attention_enabled(model)
+
+
+def test_ones_own_family_goes_before_the_known_ones():
+    pipeline = tiny_wan_pipeline()
+    own = Family("own", ("WanTransformer3DModel",), ("blocks.0.attn1",), lambda transformer, call: None)
+    pipeline.enable_sparse_attention(SPARSE, family=own)
+    assert (report_of(pipeline).family, report_of(pipeline).num_layers) == ("own", 1)
+
+
+@pytest.mark.parametrize("field", ["transformers", "layers"])
+def test_a_family_refuses_a_bare_string_for_a_tuple(field):
+    fields = {"name": "mine", "transformers": ("Mine",), "layers": ("blocks.*.attn",), "layout": layout}
+    with pytest.raises(TypeError, match=rf"`{field}` of a family must be a tuple of strings, got 'Mine'"):
+        Family(**(fields | {field: "Mine"}))
+    with pytest.raises(TypeError, match="`layout` of a family must be a function"):
+        Family(**(fields | {"layout": None}))

@@ -1,0 +1,21 @@
+"""A tiny ChronoEdit."""
+
+from typing import Any
+
+from diffusers import ChronoEditTransformer3DModel
+from tiny import wan
+from tiny.model import TinyModel, seeded
+from torch import nn
+
+
+def make(**changes: Any) -> nn.Module:
+    return seeded(ChronoEditTransformer3DModel, wan.CONFIG, changes)
+
+
+CHRONOEDIT = TinyModel(
+    make,
+    wan.call,
+    layers=tuple(f"blocks.{i}.attn1" for i in range(3)),
+    drops_unfilled_patches=True,
+    positional=("hidden_states", "timestep"),
+)
