@@ -23,6 +23,7 @@ from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.paro_attention import PAROAttention
 from diffsparse.strategies.rain_fusion import RainFusion
+from diffsparse.strategies.sparse_vdit import SparseVDiT
 from diffsparse.strategies.sparse_video_gen import SparseVideoGen
 from diffsparse.strategies.vmoba import VMoBA
 
@@ -37,6 +38,7 @@ __all__ = [
     "RainFusion",
     "SparseAttentionConfig",
     "SparseAttentionReport",
+    "SparseVDiT",
     "SparseVideoGen",
     "TransformerReport",
     "VMoBA",

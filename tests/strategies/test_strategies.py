@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffsparse import Adaptive, PAROAttention, RainFusion, SparseVideoGen, VMoBA
+from diffsparse import Adaptive, PAROAttention, RainFusion, SparseVDiT, SparseVideoGen, VMoBA
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import check_lists
 from diffsparse.plan import AttentionPlan
@@ -18,6 +18,7 @@ STRATEGIES = [
     PAROAttention(density=0.3, sampled_blocks=2, **SMALL),
     RainFusion(density=0.3, sampled_rows=16, **SMALL),
     RainFusion(density=0.3, rule="two-way", sampled_rows=16, **SMALL),
+    SparseVDiT(density=0.3, weight=0.1, relative=True, sampled_rows=16, **SMALL),
     SparseVideoGen(density=0.3, sampled_rows=16, **SMALL),
     VMoBA(box_chunk=(2, 3, 4), **SMALL),
     VMoBA(box_chunk=(2, 3, 4), select="top-k", scope="head-global", routing="union", **SMALL),
