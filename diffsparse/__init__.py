@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from diffsparse.strategies.sliding_tile import SlidingTile as SlidingTile
     from diffsparse.strategies.sparge_attention import SpargeAttention as SpargeAttention
     from diffsparse.strategies.sparse_d import SparseD as SparseD
+    from diffsparse.strategies.sparse_vdit import SparseVDiT as SparseVDiT
     from diffsparse.strategies.sparse_video_gen import SparseVideoGen as SparseVideoGen
     from diffsparse.strategies.svg2 import SVG2 as SVG2
     from diffsparse.strategies.vmoba import VMoBA as VMoBA
@@ -72,6 +73,7 @@ _HOMES = {
     "SlidingTile": "strategies.sliding_tile",
     "SpargeAttention": "strategies.sparge_attention",
     "SparseD": "strategies.sparse_d",
+    "SparseVDiT": "strategies.sparse_vdit",
     "SparseVideoGen": "strategies.sparse_video_gen",
     "SVG2": "strategies.svg2",
     "VMoBA": "strategies.vmoba",

@@ -1,1 +1,1 @@
-"""One published method a file: a frozen dataclass whose `plan` says what a layer computes."""
+"""One published method a file, a frozen dataclass whose `plan` says what a layer computes; and the parts they share."""

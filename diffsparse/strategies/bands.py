@@ -18,6 +18,15 @@ def half_width(density: float, num_tokens: int) -> float:
     return float(num_tokens * (1 - (1 - min(max(density, 0.0), 1.0)) ** 0.5))
 
 
+def half_width_beside_text(density: float, grid: TokenGrid) -> float:
+    """How far a video token sees to either side for band and text together to keep this share of all pairs.
+
+    0 where text alone takes more.
+    """
+    pairs, video_pairs = grid.num_tokens**2, grid.num_video_tokens**2
+    return half_width((density * pairs - (pairs - video_pairs)) / video_pairs, grid.num_video_tokens)
+
+
 def band(
     query_positions: Tensor, key_positions: Tensor, half_width: float, query_block_size: int, key_block_size: int
 ) -> Tensor:

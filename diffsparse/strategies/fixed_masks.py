@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,28 +86,31 @@ class FixedMasks:
             skipped=skipped,
         )
 
-    def errors(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rows: Tensor,
-        call: AttentionCall,
-        measure: Callable[[Tensor, Tensor], Tensor] = head_errors,
-    ) -> Tensor:
-        """What each mask would cost each head, [N, H] float32, by its executed blocks on sampled rows.
+    def errors(self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, call: AttentionCall) -> Tensor:
+        """The squared relative error of each mask for each head on sampled rows, [N, H] float32; see `outputs`."""
+        by_slice = [
+            torch.stack([head_errors(output, exact) for output, exact in pairs])
+            for pairs in self.outputs(query, key, value, rows, call)
+        ]
+        return torch.cat(by_slice, dim=1)
+
+    def outputs(
+        self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, call: AttentionCall
+    ) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """What each mask gives the sampled rows by its executed blocks, and what is exact, a few heads at a time.
 
         Args:
             query, key, value: [B, H, S, D].
-            rows: [R] the tokens whose query rows are computed exactly.
+            rows: [R] the tokens whose query rows are computed.
             call: where and when.
-            measure: of the masked and the exact output, both [B, H, D, R], by head: [H].
+
+        Yields:
+            For each mask two tensors [B, heads, D, R] float32: its output and the exact one.
         """
         scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-        by_slice = []
         for heads in head_slices(query, len(rows)):
             sampled = query[:, heads].index_select(2, rows).float() * scale
-            errors: dict[int, Tensor] = {}
+            pairs: dict[int, tuple[Tensor, Tensor]] = {}
             for number in sorted(set(self.order_of)):
                 sums = self._sums(sampled, key[:, heads], value[:, heads], number, call.key_length)
                 exact = sums.exact()
@@ -115,9 +118,8 @@ class FixedMasks:
                 for mask, order in enumerate(self.order_of):
                     if order == number:
                         seen = self.visible[mask].index_select(0, block_of_row).T  # [K, R]
-                        errors[mask] = measure(sums.masked(seen[None, None])[0], exact)
-            by_slice.append(torch.stack([errors[mask] for mask in range(len(self.order_of))]))
-        return torch.cat(by_slice, dim=1)
+                        pairs[mask] = (sums.masked(seen[None, None])[0], exact)
+            yield [pairs[mask] for mask in range(len(self.order_of))]
 
     def _sums(self, rows: Tensor, key: Tensor, value: Tensor, number: int, key_length: Tensor | None) -> BlockSums:
         """Attention of the scaled rows [B, H, R, D] by key block of one of the orders."""

@@ -13,7 +13,7 @@ from diffsparse.heads import HeadClass
 from diffsparse.permutation import axis_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks
-from diffsparse.strategies.bands import band, band_with_first_frame_moved, half_width
+from diffsparse.strategies.bands import band, band_with_first_frame_moved, half_width_beside_text
 from diffsparse.strategies.fixed_masks import FixedMasks, sampled_rows
 from diffsparse.strategies.option_checks import check_bools, check_density, check_integers
 from diffsparse.strategies.strategy import AttentionCall
@@ -80,10 +80,7 @@ class SparseVideoGen:
 @functools.lru_cache(maxsize=16)
 def _masks(grid: TokenGrid, options: SparseVideoGen, device: torch.device) -> FixedMasks:
     sizes = (options.query_block_size, options.key_block_size)
-    pairs, video_pairs = grid.num_tokens**2, grid.num_video_tokens**2
-    # What text does not take of the density is the band's.
-    share = (options.density * pairs - (pairs - video_pairs)) / video_pairs
-    width = half_width(share, grid.num_video_tokens)
+    width = half_width_beside_text(options.density, grid)
     exact = exact_blocks(grid, *sizes, first_frame_keys=options.first_frame)
     orders, masks = [], []
     for number, axes in enumerate(AXES.values()):
