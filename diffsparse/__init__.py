@@ -24,6 +24,7 @@ from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.draft_attention import DraftAttention
 from diffsparse.strategies.flex_prefill import FlexPrefill
 from diffsparse.strategies.minference import MInference
+from diffsparse.strategies.mm_inference import MMInference
 from diffsparse.strategies.paro_attention import PAROAttention
 from diffsparse.strategies.radial import Radial
 from diffsparse.strategies.rain_fusion import RainFusion
@@ -49,6 +50,7 @@ __all__ = [
     "DraftAttention",
     "FlexPrefill",
     "MInference",
+    "MMInference",
     "PAROAttention",
     "Radial",
     "RainFusion",
