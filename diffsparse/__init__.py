@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from diffsparse.strategies.draft_attention import DraftAttention as DraftAttention
     from diffsparse.strategies.flex_prefill import FlexPrefill as FlexPrefill
     from diffsparse.strategies.minference import MInference as MInference
+    from diffsparse.strategies.mm_inference import MMInference as MMInference
     from diffsparse.strategies.paro_attention import PAROAttention as PAROAttention
     from diffsparse.strategies.radial import Radial as Radial
     from diffsparse.strategies.rain_fusion import RainFusion as RainFusion
@@ -64,6 +65,7 @@ _HOMES = {
     "DraftAttention": "strategies.draft_attention",
     "FlexPrefill": "strategies.flex_prefill",
     "MInference": "strategies.minference",
+    "MMInference": "strategies.mm_inference",
     "PAROAttention": "strategies.paro_attention",
     "Radial": "strategies.radial",
     "RainFusion": "strategies.rain_fusion",

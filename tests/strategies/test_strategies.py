@@ -12,6 +12,7 @@ from diffsparse import (
     DraftAttention,
     FlexPrefill,
     MInference,
+    MMInference,
     PAROAttention,
     Radial,
     RainFusion,
@@ -53,6 +54,7 @@ STRATEGIES = [
     SparseVideoGen(density=0.3, sampled_rows=16, **SMALL),
     VMoBA(box_chunk=(2, 3, 4), **SMALL),
     VMoBA(box_chunk=(2, 3, 4), select="top-k", scope="head-global", routing="union", **SMALL),
+    MMInference(density=0.3, sampled_rows=16, **SMALL),
 ]
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
 
