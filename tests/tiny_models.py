@@ -19,6 +19,7 @@ from tiny.helios import HELIOS
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.hunyuan_video15 import HUNYUAN_VIDEO_15
 from tiny.kandinsky5 import KANDINSKY5
+from tiny.kandinsky6 import KANDINSKY6
 from tiny.ltx import LTX
 from tiny.ltx2 import LTX2
 from tiny.mochi import MOCHI
@@ -50,6 +51,7 @@ TINY: dict[str, TinyModel] = {
     "helios": HELIOS,
     "kandinsky5": KANDINSKY5,
     "ltx2": LTX2,
+    "kandinsky6": KANDINSKY6,
     "flux": FLUX,
     "mochi": MOCHI,
 }

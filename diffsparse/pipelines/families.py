@@ -16,6 +16,7 @@ from diffsparse.pipelines.helios import HELIOS
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.hunyuan_video15 import HUNYUAN_VIDEO_15
 from diffsparse.pipelines.kandinsky5 import KANDINSKY5
+from diffsparse.pipelines.kandinsky6 import KANDINSKY6
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.ltx2 import LTX2
 from diffsparse.pipelines.mochi import MOCHI
@@ -36,6 +37,7 @@ FAMILIES: tuple[Family, ...] = (
     HELIOS,
     KANDINSKY5,
     LTX2,
+    KANDINSKY6,
     FLUX,
 )
 
