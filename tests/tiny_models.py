@@ -24,6 +24,7 @@ from tiny.ltx import LTX
 from tiny.ltx2 import LTX2
 from tiny.mochi import MOCHI
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
+from tiny.motif_video import MOTIF_VIDEO
 from tiny.skyreels_v2 import SKYREELS_V2
 from tiny.wan import WAN
 from tiny.wan_animate import WAN_ANIMATE
@@ -52,6 +53,7 @@ TINY: dict[str, TinyModel] = {
     "kandinsky5": KANDINSKY5,
     "ltx2": LTX2,
     "kandinsky6": KANDINSKY6,
+    "motif_video": MOTIF_VIDEO,
     "flux": FLUX,
     "mochi": MOCHI,
 }

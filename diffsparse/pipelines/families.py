@@ -20,6 +20,7 @@ from diffsparse.pipelines.kandinsky6 import KANDINSKY6
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.ltx2 import LTX2
 from diffsparse.pipelines.mochi import MOCHI
+from diffsparse.pipelines.motif_video import MOTIF_VIDEO
 from diffsparse.pipelines.wan import WAN
 
 FAMILIES: tuple[Family, ...] = (
@@ -38,6 +39,7 @@ FAMILIES: tuple[Family, ...] = (
     KANDINSKY5,
     LTX2,
     KANDINSKY6,
+    MOTIF_VIDEO,
     FLUX,
 )
 

@@ -26,6 +26,7 @@ class Variant:
         call: named arguments of a call -> those that this variant changes or adds.
         text_before, text_after: tokens that it adds around the grid.
         prompt: as of the tiny model, where it is another.
+        ends: how many tokens follow the grid in different layers, where that differs.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Variant:
     text_before: int = 0
     text_after: int = 0
     prompt: range | None = None
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
