@@ -175,7 +175,7 @@ def _layer_names(transformer: nn.Module, family: Family) -> tuple[str, ...]:
 
 def _attach(transformer: nn.Module, session: Session) -> None:
     for name, handle in zip(session.layer_names, session.handles):
-        if not make_sparse(transformer.get_submodule(name), handle):
+        if not make_sparse(transformer.get_submodule(name), handle, session.family.spreads_mask):
             logger.warning("%s keeps its own attention: its processor cannot be made sparse.", name)
     if hasattr(transformer, "cache_context"):
         transformer.__dict__["cache_context"] = CacheContextReceiver(transformer, session.clock)

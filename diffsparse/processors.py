@@ -19,15 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffsparse.key_mask import KeyMask
 from diffsparse.session import Session, find_layer
 
 ATTENTION_NAMES = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
 
 
-def make_sparse(module: nn.Module, handle: Tensor) -> bool:
-    """Give an attention module a sparse processor for the layer of `handle`; False where it cannot have one."""
+def make_sparse(module: nn.Module, handle: Tensor, spreads_mask: bool = False) -> bool:
+    """Give an attention module a sparse processor for the layer of `handle`; False where it cannot have one.
+
+    Where the processor `spreads_mask`, it is given a `KeyMask` to spread.
+    """
     processor = getattr(module, "processor", None)
-    sparse_class = _sparse_class_for(processor)
+    sparse_class = _sparse_class_for(processor, spreads_mask)
     if sparse_class is None:
         return False
     sparse = copy.copy(processor)
@@ -72,17 +76,17 @@ def _itself(processor: Any) -> Any:
     return processor
 
 
-def _sparse_class_for(processor: Any) -> type | None:
+def _sparse_class_for(processor: Any, spreads_mask: bool = False) -> type | None:
     """The sparse class for a stock processor; None where there cannot be one."""
     # A processor that is an nn.Module (IP-Adapter) carries weights of its own and is left alone.
     if processor is None or isinstance(processor, (nn.Module, _SparseProcessor)):
         return None
     stock: type = type(processor)
-    return _sparse_class(stock)
+    return _sparse_class(stock, spreads_mask)
 
 
 @functools.cache
-def _sparse_class(stock: type) -> type | None:
+def _sparse_class(stock: type, spreads_mask: bool) -> type | None:
     """The subclass of a processor class that hands its attention to a session; None if it calls no attention."""
     call = stock.__call__
     if not isinstance(call, types.FunctionType) or not ATTENTION_NAMES & set(call.__code__.co_names):
@@ -97,6 +101,8 @@ def _sparse_class(stock: type) -> type | None:
     twin.__kwdefaults__ = call.__kwdefaults__
 
     def __call__(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if spreads_mask and kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = KeyMask(kwargs["attention_mask"])
         outer = _CURRENT.handle
         _CURRENT.handle = self._diffsparse_handle
         try:
@@ -165,6 +171,8 @@ def dispatch_attention_fn(
     """diffusers' function of this name, by the session of the running layer: query [B, S, H, D] to [B, S, H, D]."""
     from diffusers.models import attention_dispatch
 
+    if isinstance(attn_mask, KeyMask):
+        attn_mask = attn_mask.as_tensor()
     handle = _CURRENT.handle
     obstacle = _obstacle((query, key, value), attn_mask, dropout_p, is_causal, enable_gqa, parallel_config)
     if handle is not None and obstacle is None:

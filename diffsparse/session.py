@@ -31,6 +31,8 @@ class Family(Protocol):
     @property
     def timestep(self) -> str: ...  # noqa: D102
     @property
+    def spreads_mask(self) -> bool: ...  # noqa: D102
+    @property
     def layout(self) -> Callable[[nn.Module, Mapping[str, Any]], tuple[int | None, ...] | None]: ...  # noqa: D102
 
 

@@ -14,6 +14,7 @@ import diffusers
 import pytest
 import torch
 from tiny_models import TINY, generate, tiny_wan_pipeline
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffsparse
 from diffsparse import Adaptive, DenseFallback, SparseAttentionConfig
@@ -118,7 +119,12 @@ def test_a_dense_policy_is_bit_equal_to_stock(model, call):
 
 
 def test_full_density_is_as_exact_as_stock(tiny, model, call):
-    exact = run(tiny.make().double(), _as_double(call))
+    if tiny.in_float64:
+        exact = run(tiny.make().double(), _as_double(call))
+    else:
+        # Another order of the same sums in float32 is as far off as ours may be.
+        with sdpa_kernel(SDPBackend.MATH):
+            exact = run(model, call)
     stock_error = (run(model, call) - exact).abs().max()
     model.enable_sparse_attention(FULL)
     error = (run(model, call) - exact).abs().max()

@@ -6,23 +6,35 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+from tiny.allegro import ALLEGRO
+from tiny.anyflow import ANYFLOW
 from tiny.auraflow import AURAFLOW
 from tiny.chroma import CHROMA
 from tiny.chronoedit import CHRONOEDIT
 from tiny.cogvideox import COGVIDEOX
 from tiny.cogview import COGVIEW3, COGVIEW4, GLM_IMAGE
+from tiny.consisid import CONSISID
+from tiny.cosmos import COSMOS
+from tiny.easyanimate import EASYANIMATE
 from tiny.ernie_image import ERNIE_IMAGE
 from tiny.flux import BRIA, BRIA_FIBO, FLUX, LONGCAT_IMAGE, OVIS_IMAGE
 from tiny.flux2 import FLUX2
 from tiny.flux3 import FLUX3
+from tiny.framepack import FRAMEPACK
+from tiny.helios import HELIOS
 from tiny.hidream import HIDREAM
 from tiny.hunyuan_image import HUNYUAN_IMAGE
 from tiny.hunyuan_video import HUNYUAN_VIDEO
+from tiny.hunyuan_video15 import HUNYUAN_VIDEO_15
 from tiny.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
+from tiny.kandinsky5 import KANDINSKY5
+from tiny.kandinsky6 import KANDINSKY6
 from tiny.ltx import LTX
+from tiny.ltx2 import LTX2
 from tiny.lumina2 import LUMINA2
 from tiny.mochi import MOCHI
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
+from tiny.motif_video import MOTIF_VIDEO
 from tiny.pixart import DIT, HUNYUAN_DIT, PIXART
 from tiny.qwen_image import QWEN_IMAGE
 from tiny.sd3 import SD3
@@ -42,8 +54,20 @@ TINY: dict[str, TinyModel] = {
     "skyreels_v2": SKYREELS_V2,
     "chronoedit": CHRONOEDIT,
     "hunyuan_video": HUNYUAN_VIDEO,
+    "framepack": FRAMEPACK,
+    "hunyuan_video15": HUNYUAN_VIDEO_15,
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
+    "allegro": ALLEGRO,
+    "anyflow": ANYFLOW,
+    "consisid": CONSISID,
+    "cosmos": COSMOS,
+    "easyanimate": EASYANIMATE,
+    "helios": HELIOS,
+    "kandinsky5": KANDINSKY5,
+    "ltx2": LTX2,
+    "kandinsky6": KANDINSKY6,
+    "motif_video": MOTIF_VIDEO,
     "flux": FLUX,
     "bria": BRIA,
     "bria_fibo": BRIA_FIBO,

@@ -1,4 +1,4 @@
-"""CogVideoX 1.0 and 1.5: text, then video, in one sequence; attention is called through torch directly."""
+"""CogVideoX 1.0 and 1.5, ConsisID: text, then video, in one sequence; attention is called through torch directly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     frames, _, height, width = latents.shape[1:]
     patch = transformer.config.patch_size
     return Layout(
-        frames=frames // (transformer.config.patch_size_t or 1),
+        frames=frames // (transformer.config.get("patch_size_t") or 1),
         height=height // patch,
         width=width // patch,
         text_before=text.shape[1],
@@ -29,7 +29,7 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
 
 COGVIDEOX = Family(
     name="cogvideox",
-    transformers=("CogVideoXTransformer3DModel",),
+    transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
     layers=("transformer_blocks.*.attn1",),
     layout=layout,
 )

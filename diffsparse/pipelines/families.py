@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from torch import nn
 
+from diffsparse.pipelines.allegro import ALLEGRO
+from diffsparse.pipelines.anyflow import ANYFLOW
 from diffsparse.pipelines.auraflow import AURAFLOW
 from diffsparse.pipelines.chroma import CHROMA
 from diffsparse.pipelines.cogvideox import COGVIDEOX
 from diffsparse.pipelines.cogview import COGVIEW
+from diffsparse.pipelines.cosmos import COSMOS
+from diffsparse.pipelines.easyanimate import EASYANIMATE
 from diffsparse.pipelines.ernie_image import ERNIE_IMAGE
 from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.flux import FLUX
 from diffsparse.pipelines.flux2 import FLUX2
 from diffsparse.pipelines.flux3 import FLUX3
+from diffsparse.pipelines.framepack import FRAMEPACK
+from diffsparse.pipelines.helios import HELIOS
 from diffsparse.pipelines.hidream import HIDREAM
 from diffsparse.pipelines.hunyuan_image import HUNYUAN_IMAGE
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
+from diffsparse.pipelines.hunyuan_video15 import HUNYUAN_VIDEO_15
 from diffsparse.pipelines.joyimage import JOYIMAGE, JOYIMAGE_PLUS
+from diffsparse.pipelines.kandinsky5 import KANDINSKY5
+from diffsparse.pipelines.kandinsky6 import KANDINSKY6
 from diffsparse.pipelines.ltx import LTX
+from diffsparse.pipelines.ltx2 import LTX2
 from diffsparse.pipelines.lumina2 import LUMINA2
 from diffsparse.pipelines.mochi import MOCHI
+from diffsparse.pipelines.motif_video import MOTIF_VIDEO
 from diffsparse.pipelines.pixart import HUNYUAN_DIT, PIXART
 from diffsparse.pipelines.qwen_image import QWEN_IMAGE
 from diffsparse.pipelines.sd3 import SD3
@@ -29,10 +40,21 @@ from diffsparse.pipelines.z_image import Z_IMAGE
 FAMILIES: tuple[Family, ...] = (
     WAN,
     HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_15,
+    FRAMEPACK,
     COGVIDEOX,
     LTX,
-    FLUX,
     MOCHI,
+    ALLEGRO,
+    ANYFLOW,
+    COSMOS,
+    EASYANIMATE,
+    HELIOS,
+    KANDINSKY5,
+    LTX2,
+    KANDINSKY6,
+    MOTIF_VIDEO,
+    FLUX,
     CHROMA,
     FLUX2,
     FLUX3,

@@ -44,6 +44,8 @@ class Family:
             tail of padded text, so that it can become a key length. Any other mask keeps a layer dense.
         timestep: the argument that holds the timestep. It tells the steps of a transformer that is enabled on its
             own.
+        spreads_mask: the processor is given such a mask as [B, text tokens] and makes a mask of all pairs of tokens
+            of it, [B, 1, S, S]; it gets a `KeyMask` in its place.
 
     Raises:
         TypeError: a field of another type, with what was expected.
@@ -54,6 +56,7 @@ class Family:
     layers: tuple[str, ...]
     layout: Callable[[nn.Module, Mapping[str, Any]], Layout | None]
     padding_mask: bool = False
+    spreads_mask: bool = False
     timestep: str = "timestep"
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ def make(**changes: Any) -> nn.Module:
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:
     random = Random(seed)
     frames, height, width = grid
-    patch, patch_t = model.config.patch_size, model.config.patch_size_t or 1
+    patch, patch_t = model.config.patch_size, model.config.get("patch_size_t") or 1
     return {
         "hidden_states": random(batch, frames * patch_t, model.config.in_channels, height * patch, width * patch),
         "timestep": torch.full((batch,), 500),

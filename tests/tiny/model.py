@@ -26,6 +26,7 @@ class Variant:
         call: named arguments of a call -> those that this variant changes or adds.
         text_before, text_after: tokens that it adds around the grid.
         prompt: as of the tiny model, where it is another.
+        ends: how many tokens follow the grid in different layers, where that differs.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Variant:
     text_before: int = 0
     text_after: int = 0
     prompt: range | None = None
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class TinyModel:
         latent_axes: axes of the latents, of "bcfhw"; "bsc" for latents that the pipeline packs.
         drops_unfilled_patches: latents that do not fill their last patches are allowed and lose them.
         positional: leading arguments that pipelines may pass by position.
+        in_float64: it runs in float64.
         compiled: torch.compile is tried on it. One for each way to attention is enough, it takes seconds.
         variants: by name, what else the family's description has to be right for.
     """
@@ -72,6 +75,7 @@ class TinyModel:
     latent_axes: str = "bcfhw"
     drops_unfilled_patches: bool = False
     positional: tuple[str, ...] = ("hidden_states",)
+    in_float64: bool = True
     compiled: bool = False
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
