@@ -779,11 +779,12 @@ def _layers(tiny, model):
     return [model.get_submodule(name) for name in tiny.layers]
 
 
-def _as_double(call):
-    return {
-        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-        for name, value in call.items()
-    }
+def _as_double(value):
+    if isinstance(value, dict):
+        return {name: _as_double(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_as_double(part) for part in value]
+    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
 def _contents(folder):
