@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from diffsparse.eval import ablation, bench, compare, demo, doctor
+from diffsparse.eval import ablation, bench, compare, demo, doctor, families_table
 
 # Each module has add_arguments(parser) and run(args) -> exit code, and imports what is heavy only in run.
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "demo": (demo, "make one video densely and sparsely with the embedded model, and compare the two"),
     "bench": (bench, "time sparse attention against dense attention on this machine"),
+    "families": (families_table, "every transformer of diffusers, its family, or why it stays dense"),
     "doctor": (doctor, "what this machine can run, and a self-test of it"),
 }
 EVAL_COMMANDS: dict[str, tuple[ModuleType, str]] = {
