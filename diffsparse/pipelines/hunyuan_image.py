@@ -18,10 +18,7 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
         return None
     *frames, height, width = (size // patch for size, patch in zip(latents.shape[2:], transformer.config.patch_size))
     glyphs = call.get("encoder_hidden_states_2")
-    if glyphs is None or transformer.config.text_embed_2_dim is None:
-        num_glyphs = 0
-    else:
-        num_glyphs = glyphs.shape[1]
+    num_glyphs = 0 if glyphs is None or transformer.config.text_embed_2_dim is None else glyphs.shape[1]
     return Layout(frames[0] if frames else 1, height, width, text_after=text.shape[1] + num_glyphs)
 
 
