@@ -202,7 +202,7 @@ def test_gradients_run_dense_and_are_right(tiny, model, call):
 def test_another_resolution_runs_sparse_and_like_a_fresh_start(tiny, model, call):
     frames, height, width = tiny.grid
     # The second has as many tokens as the first: only the grid tells their plans apart.
-    grids = [(frames, height, width), (frames, width, height), (frames, width, height + 2)]
+    grids = [(frames, height, width), (frames, width, height), (frames, width + 2 * tiny.square, height + 2)]
     calls = [tiny.call(model, grid, batch=2) for grid in grids]
     name = find_family(model).timestep
     sequence = [calls[i] | {name: call[name] * (1 - 0.1 * n)} for n, i in enumerate((0, 1, 2, 0))]

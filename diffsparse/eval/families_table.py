@@ -26,7 +26,7 @@ this page, and a test holds that it would make the same today.
 - *covered*: its self-attention runs sparse. *left alone*: it stays dense, for the reason given. *unknown*: nobody has
   described it yet; it stays dense, and the warning says how to describe it
   ([CONTRIBUTING.md](../CONTRIBUTING.md#a-model-family)).
-- Covered means tested on small random models of the class, with calls as diffusers' pipelines make them.
+- Covered means tested on small random models of the class, not yet on the published weights.
 - The last column is the function by which a small model of the class calls self-attention, or what may be that.
 """
 
