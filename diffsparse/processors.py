@@ -30,7 +30,7 @@ def make_sparse(module: nn.Module, handle: Tensor, spreads_mask: bool = False) -
 
     Where the processor `spreads_mask`, it is given a `KeyMask` to spread.
     """
-    processor = getattr(module, "processor", None)
+    processor: Any = getattr(module, "processor", None)
     sparse_class = _sparse_class_for(processor, spreads_mask)
     if sparse_class is None:
         return False

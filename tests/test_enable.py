@@ -84,6 +84,10 @@ def tiny(request):
     return TINY[request.param]
 
 
+# What does not depend on how a model lays out its tokens is tried on one model for each way to attention.
+each_way_to_attention = pytest.mark.parametrize("tiny", [name for name in TINY if TINY[name].compiled], indirect=True)
+
+
 @pytest.fixture
 def model(tiny):
     return tiny.make()
@@ -170,6 +174,7 @@ def test_strict_raises_nothing_where_all_layers_run(model, call):
     assert report_of(model).dense_calls == 0
 
 
+@each_way_to_attention
 def test_nan_in_the_queries_goes_dense_and_is_counted(tiny, model, call):
     call[tiny.latents].view(2, -1)[:, 0] = torch.nan
     stock = run(model, call)
@@ -180,6 +185,7 @@ def test_nan_in_the_queries_goes_dense_and_is_counted(tiny, model, call):
     assert report.dense_reasons == {"NaN or infinity in query, key or value": num_calls(tiny)}
 
 
+@each_way_to_attention
 def test_gradients_run_dense_and_are_right(tiny, model, call):
     def gradients():
         model.requires_grad_(True).zero_grad()
@@ -197,7 +203,7 @@ def test_gradients_run_dense_and_are_right(tiny, model, call):
 def test_another_resolution_runs_sparse_and_like_a_fresh_start(tiny, model, call):
     frames, height, width = tiny.grid
     # The second has as many tokens as the first: only the grid tells their plans apart.
-    grids = [(frames, height, width), (frames, width, height), (frames, width, height + 2)]
+    grids = [(frames, height, width), (frames, width, height), (frames, width + 2 * tiny.square, height + 2)]
     calls = [tiny.call(model, grid, batch=2) for grid in grids]
     name = find_family(model).timestep
     sequence = [calls[i] | {name: call[name] * (1 - 0.1 * n)} for n, i in enumerate((0, 1, 2, 0))]
@@ -218,6 +224,7 @@ def test_positional_arguments_are_understood(tiny, model, call):
     assert report_of(model).dense_calls == 0
 
 
+@each_way_to_attention
 def test_the_users_backend_stays_and_sparse_stays_on(tiny, model, call):
     for before in (True, False):
         if before:
@@ -257,6 +264,7 @@ def test_the_users_backend_is_the_dense_path(monkeypatch):
     assert {backend.value for backend in used} == {"_native_math"}
 
 
+@each_way_to_attention
 def test_copies_are_stock_and_the_original_stays_sparse(tiny, model, call):
     stock = run(model, call)
     model.enable_sparse_attention(SPARSE)
@@ -282,6 +290,7 @@ def test_copies_are_stock_and_the_original_stays_sparse(tiny, model, call):
     assert report_of(model).sparse_calls == num_calls(tiny)
 
 
+@each_way_to_attention
 def test_saving_leaves_no_trace(tiny, model, call, tmp_path):
     model.save_pretrained(tmp_path / "stock")
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -320,7 +329,7 @@ def compile_blocks(model, backend="eager"):
             block.compile(fullgraph=True, backend=backend)
 
 
-@pytest.mark.parametrize("tiny", [name for name in TINY if TINY[name].compiled], indirect=True)
+@each_way_to_attention
 def test_regional_compile_makes_as_many_graphs_as_stock(tiny, model, call, dynamo):
     # Tracing through to autograd checks shapes and strides as well; once is enough.
     backend = "aot_eager" if tiny is TINY["wan"] else "eager"
@@ -893,11 +902,12 @@ def _layers(tiny, model):
     return [model.get_submodule(name) for name in tiny.layers]
 
 
-def _as_double(call):
-    return {
-        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-        for name, value in call.items()
-    }
+def _as_double(value):
+    if isinstance(value, dict):
+        return {name: _as_double(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_as_double(part) for part in value]
+    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
 def _contents(folder):

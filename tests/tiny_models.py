@@ -28,11 +28,13 @@ from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.hunyuan_video15 import HUNYUAN_VIDEO_15
 from tiny.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from tiny.kandinsky5 import KANDINSKY5
+from tiny.kandinsky6 import KANDINSKY6
 from tiny.ltx import LTX
 from tiny.ltx2 import LTX2
 from tiny.lumina2 import LUMINA2
 from tiny.mochi import MOCHI
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
+from tiny.motif_video import MOTIF_VIDEO
 from tiny.pixart import DIT, HUNYUAN_DIT, PIXART
 from tiny.qwen_image import QWEN_IMAGE
 from tiny.sd3 import SD3
@@ -64,6 +66,8 @@ TINY: dict[str, TinyModel] = {
     "helios": HELIOS,
     "kandinsky5": KANDINSKY5,
     "ltx2": LTX2,
+    "kandinsky6": KANDINSKY6,
+    "motif_video": MOTIF_VIDEO,
     "flux": FLUX,
     "bria": BRIA,
     "bria_fibo": BRIA_FIBO,

@@ -25,10 +25,12 @@ from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.hunyuan_video15 import HUNYUAN_VIDEO_15
 from diffsparse.pipelines.joyimage import JOYIMAGE, JOYIMAGE_PLUS
 from diffsparse.pipelines.kandinsky5 import KANDINSKY5
+from diffsparse.pipelines.kandinsky6 import KANDINSKY6
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.ltx2 import LTX2
 from diffsparse.pipelines.lumina2 import LUMINA2
 from diffsparse.pipelines.mochi import MOCHI
+from diffsparse.pipelines.motif_video import MOTIF_VIDEO
 from diffsparse.pipelines.pixart import HUNYUAN_DIT, PIXART
 from diffsparse.pipelines.qwen_image import QWEN_IMAGE
 from diffsparse.pipelines.sd3 import SD3
@@ -38,10 +40,21 @@ from diffsparse.pipelines.z_image import Z_IMAGE
 FAMILIES: tuple[Family, ...] = (
     WAN,
     HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_15,
+    FRAMEPACK,
     COGVIDEOX,
     LTX,
-    FLUX,
     MOCHI,
+    ALLEGRO,
+    ANYFLOW,
+    COSMOS,
+    EASYANIMATE,
+    HELIOS,
+    KANDINSKY5,
+    LTX2,
+    KANDINSKY6,
+    MOTIF_VIDEO,
+    FLUX,
     CHROMA,
     FLUX2,
     FLUX3,
@@ -58,15 +71,6 @@ FAMILIES: tuple[Family, ...] = (
     HUNYUAN_DIT,
     JOYIMAGE,
     JOYIMAGE_PLUS,
-    HUNYUAN_VIDEO_15,
-    FRAMEPACK,
-    ALLEGRO,
-    ANYFLOW,
-    COSMOS,
-    EASYANIMATE,
-    HELIOS,
-    KANDINSKY5,
-    LTX2,
 )
 
 

@@ -42,10 +42,10 @@ class Family:
             device.
         padding_mask: the mask that reaches self-attention is a bool [B, 1, 1, S] that hides nothing but a
             tail of padded text, so that it can become a key length. Any other mask keeps a layer dense.
-        spreads_mask: the processor is given such a mask as [B, text tokens] and makes a mask of all pairs of tokens
-            of it, [B, 1, S, S]; it gets a `KeyMask` in its place.
         timestep: the argument that holds the timestep. It tells the steps of a transformer that is enabled on its
             own.
+        spreads_mask: the processor is given such a mask as [B, text tokens] and makes a mask of all pairs of tokens
+            of it, [B, 1, S, S]; it gets a `KeyMask` in its place.
 
     Raises:
         TypeError: a field of another type, with what was expected.

@@ -18,8 +18,8 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     it has stands in the values of a mask.
     """
     latents, text, image = (call.get(name) for name in ("hidden_states", "encoder_hidden_states", "image_embeds"))
-    history = [call.get(f"latents_{name}") for name in ("clean", "history_2x", "history_4x")]
-    if latents is None or latents.ndim != 5 or any(x is None for x in (text, image, *history)):
+    history: list[Any] = [call.get(f"latents_{name}") for name in ("clean", "history_2x", "history_4x")]
+    if latents is None or latents.ndim != 5 or text is None or image is None or any(x is None for x in history):
         return None
     batch, _, frames, height, width = latents.shape
     patch = transformer.config.patch_size

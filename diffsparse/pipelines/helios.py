@@ -15,11 +15,9 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     if latents is None or latents.ndim != 5:
         return None
     history = ((call.get(f"latents_history_{name}"), scale) for name, scale in (("short", 1), ("mid", 2), ("long", 4)))
-    sizes = zip(latents.shape[2:], transformer.config.patch_size)
-    return Layout(
-        *(size // patch for size, patch in sizes),
-        text_before=sum(history_tokens(x, scale) for x, scale in history if x is not None),
-    )
+    frames, height, width = (size // patch for size, patch in zip(latents.shape[2:], transformer.config.patch_size))
+    num_before = sum(history_tokens(x, scale) for x, scale in history if x is not None)
+    return Layout(frames, height, width, text_before=num_before)
 
 
 HELIOS = Family(

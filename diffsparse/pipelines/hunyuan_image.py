@@ -18,8 +18,8 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
         return None
     *frames, height, width = (size // patch for size, patch in zip(latents.shape[2:], transformer.config.patch_size))
     glyphs = call.get("encoder_hidden_states_2")
-    has_glyphs = glyphs is not None and transformer.config.text_embed_2_dim is not None
-    return Layout(*(frames or [1]), height, width, text_after=text.shape[1] + (glyphs.shape[1] if has_glyphs else 0))
+    num_glyphs = 0 if glyphs is None or transformer.config.text_embed_2_dim is None else glyphs.shape[1]
+    return Layout(frames[0] if frames else 1, height, width, text_after=text.shape[1] + num_glyphs)
 
 
 HUNYUAN_IMAGE = Family(

@@ -14,9 +14,8 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     Image to video puts its condition into more channels. The model sorts what is padding behind what is not, and
     hides it by a mask.
     """
-    latents, *texts = (
-        call.get(name) for name in ("hidden_states", "image_embeds", "encoder_hidden_states_2", "encoder_hidden_states")
-    )
+    latents = call.get("hidden_states")
+    texts: list[Any] = [call.get(name) for name in ("image_embeds", "encoder_hidden_states_2", "encoder_hidden_states")]
     if latents is None or latents.ndim != 5 or any(text is None for text in texts):
         return None
     frames, height, width = latents.shape[2:]

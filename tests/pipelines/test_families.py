@@ -28,7 +28,8 @@ class Case:
     @property
     def expected(self):
         before = self.tiny.text_before + self.variant.text_before
-        after = None if self.tiny.text_after is None else self.tiny.text_after + self.variant.text_after
+        after = self.tiny.text_after
+        after = None if after is None or self.variant.ends else after + self.variant.text_after
         return Layout(*self.tiny.grid, before, after)
 
     def layout(self, **changes):
@@ -89,7 +90,7 @@ def test_layout_counts_the_tokens_that_every_layer_attends_to(case, monkeypatch)
     frames, height, width, before, after = case.layout()
     calls = attention_of(case, monkeypatch)
     lengths = {(q.shape[2], keys) for name, q, keys in calls if name in case.tiny.layers}
-    ends = case.tiny.text_lengths if after is None else (after,)
+    ends = (case.variant.ends or case.tiny.text_lengths) if after is None else (after,)
     video = frames * height * width
     expected = {(video + before + end,) * 2 for end in ends}
     # Some layers see the grid without its text.

@@ -24,7 +24,7 @@ def make(**changes: Any) -> nn.Module:
             "num_routed_experts": 2,
             "num_activated_experts": 1,
             "axes_dims_rope": (8, 12, 12),
-            "max_resolution": (16, 16),
+            "max_resolution": (24, 24),
             "llama_layers": [0, 1, 1],
         },
         changes,
@@ -43,13 +43,13 @@ def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any
     }
 
 
-# The image is not square, so that the model pads it to 8 x 8 tokens. T5's text stands before Llama's.
+# The image is not square, so that the model pads it to 12 x 12 tokens. T5's text stands before Llama's.
 HIDREAM = TinyModel(
     make,
     call,
     layers=("double_stream_blocks.0.block.attn1", *(f"single_stream_blocks.{i}.block.attn1" for i in range(2))),
-    grid=(1, 7, 5),
-    text_after=8 * 8 - 7 * 5 + TEXT_TOKENS + 2 * 3,
+    grid=(1, 11, 9),
+    text_after=12 * 12 - 11 * 9 + TEXT_TOKENS + 2 * 3,
     prompt=range(-TEXT_TOKENS - 2 * 3, -2 * 3),
     text="encoder_hidden_states_t5",
     latent_axes="bchw",

@@ -26,6 +26,7 @@ class Variant:
         call: named arguments of a call -> those that this variant changes or adds.
         text_before, text_after: tokens that it adds around the grid.
         prompt: as of the tiny model, where it is another.
+        ends: how many tokens follow the grid in different layers, where that differs.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Variant:
     text_before: int = 0
     text_after: int = 0
     prompt: range | None = None
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class TinyModel:
         row_by_row: attention is called once for each row of the batch.
         latents, text: the arguments that hold the latents and the prompt; None for a model without a prompt.
         latent_axes: axes of the latents, of "bcfhw"; "bsc" for latents that the pipeline packs.
+        square: its output can only be as high as wide.
         drops_unfilled_patches: latents that do not fill their last patches are allowed and lose them.
         positional: leading arguments that pipelines may pass by position.
         in_float64: it runs in float64.
@@ -71,6 +74,7 @@ class TinyModel:
     latents: str = "hidden_states"
     text: str | None = "encoder_hidden_states"
     latent_axes: str = "bcfhw"
+    square: bool = False
     drops_unfilled_patches: bool = False
     positional: tuple[str, ...] = ("hidden_states",)
     in_float64: bool = True

@@ -84,12 +84,12 @@ PIXART = TinyModel(
     grid=(1, 7, 5),
     latent_axes="bchw",
 )
-# Its output is a square.
 DIT = TinyModel(
     make_dit,
     dit_call,
     layers=tuple(f"transformer_blocks.{i}.attn1" for i in range(2)),
     grid=(1, 6, 6),
+    square=True,
     text=None,
     latent_axes="bchw",
 )

@@ -36,14 +36,14 @@ def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any
     }
 
 
-# 35 tokens of the image and 7 of the caption are filled up to 64 and 32.
+# 117 tokens of the image and 7 of the caption are filled up to 128 and 32.
 Z_IMAGE = TinyModel(
     make,
     call,
     layers=tuple(f"layers.{i}.attention" for i in range(2)),
-    grid=(1, 7, 5),
-    text_after=64 - 35 + 32,
-    prompt=range(64, 64 + TEXT_TOKENS),
+    grid=(1, 13, 9),
+    text_after=128 - 117 + 32,
+    prompt=range(128, 128 + TEXT_TOKENS),
     latents="x",
     text="cap_feats",
     positional=("x", "t", "cap_feats"),
