@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from diffsparse.eval import ablation, bench, compare, demo, doctor, run
+from diffsparse.eval import ablation, bench, compare, demo, doctor, report, run
 
 # Each module has add_arguments(parser) and run(args) -> exit code, and imports what is heavy only in run.
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
 }
 EVAL_COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "run": (run, "videos of the same prompts and seeds, densely and by each config, in a folder"),
+    "report": (report, "a page with the scores, times and videos of runs"),
     "compare": (compare, "PSNR, SSIM and LPIPS of two videos"),
     "ablation": (ablation, "what the adaptive strategy owes to its parts, on the demo model"),
 }
