@@ -18,7 +18,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
 EVAL_COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "run": (run, "videos of the same prompts and seeds, densely and by each config, in a folder"),
     "report": (report, "a page with the scores, times and videos of runs"),
-    "compare": (compare, "PSNR, SSIM and LPIPS of two videos"),
+    "compare": (compare, "PSNR, SSIM, MS-SSIM, LPIPS and flicker of two videos"),
     "ablation": (ablation, "what the adaptive strategy owes to its parts, on the demo model"),
 }
 

@@ -28,7 +28,9 @@ class Metric:
 METRICS = {
     "psnr_db": Metric("PSNR, dB", ".2f", higher_is_better=True),
     "ssim": Metric("SSIM", ".4f", higher_is_better=True),
+    "ms_ssim": Metric("MS-SSIM", ".4f", higher_is_better=True),
     "lpips": Metric("LPIPS", ".4f", higher_is_better=False),
+    "flicker": Metric("flicker", ".4f", higher_is_better=False),
 }
 
 

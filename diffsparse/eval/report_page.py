@@ -39,7 +39,8 @@ def as_page(
         _table(*headline(data), first="config"),
         "</div>",
         '<p class="dim">Mean over the videos [95 % interval of the mean, by bootstrap]. Each video is compared with '
-        "the dense one of the same prompt and seed. PSNR and SSIM: higher is closer. LPIPS: lower is closer. Density: "
+        "the dense one of the same prompt and seed. PSNR and the SSIMs: higher is closer. LPIPS and flicker "
+        "(changes from frame to frame that differ): lower is closer. Density: "
         "share of the attention that was computed exactly, dense steps included.</p>",
         "<ul>",
         *(f"<li>{text(note)}</li>" for note in notes(data)),
