@@ -16,7 +16,8 @@ COMMANDS = {
 }
 EVAL_COMMANDS = {
     "run": "videos of the same prompts and seeds, densely and by each config, in a folder",
-    "compare": "PSNR, SSIM and LPIPS of two videos",
+    "report": "a page with the scores, times and videos of runs",
+    "compare": "PSNR, SSIM, MS-SSIM, LPIPS and flicker of two videos",
     "ablation": "what the adaptive strategy owes to its parts, on the demo model",
 }
 

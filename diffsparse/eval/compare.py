@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from diffsparse.eval.flicker import Flicker
 from diffsparse.eval.lpips_metric import SMALLEST_SIDE, Lpips, lpips_or_reason
-from diffsparse.eval.metrics import Frames, FrameScores, psnr_db, ssim
+from diffsparse.eval.metrics import MS_SSIM_SMALLEST_SIDE, Frames, FrameScores, ms_ssim, psnr_db, ssim
 from diffsparse.eval.video_io import read_frames, whole_file
 
 # Frames held at once of each video: bounds the memory, whatever their number.
@@ -23,7 +24,10 @@ WINDOW = 8
 
 @dataclass(frozen=True)
 class Comparison:
-    """How close two videos are. Without LPIPS its place says why, and how to get it."""
+    """How close two videos are. In place of a metric that there is not stands why.
+
+    Flicker has a score for each two frames that follow each other, the first for frames 0 and 1.
+    """
 
     num_frames: int
     height: int
@@ -31,6 +35,8 @@ class Comparison:
     psnr_db: FrameScores
     ssim: FrameScores
     lpips: FrameScores | str
+    ms_ssim: FrameScores | str
+    flicker: FrameScores | str
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -40,20 +46,20 @@ class Comparison:
             "width": self.width,
             "psnr_db": self.psnr_db.as_dict(),
             "ssim": self.ssim.as_dict(),
-            "lpips": self.lpips if isinstance(self.lpips, str) else self.lpips.as_dict(),
+            "ms_ssim": _as_dict(self.ms_ssim),
+            "lpips": _as_dict(self.lpips),
+            "flicker": _as_dict(self.flicker),
         }
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Metric, mean and worst frame, in words, for a table. Why LPIPS is missing does not fit in one: `notes`."""
-        rows = [
+        return [
             ("PSNR (dB, higher is closer)", *_mean_and_worst(self.psnr_db, ".2f")),
             ("SSIM (1 is equal)", *_mean_and_worst(self.ssim, ".4f")),
+            ("MS-SSIM (1 is equal)", *_mean_and_worst(self.ms_ssim, ".4f")),
+            ("LPIPS (0 is equal)", *_mean_and_worst(self.lpips, ".4f")),
+            ("flicker (0 is equal)", *_mean_and_worst(self.flicker, ".4f")),
         ]
-        if isinstance(self.lpips, str):
-            rows.append(("LPIPS (0 is equal)", "n/a", "see below"))
-        else:
-            rows.append(("LPIPS (0 is equal)", *_mean_and_worst(self.lpips, ".4f")))
-        return rows
 
     def notes(self) -> list[str]:
         """What a reader of the rows has to know besides."""
@@ -61,9 +67,8 @@ class Comparison:
         identical = self.psnr_db.num_identical
         if 0 < identical < self.num_frames:
             notes.append(f"{identical} of {self.num_frames} frames are exactly equal, and left out of the mean PSNR.")
-        if isinstance(self.lpips, str):
-            notes.append(f"LPIPS {self.lpips}.")
-        return notes
+        named = {"MS-SSIM": self.ms_ssim, "LPIPS": self.lpips, "Flicker": self.flicker}
+        return notes + [f"{name} {scores}." for name, scores in named.items() if isinstance(scores, str)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,14 +102,20 @@ def compare(windows: Iterable[tuple[Frames, Frames]], lpips: Lpips | str) -> Com
     """Score two videos given in windows of frames [F, H, W, 3]; lpips is the metric, or the reason for having none."""
     psnr_scores: list[float] = []
     ssim_scores: list[float] = []
+    ms_ssim_scores: list[float] = []
     lpips_scores: list[float] = []
+    flicker_scores: list[float] = []
+    flicker = Flicker()
     height = width = 0
     for a, b in windows:
         height, width = a.shape[1:3]
         if not isinstance(lpips, str) and min(height, width) < SMALLEST_SIDE:
-            lpips = f"n/a: LPIPS needs frames of at least {SMALLEST_SIDE} pixels a side, got {width} × {height}"
+            lpips = f"n/a: it needs frames of at least {SMALLEST_SIDE} pixels a side, got {width} × {height}"
         psnr_scores += psnr_db(a, b)
         ssim_scores += ssim(a, b)
+        flicker_scores += flicker(a, b)
+        if min(height, width) >= MS_SSIM_SMALLEST_SIDE:
+            ms_ssim_scores += ms_ssim(a, b)
         if not isinstance(lpips, str):
             lpips_scores += lpips(a, b)
     return Comparison(
@@ -114,6 +125,12 @@ def compare(windows: Iterable[tuple[Frames, Frames]], lpips: Lpips | str) -> Com
         psnr_db=FrameScores(tuple(psnr_scores), higher_is_better=True),
         ssim=FrameScores(tuple(ssim_scores), higher_is_better=True),
         lpips=lpips if isinstance(lpips, str) else FrameScores(tuple(lpips_scores), higher_is_better=False),
+        ms_ssim=FrameScores(tuple(ms_ssim_scores), higher_is_better=True)
+        if ms_ssim_scores
+        else f"n/a: it needs frames of at least {MS_SSIM_SMALLEST_SIDE} pixels a side, got {width} × {height}",
+        flicker=FrameScores(tuple(flicker_scores), higher_is_better=False)
+        if flicker_scores
+        else "n/a: one frame has no change from frame to frame",
     )
 
 
@@ -149,7 +166,13 @@ def _pairs(a: Path, b: Path) -> Iterator[tuple[Any, Any]]:
         yield first, second
 
 
-def _mean_and_worst(scores: FrameScores, digits: str) -> tuple[str, str]:
+def _as_dict(scores: FrameScores | str) -> dict[str, Any] | str:
+    return scores if isinstance(scores, str) else scores.as_dict()
+
+
+def _mean_and_worst(scores: FrameScores | str, digits: str) -> tuple[str, str]:
+    if isinstance(scores, str):
+        return "n/a", "see below"
     return in_words(scores.mean, digits), f"{in_words(scores.worst, digits)} (frame {scores.worst_frame})"
 
 

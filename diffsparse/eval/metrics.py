@@ -1,4 +1,4 @@
-"""How close two videos are, frame by frame: PSNR and SSIM."""
+"""How close two videos are, frame by frame: PSNR, SSIM and MS-SSIM."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_C1 = 0.01**2
 SSIM_C2 = 0.03**2
+
+# Of each scale, the finest first: Wang, Simoncelli and Bovik 2003.
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+MS_SSIM_SMALLEST_SIDE = SSIM_WINDOW * 2 ** (len(MS_SSIM_WEIGHTS) - 1)
 
 
 @dataclass(frozen=True)
@@ -96,17 +100,62 @@ def ssim(a: Frames, b: Frames) -> list[float]:
     return [_ssim_of_frame(x, y) for x, y in zip(as_unit_floats(a), as_unit_floats(b))]
 
 
+def ms_ssim(a: Frames, b: Frames) -> list[float]:
+    """Structural similarity of each frame over five scales, at most 1: coarse structure counts as well as fine.
+
+    With the weights of Wang et al. 2003, the mean over R, G and B taken at each scale, as in torchmetrics. Contrast
+    and structure that are opposite on the mean count as 0.
+
+    Raises:
+        ValueError: a side below `MS_SSIM_SMALLEST_SIDE`.
+    """
+    check_same_shape(a, b)
+    if min(a.shape[1:3]) < MS_SSIM_SMALLEST_SIDE:
+        raise ValueError(
+            f"MS-SSIM needs frames of at least {MS_SSIM_SMALLEST_SIDE} pixels a side, got {a.shape[2]} × {a.shape[1]}."
+        )
+    return [_ms_ssim_of_frame(x, y) for x, y in zip(as_unit_floats(a), as_unit_floats(b))]
+
+
 def _ssim_of_frame(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     import torch
 
-    # [3, H, W]
+    luminance, structure = _similarities(*_as_tensors(a, b))
+    return (luminance * structure).mean(dtype=torch.float64).item()
+
+
+def _ms_ssim_of_frame(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    import torch
+    from torch.nn.functional import avg_pool2d
+
+    x, y = _as_tensors(a, b)
+    product = 1.0
+    for scale, weight in enumerate(MS_SSIM_WEIGHTS, start=1):
+        luminance, structure = _similarities(x, y)
+        is_coarsest = scale == len(MS_SSIM_WEIGHTS)
+        similarity = (luminance * structure if is_coarsest else structure).mean(dtype=torch.float64).item()
+        product *= max(0.0, similarity) ** weight
+        x, y = avg_pool2d(x, 2), avg_pool2d(y, 2)
+    return product
+
+
+def _as_tensors(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+    """Two frames [H, W, 3] as [3, H, W]."""
+    import torch
+
     x, y = (torch.from_numpy(frame).permute(2, 0, 1).contiguous() for frame in (a, b))
+    return x, y
+
+
+def _similarities(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Luminance, and contrast with structure, of two frames [3, H, W] at every place of the window."""
+    import torch
+
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = _blur(torch.stack([x, y, x * x, y * y, x * y]))
     covariance = mean_xy - mean_x * mean_y
     variances = (mean_xx - mean_x**2).clamp(min=0) + (mean_yy - mean_y**2).clamp(min=0)
     luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
-    structure = (2 * covariance + SSIM_C2) / (variances + SSIM_C2)
-    return (luminance * structure).mean(dtype=torch.float64).item()
+    return luminance, (2 * covariance + SSIM_C2) / (variances + SSIM_C2)
 
 
 def _blur(x: Tensor) -> Tensor:

@@ -85,7 +85,11 @@ def read_config(text: str) -> NamedConfig:
 def exported_strategies() -> dict[str, type]:
     """The strategies in `diffsparse` by their class names in small letters."""
     exported = {name: getattr(diffsparse, name) for name in diffsparse.__all__}
-    return {name.lower(): c for name, c in exported.items() if dataclasses.is_dataclass(c) and hasattr(c, "plan")}
+    return {name.lower(): c for name, c in exported.items() if isinstance(c, type) and _is_strategy(c)}
+
+
+def _is_strategy(cls: type) -> bool:
+    return dataclasses.is_dataclass(cls) and hasattr(cls, "plan")
 
 
 def _read_options(text: str, options: str) -> dict[str, Any]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from tiny_models import tiny_wan_pipeline
+
+from diffsparse.eval.run_folder import Pair, RunFolder
 
 SAMPLING = {
     "height": 64,
@@ -33,3 +36,64 @@ def own_tiny_model(tiny_model, tmp_path):
     import shutil
 
     return shutil.copytree(tiny_model, tmp_path / "broken-model")
+
+
+@pytest.fixture
+def fake_run(tmp_path):
+    """Writes a run as `diffsparse eval run` does, with given videos: make(prompts, configs, seeds, error).
+
+    `error(config, prompt, seed)` is what is added to the noise that stands for the dense video.
+    """
+
+    def make(prompts, configs=("fast",), seeds=(0,), error=lambda *of: 0.1, name="run", height=34, width=48):
+        run = RunFolder(tmp_path / name)
+        settings = {"model": "demo", "model_sha256": "0", "sampling": SAMPLING, "prompts": list(prompts)}
+        texts = {config: {"text": config, "config": f"SparseAttentionConfig({config})"} for config in configs}
+        environment = {"device": "cpu", "machine": {"cpu": "2 cores"}, "versions": {"torch": "2"}, "git_revision": "a"}
+        command = f"diffsparse eval run --output {run.path}"
+        run.agree(settings | {"seeds": list(seeds), "configs": texts}, {"command": command} | environment)
+        for index, prompt in enumerate(prompts):
+            for seed in seeds:
+                random = np.random.default_rng([index, seed])
+                dense = random.random((3, height, width, 3)) * 0.5 + 0.2
+                for config in ("dense", *configs):
+                    is_dense = config == "dense"
+                    frames = dense if is_dense else dense + error(config, index, seed) * random.random(dense.shape)
+                    record = {
+                        "prompt": prompt,
+                        "seed": seed,
+                        "config": config,
+                        "num_frames": 3,
+                        "total_seconds": 10.0 if is_dense else 5.0 + index,
+                        "seconds_per_step": 2.0 if is_dense else 1.0,
+                        "peak_memory_bytes": 3_000_000_000,
+                        "peak_memory_kind": "resident in the process",
+                        "attention": None if is_dense else ATTENTION,
+                        "environment": environment,
+                    }
+                    run.add(config, Pair(index, seed), frames, record)
+        return run.path
+
+    return make
+
+
+ATTENTION = {
+    "density": 0.25,
+    "overall_density": 0.4,
+    "transformers": [
+        {
+            "name": "transformer",
+            "family": "wan",
+            "num_layers": 1,
+            "num_heads": 2,
+            "sparse_calls": 8,
+            "dense_calls": 2,
+            "dense_reasons": {"early step": 2},
+            "density": 0.25,
+            "overall_density": 0.4,
+            "head_classes": [["spatial", "temporal"]],
+            "head_densities": [[0.2, 0.3]],
+            "class_shares": {"spatial": 0.5, "temporal": 0.5},
+        }
+    ],
+}

@@ -85,6 +85,18 @@ def test_lpips_is_asked_window_by_window_and_not_for_tiny_frames():
     assert "64 × 16" in compare.compare([(tiny, tiny)], fake).lpips
 
 
+def test_ms_ssim_and_flicker_are_there_where_they_can_be_or_say_why_not():
+    large = noise(WINDOW + 1, height=176, width=180)
+    scored = compare.compare([(large[:WINDOW], large[:WINDOW]), (large[WINDOW:], large[WINDOW:])], "n/a")
+    assert len(scored.ms_ssim.per_frame) == WINDOW + 1
+    assert scored.flicker.per_frame == (0.0,) * WINDOW
+    small = compare.compare([(large[:1, :32], large[:1, :32])], "n/a")
+    assert "at least 176 pixels a side, got 180 × 32" in small.ms_ssim
+    assert "one frame" in small.flicker
+    assert {"MS-SSIM", "Flicker"} <= {note.split()[0] for note in small.notes()}
+    assert [mean for _, mean, _ in small.rows()[2:]] == ["n/a"] * 3
+
+
 def test_windows_hold_every_frame_once(tmp_path):
     video = noise(2 * WINDOW + 1, height=4, width=4)
     write_images(tmp_path / "a", video)

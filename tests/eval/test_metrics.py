@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from diffsparse.eval.metrics import FrameScores, psnr_db, ssim
+from diffsparse.eval.metrics import MS_SSIM_SMALLEST_SIDE, MS_SSIM_WEIGHTS, FrameScores, ms_ssim, psnr_db, ssim
 
 SIZES = [(11, 11), (13, 40), (57, 31)]
 
@@ -45,6 +45,33 @@ def test_ssim_is_that_of_torchmetrics_without_its_mirrored_border(size, noise):
     expected = full[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))
     # Variances are differences of float32 means near 1: 2^-24 each, seen against C2 = 9e-4.
     assert ssim(a, b) == pytest.approx(expected.tolist(), abs=4 * 2**-24 / 9e-4)
+
+
+@pytest.mark.parametrize(("size", "noise"), [((176, 176), 0.5), ((181, 203), 0.02)])
+def test_ms_ssim_is_that_of_torchmetrics_without_its_mirrored_border(size, noise):
+    a, b = two_videos(size, noise, frames=1)
+    x, y = as_torch(a), as_torch(b)
+    expected = torch.ones(1, dtype=torch.float64)
+    for scale, weight in enumerate(MS_SSIM_WEIGHTS):
+        options = {"data_range": 1.0, "reduction": "none"}
+        _, contrast = structural_similarity_index_measure(x, y, **options, return_contrast_sensitivity=True)
+        _, full = structural_similarity_index_measure(x, y, **options, return_full_image=True)
+        expected *= (full[..., 5:-5, 5:-5].mean(dim=(1, 2, 3)) if scale == 4 else contrast) ** weight
+        x, y = (torch.nn.functional.avg_pool2d(frames, 2) for frames in (x, y))
+    # As for SSIM, and the weights sum to 1.
+    assert ms_ssim(a, b) == pytest.approx(expected.tolist(), abs=4 * 2**-24 / 9e-4)
+
+
+def test_ms_ssim_of_opposite_structure_is_0_and_not_complex():
+    a, _ = two_videos((176, 176), frames=1)
+    assert ms_ssim(a, 1 - a) == [0.0]
+    assert ms_ssim(a, a) == [pytest.approx(1, abs=1e-6)]
+
+
+def test_ms_ssim_says_that_a_frame_is_too_small():
+    a, b = two_videos((MS_SSIM_SMALLEST_SIDE - 1, 200), frames=1)
+    with pytest.raises(ValueError, match="176 pixels a side, got 200 × 175"):
+        ms_ssim(a, b)
 
 
 def test_bytes_score_as_the_floats_they_stand_for():

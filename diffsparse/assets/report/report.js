@@ -1,0 +1,82 @@
+"use strict";
+// Sorting: a click on a heading sorts its table by data-value, a second click turns the order round.
+for (const button of document.querySelectorAll("th button")) {
+  button.addEventListener("click", () => {
+    const heading = button.closest("th"), body = heading.closest("table").tBodies[0];
+    const column = [...heading.parentNode.children].indexOf(heading);
+    const up = heading.getAttribute("aria-sort") !== "ascending";
+    for (const other of heading.parentNode.children) other.removeAttribute("aria-sort");
+    heading.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const value = (row) => row.children[column].dataset.value;
+    const compare = (a, b) => {
+      const [x, y] = [value(a), value(b)], [n, m] = [Number(x), Number(y)];
+      if (x === "" || y === "") return (x === "") - (y === ""); // what is not there comes last
+      return (up ? 1 : -1) * (Number.isNaN(n) || Number.isNaN(m) ? x.localeCompare(y) : n < m ? -1 : Number(n > m));
+    };
+    body.append(...[...body.rows].sort(compare));
+  });
+}
+
+// The player: one video holds all panes, so they cannot get out of step.
+const player = document.querySelector(".player");
+if (player) {
+  const clips = JSON.parse(document.getElementById("clips").textContent);
+  const find = (name) => player.querySelector(`[data-role=${name}]`);
+  const [canvas, wipe, place, frame, play, choice] =
+    ["canvas", "wipe", "place", "frame", "play", "clip"].map(find);
+  const pen = canvas.getContext("2d"), video = document.createElement("video");
+  video.muted = video.loop = video.playsInline = true;
+  let clip = clips[0], mode = "side";
+  const draw = () => {
+    const { width: w, height: h } = clip;
+    canvas.width = mode === "side" ? 2 * w : w;
+    canvas.height = h;
+    if (mode === "side") pen.drawImage(video, 0, 0, 2 * w, h, 0, 0, 2 * w, h);
+    if (mode === "error") pen.drawImage(video, 2 * w, 0, w, h, 0, 0, w, h);
+    if (mode === "wipe") {
+      const x = Math.round(w * wipe.value / 100);
+      pen.drawImage(video, 0, 0, w, h, 0, 0, w, h);
+      pen.drawImage(video, w + x, 0, w - x, h, x, 0, w - x, h);
+      pen.fillStyle = "#fff";
+      pen.fillRect(x - 1, 0, 2, h);
+    }
+    const now = Math.min(clip.frames - 1, Math.floor(video.currentTime * clip.fps + 1e-3));
+    frame.textContent = `frame ${now} of 0–${clip.frames - 1}`;
+    if (document.activeElement !== place || !video.paused) place.value = now;
+  };
+  const run = () => { draw(); if (!video.paused) requestAnimationFrame(run); };
+  const go = (index) => {
+    video.pause();
+    video.currentTime = (Math.max(0, Math.min(clip.frames - 1, index)) + 0.5) / clip.fps;
+  };
+  const choose = (index) => {
+    clip = clips[index];
+    choice.value = index;
+    place.max = clip.frames - 1;
+    video.src = clip.uri;
+    find("about").textContent = clip.about;
+  };
+  const look = (name) => {
+    mode = name;
+    canvas.classList.toggle("single", name !== "side");
+    for (const b of player.querySelectorAll("[data-mode]")) b.setAttribute("aria-pressed", b.dataset.mode === name);
+    for (const t of player.querySelectorAll("[data-for]")) t.hidden = !t.dataset.for.split(" ").includes(name);
+    draw();
+  };
+  video.addEventListener("loadeddata", () => go(0));
+  video.addEventListener("seeked", draw);
+  video.addEventListener("play", () => { play.textContent = "pause"; run(); });
+  video.addEventListener("pause", () => { play.textContent = "play"; });
+  play.addEventListener("click", () => (video.paused ? video.play() : video.pause()));
+  find("back").addEventListener("click", () => go(Number(place.value) - 1));
+  find("on").addEventListener("click", () => go(Number(place.value) + 1));
+  place.addEventListener("input", () => go(Number(place.value)));
+  wipe.addEventListener("input", draw);
+  choice.addEventListener("change", () => choose(Number(choice.value)));
+  for (const b of player.querySelectorAll("[data-mode]")) b.addEventListener("click", () => look(b.dataset.mode));
+  for (const b of document.querySelectorAll("[data-clip]")) {
+    b.addEventListener("click", () => { choose(Number(b.dataset.clip)); player.scrollIntoView(); });
+  }
+  choose(0);
+  look("side");
+}

@@ -1,0 +1,277 @@
+"""A report as one HTML page that needs nothing else: no network, no library, no other file.
+
+Its content security policy allows no script but the page's own: what a prompt or a path holds is only ever text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from diffsparse.eval.pareto_plot import Point, pareto_svg
+from diffsparse.eval.report_clips import BRIGHTEST_ERROR, Clip
+from diffsparse.eval.report_data import METRICS, as_number
+from diffsparse.eval.report_tables import differences, headline, label, notes, number, percent
+
+ASSETS = Path(__file__).parent.parent / "assets" / "report"
+
+text = html.escape
+"""What comes from outside goes through here."""
+
+
+def as_page(
+    data: dict[str, Any], clips: list[Clip], left_out: list[dict[str, Any]], head_pictures: dict[str, bytes]
+) -> str:
+    """The page; head_pictures are PNGs by what stands under them."""
+    style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    policy = (
+        f"default-src 'none'; img-src data:; media-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
+    )
+    body = [
+        "<h1>Sparse against dense attention</h1>",
+        *_introduction(data),
+        '<div class="scroll">',
+        _table(*headline(data), first="config"),
+        "</div>",
+        '<p class="dim">Mean over the videos [95 % interval of the mean, by bootstrap]. Each video is compared with '
+        "the dense one of the same prompt and seed. PSNR and the SSIMs: higher is closer. LPIPS and flicker "
+        "(changes from frame to frame that differ): lower is closer. Density: "
+        "share of the attention that was computed exactly, dense steps included.</p>",
+        "<ul>",
+        *(f"<li>{text(note)}</li>" for note in notes(data)),
+        "</ul>",
+        *_pareto(data),
+        *_differences(data),
+        *_player(data, clips, left_out),
+        *_videos(data, clips),
+        *_missing(data),
+        *_heads(head_pictures),
+        *_origin(data),
+    ]
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            "<title>diffsparse: sparse against dense</title>",
+            f"<style>{style}</style></head><body>",
+            *body,
+            f"<script>{script}</script>",
+            "</body></html>\n",
+        ]
+    )
+
+
+def _introduction(data: dict[str, Any]) -> list[str]:
+    lines = []
+    for run in data["runs"]:
+        settings = run["settings"]
+        sampling = settings["sampling"]
+        devices = dict.fromkeys(made["device"] for made in run["made_by"])
+        lines.append(
+            f'<p class="dim">{text(settings["model"])}: {len(settings["prompts"])} prompts, '
+            f"{len(settings['seeds'])} seeds, {sampling['width']} × {sampling['height']}, {sampling['num_frames']} "
+            f"frames, {sampling['num_inference_steps']} steps, on {text(', '.join(devices))}.</p>"
+        )
+    return lines
+
+
+def _pareto(data: dict[str, Any]) -> list[str]:
+    points = []
+    for config in data["configs"]:
+        psnr = config["scores"]["psnr_db"]
+        if config["speed_up"] is not None and not isinstance(psnr, str) and math.isfinite(as_number(psnr["mean"])):
+            points.append(Point(label(data, config), config["speed_up"], psnr["mean"], psnr["interval"]))
+    if not points:
+        return []
+    return [
+        "<h2>Speed against quality</h2><figure>",
+        f'<div class="scroll">{pareto_svg(points)}</div>',
+        "<figcaption>Up and to the right is better. The bars are the intervals of the mean; the dashed line joins the "
+        "configs that no other beats in both.</figcaption></figure>",
+    ]
+
+
+def _differences(data: dict[str, Any]) -> list[str]:
+    headings, rows = differences(data)
+    if not rows:
+        return []
+    return [
+        "<h2>Config against config</h2>",
+        '<div class="scroll">',
+        _table(headings, rows, first="config"),
+        "</div>",
+        '<p class="dim">Of each prompt and seed, the first config’s score less the second’s. A p below 0.05 would be '
+        "rare if neither were better; with fewer than six videos it cannot be that small.</p>",
+    ]
+
+
+def _player(data: dict[str, Any], clips: list[Clip], left_out: list[dict[str, Any]]) -> list[str]:
+    if not clips:
+        return []
+    options = [f'<option value="{index}">{text(_title(data, clip.video))}</option>' for index, clip in enumerate(clips)]
+    contents = [
+        {
+            "uri": clip.uri,
+            "width": clip.pane_width,
+            "height": clip.pane_height,
+            "frames": clip.num_frames,
+            "fps": clip.fps,
+            "about": _about(clip.video),
+        }
+        for clip in clips
+    ]
+    # Inside a script element only `</` and `<!--` mean anything.
+    block = json.dumps(contents).replace("<", "\\u003c")
+    more = "" if not left_out else f" {len(left_out)} more would make the page too large: see the run’s folder."
+    return [
+        "<h2>Look at them</h2>",
+        "<noscript><p>The player and the sorting of the table need JavaScript.</p></noscript>",
+        '<div class="player">',
+        f'<div><select data-role="clip" aria-label="video">{"".join(options)}</select></div>',
+        '<div><button data-mode="side">side by side</button><button data-mode="wipe">wipe</button>'
+        '<button data-mode="error">error map</button></div>',
+        '<div class="titles" data-for="side wipe"><span>dense</span><span>sparse</span></div>',
+        '<canvas data-role="canvas"></canvas>',
+        '<div data-for="wipe">dense <input type="range" data-role="wipe" aria-label="wipe" min="0" max="100" '
+        'value="50"> sparse</div>',
+        f'<p class="dim" data-for="error">Mean error of red, green and blue: black is none, yellow '
+        f"{100 * BRIGHTEST_ERROR:.0f} % of the full range or more.</p>",
+        '<div><button data-role="play">play</button><button data-role="back" aria-label="frame back">‹</button>'
+        '<button data-role="on" aria-label="frame on">›</button>'
+        '<input type="range" data-role="place" aria-label="frame" min="0" value="0">'
+        '<span data-role="frame"></span></div>',
+        '<p class="dim" data-role="about"></p>',
+        "</div>",
+        '<p class="dim">Worst first. Compressed and scaled for this page; the numbers are of the stored frames.'
+        f"{more}</p>",
+        f'<script type="application/json" id="clips">{block}</script>',
+    ]
+
+
+def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
+    headings = ["prompt", "seed", "config", *(m.label for m in METRICS.values()), "seconds", "speed-up", "density"]
+    headings.insert(0, "")
+    place = {id(clip.video): index for index, clip in enumerate(clips)}
+    rows = []
+    for video in data["videos"]:
+        index = place.get(id(video))
+        cells = [
+            "<td></td>" if index is None else f'<td><button data-clip="{index}">look</button></td>',
+            _cell(video["prompt"], video["prompt"], "prompt"),
+            _cell(str(video["seed"]), video["seed"]),
+            _cell(_name(data, video), _name(data, video), "config"),
+        ]
+        for key, metric in METRICS.items():
+            score = video["scores"][key]
+            if isinstance(score, str):
+                cells.append(_cell("n/a", None))
+            else:
+                worst = f"frame {score['worst_frame']}: {number(score['worst'], metric.digits)}"
+                shown = number(score["mean"], metric.digits)
+                cells.append(_cell(shown, as_number(score["mean"]), "number", worst))
+        cells += [
+            _cell(number(video["seconds"], ".1f"), video["seconds"], "number", f"dense {video['dense_seconds']:.1f}"),
+            _cell(number(video["speed_up"], ".2f"), video["speed_up"]),
+            _cell(percent(video["overall_density"]), video["overall_density"]),
+        ]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    heads = [f"<th><button>{text(name)}</button></th>" if name else "<th></th>" for name in headings]
+    return [
+        "<h2>Every video</h2>",
+        '<p class="dim">A click on a heading sorts. Under a score: its worst frame.</p>',
+        f'<div class="scroll"><table id="videos"><thead><tr>{"".join(heads)}</tr></thead><tbody>',
+        *rows,
+        "</tbody></table></div>",
+    ]
+
+
+def _missing(data: dict[str, Any]) -> list[str]:
+    if not data["missing"]:
+        return []
+    rows = [[v["prompt"], str(v["seed"]), _name(data, v), v["reason"]] for v in data["missing"]]
+    return ["<h2>Missing</h2>", '<div class="scroll">', _table(["prompt", "seed", "config", "why"], rows), "</div>"]
+
+
+def _heads(pictures: dict[str, bytes]) -> list[str]:
+    if not pictures:
+        return []
+    lines = ["<h2>What the heads do</h2>"]
+    for caption, png in pictures.items():
+        uri = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        lines.append(
+            f'<figure><img src="{uri}" alt="Classes of the attention heads"><figcaption>{text(caption)}</figcaption>'
+            "</figure>"
+        )
+    return lines
+
+
+def _origin(data: dict[str, Any]) -> list[str]:
+    lines = ["<h2>How it was made</h2>"]
+    for run in data["runs"]:
+        lines.append(f"<p>{text(run['path'])}</p>" if len(data["runs"]) > 1 else "")
+        for made in run["made_by"]:
+            facts = made["machine"] | made["versions"] | {"revision of diffsparse": made["git_revision"] or "unknown"}
+            lines += [f"<pre>{text(made['command'])}</pre>", _list(facts)]
+        lines.append("<h2>Configs in full</h2>")
+        lines.append(_list({c["text"]: c["config"] for c in run["settings"]["configs"].values()}))
+        settings = run["settings"]
+        fingerprint = settings["model_sha256"] or "unknown"
+        lines.append(_list({"sampling": json.dumps(settings["sampling"]), "fingerprint of the model": fingerprint}))
+    return lines
+
+
+def _table(headings: list[str], rows: list[list[str]], first: str = "") -> str:
+    heads = "".join(f"<th>{text(heading)}</th>" for heading in headings)
+    body = []
+    for row in rows:
+        cells = [f'<td class="{first}">{text(row[0])}</td>', *(f"<td>{_split(cell)}</td>" for cell in row[1:])]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _split(cell: str) -> str:
+    """A number, and smaller below it what is in brackets or after it."""
+    for mark in (" [", " (", ", worst"):
+        if mark in cell:
+            start, rest = cell.split(mark, 1)
+            lines = (mark.strip(", ") + rest).replace("], worst", "]\nworst").splitlines()
+            return text(start) + "".join(f'<span class="range">{text(line)}</span>' for line in lines)
+    return text(cell)
+
+
+def _cell(shown: str, value: Any, kind: str = "number", below: str = "") -> str:
+    small = f'<span class="range">{text(below)}</span>' if below else ""
+    # Empty where there is none; infinity as JavaScript spells it.
+    value = "" if value is None else str(value).replace("inf", "Infinity") if isinstance(value, float) else str(value)
+    return f'<td class="{kind}" data-value="{text(value)}">{text(shown)}{small}</td>'
+
+
+def _list(facts: dict[str, Any]) -> str:
+    return "<dl>" + "".join(f"<dt>{text(str(k))}</dt><dd>{text(str(v))}</dd>" for k, v in facts.items()) + "</dl>"
+
+
+def _name(data: dict[str, Any], video: dict[str, Any]) -> str:
+    return label(data, {"run": video["run"], "name": video["config"]})
+
+
+def _title(data: dict[str, Any], video: dict[str, Any]) -> str:
+    psnr = number(video["scores"]["psnr_db"]["mean"], ".1f")
+    return f"{psnr} dB, {_name(data, video)}, seed {video['seed']}: {video['prompt']}"
+
+
+def _about(video: dict[str, Any]) -> str:
+    return (
+        f"“{video['prompt']}”, seed {video['seed']}: dense {video['dense_seconds']:.1f} s, "
+        f"sparse {video['seconds']:.1f} s, {percent(video['overall_density'])} of the attention."
+    )
+
+
+def _hash(source: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"

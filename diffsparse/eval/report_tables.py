@@ -1,0 +1,112 @@
+"""The headline of a report as rows of text, the same on the page, in Markdown and on the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from diffsparse.eval.report_data import METRICS, as_number
+
+
+def headline(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row for each config: mean [95 % interval], worst frame."""
+    headings = ["config", "videos", *(metric.label for metric in METRICS.values())]
+    headings += ["seconds a video", "speed-up", "density", "peak memory"]
+    return headings, [_row(data, config) for config in data["configs"]]
+
+
+def differences(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row for each two configs and each metric."""
+    rows = []
+    for row in data["differences"]:
+        metric = METRICS[row["metric"]]
+        better = row["mean"] > 0 if row["higher_is_better"] else row["mean"] < 0
+        rows.append(
+            [
+                f"{_text(data, row['run'], row['first'])} − {_text(data, row['run'], row['second'])}",
+                metric.label,
+                f"{row['mean']:+{metric.digits}}{_interval(row['interval'], '+' + metric.digits)}",
+                "neither" if row["mean"] == 0 else "the first" if better else "the second",
+                f"{row['sign_test']:.3f}",
+                str(row["num_pairs"]),
+            ]
+        )
+    return ["on the same prompts and seeds", "metric", "mean difference", "better", "sign test, p", "videos"], rows
+
+
+def notes(data: dict[str, Any]) -> list[str]:
+    """What a reader of the rows has to know besides."""
+    found = [f"{METRICS[key].label} {reason}." for key, reason in _reasons(data).items()]
+    for config in data["configs"]:
+        name = label(data, config)
+        psnr = config["scores"]["psnr_db"]
+        if not isinstance(psnr, str) and psnr["num_identical"]:
+            found.append(f"{name}: {psnr['num_identical']} videos equal the dense ones, left out of the mean PSNR.")
+        if config["num_videos"] and config["density"] is None:
+            found.append(f"{name}: sparse attention never ran; {_counts(config['dense_reasons'])}.")
+        elif config["dense_reasons"]:
+            found.append(f"{name}: dense attention calls: {_counts(config['dense_reasons'])}.")
+        if config["num_videos"] and config["speed_up"] is None:
+            found.append(f"{name}: no speed-up, since dense and sparse videos were made on different machines.")
+    if data["missing"]:
+        found.append(f"Videos that are missing: {len(data['missing'])}. The report is of those that are there.")
+    return found
+
+
+def label(data: dict[str, Any], config: dict[str, Any]) -> str:
+    """A config as the user named it, with its run where there are several."""
+    return _text(data, config["run"], config["name"])
+
+
+def number(value: float | str | None, digits: str) -> str:
+    """A score in words."""
+    if value is None:
+        return "n/a"
+    value = as_number(value)
+    if math.isnan(value):
+        return "not a number"
+    return "∞ (equal)" if math.isinf(value) else format(value, digits)
+
+
+def _row(data: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    row = [label(data, config), str(config["num_videos"])]
+    for key, metric in METRICS.items():
+        score = config["scores"][key]
+        if isinstance(score, str):
+            row.append("n/a")
+        else:
+            worst = f"worst frame {number(score['worst'], metric.digits)}"
+            row.append(f"{number(score['mean'], metric.digits)}{_interval(score['interval'], metric.digits)}, {worst}")
+    seconds = f"{number(config['seconds'], '.1f')} (dense {number(config['dense_seconds'], '.1f')})"
+    memory = f"{_gigabytes(config['peak_memory_bytes'])} (dense {_gigabytes(config['dense_peak_memory_bytes'])})"
+    times = number(config["speed_up"], ".2f")
+    speed_up = times if config["speed_up"] is None else f"{times}×{_interval(config['speed_up_interval'], '.2f')}"
+    return [*row, seconds, speed_up, percent(config["overall_density"]), memory]
+
+
+def percent(share: float | None) -> str:
+    """A density in words."""
+    return "n/a" if share is None else f"{100 * share:.0f} %"
+
+
+def _reasons(data: dict[str, Any]) -> dict[str, str]:
+    scores = [config["scores"] for config in data["configs"]]
+    return {key: s[key] for s in scores for key in METRICS if isinstance(s[key], str)}
+
+
+def _counts(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count} for “{reason}”" for reason, count in reasons.items()) or "nothing was counted"
+
+
+def _text(data: dict[str, Any], run: int, name: str) -> str:
+    of_run = data["runs"][run]
+    text: str = of_run["settings"]["configs"][name]["text"]
+    return text if len(data["runs"]) == 1 else f"{of_run['path']}: {text}"
+
+
+def _interval(interval: tuple[float, float] | None, digits: str) -> str:
+    return "" if interval is None else f" [{interval[0]:{digits}}, {interval[1]:{digits}}]"
+
+
+def _gigabytes(count: int | None) -> str:
+    return "n/a" if count is None else f"{count / 1e9:.2f} GB"

@@ -1,0 +1,44 @@
+"""The scores of a run's videos against the dense ones, kept beside them so that they are computed once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffsparse.eval.compare import compare, windows_of
+from diffsparse.eval.lpips_metric import Lpips
+from diffsparse.eval.named_config import DENSE
+from diffsparse.eval.run_folder import Pair, RunFolder, write_json
+
+SCORES_VERSION = 1
+"""Raised when a metric changes or one is added: scores of older versions are computed again."""
+
+
+def scores_of(folder: RunFolder, config: str, pair: Pair, lpips: Lpips | str) -> dict[str, Any]:
+    """How close a config's video is to the dense one: `Comparison.as_dict`, computed from the stored frames.
+
+    Raises:
+        ValueError: the frames cannot be read.
+    """
+    file = folder.path / config / f"{pair.name}.scores.json"
+    of = [(folder.record(name, pair) or {}).get("sha256") for name in (DENSE, config)]
+    kept = _read(file)
+    if kept.get("version") == SCORES_VERSION and kept.get("of") == of:
+        scores: dict[str, Any] = kept["scores"]
+        # Why LPIPS is missing may be another reason by now, or none.
+        if isinstance(scores["lpips"], str) and isinstance(lpips, str):
+            return scores | {"lpips": lpips}
+        if not isinstance(scores["lpips"], str):
+            return scores
+    scores = compare(windows_of(folder.frames(DENSE, pair), folder.frames(config, pair)), lpips).as_dict()
+    write_json(file, {"version": SCORES_VERSION, "of": of, "scores": scores})
+    return scores
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

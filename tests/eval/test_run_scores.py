@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from diffsparse.eval import run_scores
+from diffsparse.eval.metrics import psnr_db
+from diffsparse.eval.run_folder import Pair, RunFolder
+from diffsparse.eval.run_scores import scores_of
+from diffsparse.eval.video_io import read_frames
+
+NO_LPIPS = "n/a: none"
+
+
+def test_scores_are_of_the_stored_frames_and_kept(fake_run, monkeypatch):
+    folder = RunFolder(fake_run(["a"]))
+    scores = scores_of(folder, "fast", Pair(0, 0), NO_LPIPS)
+    dense, sparse = (np.stack(list(read_frames(folder.frames(name, Pair(0, 0))))) for name in ("dense", "fast"))
+    assert scores["psnr_db"]["per_frame"] == pytest.approx(psnr_db(dense, sparse))
+    monkeypatch.setattr(run_scores, "compare", None)
+    assert scores_of(folder, "fast", Pair(0, 0), NO_LPIPS) == json.loads(json.dumps(scores))
+    assert scores_of(folder, "fast", Pair(0, 0), "n/a: other")["lpips"] == "n/a: other"
+
+
+def test_a_video_made_anew_is_scored_anew(fake_run):
+    folder = RunFolder(fake_run(["a"]))
+    before = scores_of(folder, "fast", Pair(0, 0), NO_LPIPS)
+    folder.add("fast", Pair(0, 0), np.zeros((3, 34, 48, 3), dtype=np.uint8), folder.record("fast", Pair(0, 0)))
+    assert scores_of(folder, "fast", Pair(0, 0), NO_LPIPS) != before
+
+
+def test_lpips_is_computed_once_it_can_be(fake_run):
+    folder = RunFolder(fake_run(["a"]))
+    scores_of(folder, "fast", Pair(0, 0), NO_LPIPS)
+    assert scores_of(folder, "fast", Pair(0, 0), lambda a, b: [0.5] * len(a))["lpips"]["mean"] == 0.5
+    assert scores_of(folder, "fast", Pair(0, 0), NO_LPIPS)["lpips"]["mean"] == 0.5
