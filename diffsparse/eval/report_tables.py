@@ -47,7 +47,7 @@ def notes(data: dict[str, Any]) -> list[str]:
         elif config["dense_reasons"]:
             found.append(f"{name}: dense attention calls: {_counts(config['dense_reasons'])}.")
         if config["num_videos"] and config["speed_up"] is None:
-            found.append(f"{name}: no speed-up, since dense and sparse videos were made on different machines.")
+            found.append(f"{name}: no speed-up, since dense and sparse videos were made by different processes.")
     if data["missing"]:
         found.append(f"Videos that are missing: {len(data['missing'])}. The report is of those that are there.")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -77,6 +78,7 @@ class Studio:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._environment = environment(job.device)
+        self._process = uuid.uuid4().hex
         self._pipe: Any = None
         self._warm: set[str] = set()
 
@@ -111,6 +113,7 @@ class Studio:
             "peak_memory_kind": memory.kind,
             "attention": attention,
             "environment": self._environment,
+            "process": self._process,
         }
 
     def _generate(

@@ -70,6 +70,7 @@ def fake_run(tmp_path):
                         "peak_memory_kind": "resident in the process",
                         "attention": None if is_dense else ATTENTION,
                         "environment": environment,
+                        "process": "a",
                     }
                     run.add(config, Pair(index, seed), frames, record)
         return run.path

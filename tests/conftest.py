@@ -1,0 +1,13 @@
+"""What holds for every test."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _new_memory_is_nan():
+    """What `torch.empty` and its like give holds NaN, or the largest integer: no unwritten output passes."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
