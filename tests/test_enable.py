@@ -403,7 +403,7 @@ def compile_whole(model, way):
 )
 def test_a_transformer_compiled_whole_sees_each_step_and_grid(way, order, dynamo):
     model = TINY["wan"].make(num_layers=1)
-    videos = [steps(TINY["wan"].call(model, grid), 2) for grid in ((2, 3, 5), (2, 5, 3))]
+    videos = [steps(model, TINY["wan"].call(model, grid), 2) for grid in ((2, 3, 5), (2, 5, 3))]
     calls = [call for video in videos for call in video]
     early = config(dense_steps=0.1)
     stock = run(model, calls[0])
