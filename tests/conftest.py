@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+# Tensors are tiny here. On a busy machine two threads would wait for each other most of the time.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _new_memory_is_nan():
