@@ -7,11 +7,14 @@ A backend is a module with `why_not` and `attend` as in `block_sparse_eager.py`,
 from __future__ import annotations
 
 import functools
+import inspect
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from diffsparse.kernels.quantization import PRECISIONS
 
 # Name and module, the fastest first. Imported when asked for: what a module needs may be missing here.
 BACKENDS = {
@@ -22,6 +25,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 # Relative error of a backend in fp32 against float64, on random inputs.
 LARGEST_ERROR = 1e-4
+# How far a quantized backend may be from the eager one, by what its values are in. Scores differ where a value falls to
+# the other side of a half; FP8 weights by 3.6 % rms where they are rounded relative to another largest weight.
+LARGEST_QUANTIZED_ERROR = {"native": 5e-3, "fp8": 5e-2}
 
 
 def block_sparse_attention(
@@ -37,6 +43,7 @@ def block_sparse_attention(
     tail: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    precision: str = "native",
     backend: str | None = None,
     validate: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -52,6 +59,9 @@ def block_sparse_attention(
     Returns the output [B, H, S, D] in query's dtype; with `return_lse` also the logsumexp of the scaled logits, tail
     included, [B, H, S] fp32, natural logarithm. Query blocks that see no existing key give 0 and -inf.
 
+    `precision` is what the two matrix products are computed in, one of PRECISIONS in `quantization.py`: "native" is the
+    inputs' dtype, the others quantize blocks of queries and keys, and some the values as well.
+
     `scale` is D ** -0.5 if None. `backend` None takes the fastest one that can run here. `validate=False` leaves out
     `check_lists`, which waits for the lists on a GPU; compiled code never makes it. There is no backward pass.
     Raises ValueError or TypeError for what does not fit.
@@ -66,9 +76,10 @@ def block_sparse_attention(
         _check_side("key_length", key_length, query, torch.int32, "[B]", (batch,))
     if tail is not None:
         _check_side("tail", tail, query, torch.bool, "[B|1, H|1]", (batch, heads))
+    check_precision("precision", precision)
     if validate and not torch.compiler.is_compiling():
         check_lists(key_blocks, counts, num_key_blocks)
-        pick_backend(backend, query, query_block_size, key_block_size)
+        pick_backend(backend, query, query_block_size, key_block_size, precision)
     out, lse = _operator(
         query,
         key,
@@ -81,6 +92,7 @@ def block_sparse_attention(
         key_block_size,
         query.shape[3] ** -0.5 if scale is None else float(scale),
         return_lse,
+        precision,
         backend,
     )
     return (out, lse) if return_lse else out
@@ -117,48 +129,87 @@ def check_lists(key_blocks: Tensor, counts: Tensor, num_key_blocks: int) -> None
         )
 
 
-def available_backends(device: torch.device | str) -> dict[str, str | None]:
+def check_precision(name: str, precision: object) -> None:
+    """Raise ValueError unless this is a precision; `name` is the option's."""
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(PRECISIONS)}, got {precision!r}. "
+            f"Leave it out to compute in the inputs' dtype."
+        )
+
+
+def available_backends(device: torch.device | str, precision: str = "native") -> dict[str, str | None]:
     """Every backend by name, the fastest first, with the reason why it cannot run on the device, or None."""
     query = torch.empty((1, 1, 128, 64), dtype=torch.bfloat16, device=device)
-    return {name: _why_not(name, query, 128, 64) for name in BACKENDS}
+    return {name: _why_not(name, query, 128, 64, precision) for name in BACKENDS}
 
 
-def pick_backend(name: str | None, query: Tensor, query_block_size: int, key_block_size: int) -> ModuleType:
-    """The module of the named backend, or of the fastest one that can run. ValueError if it cannot."""
+def pick_backend(
+    name: str | None, query: Tensor, query_block_size: int, key_block_size: int, precision: str = "native"
+) -> ModuleType:
+    """The module of the named backend, or of the fastest one that can run. ValueError if it cannot.
+
+    A precision changes nothing about which one that is: where it cannot compute in that precision, a slower one that
+    could would be no gain, and nobody would know why.
+    """
     if name is not None and name not in BACKENDS:
         raise ValueError(
             f"`backend` must be one of {', '.join(BACKENDS)}, got {name!r}. Leave it out for the fastest one."
         )
     reasons = {}
     for candidate in BACKENDS if name is None else (name,):
-        reasons[candidate] = _why_not(candidate, query, query_block_size, key_block_size)
-        if reasons[candidate] is None and query.device.type != "cpu":
-            reasons[candidate] = _why_not_trusted(candidate, query.device, query.dtype)
-        if reasons[candidate] is None:
-            return import_module(BACKENDS[candidate])
+        reasons[candidate] = _why_not_right(candidate, query, query_block_size, key_block_size, "native")
+        if reasons[candidate] is not None:
+            continue
+        reason = None
+        if precision != "native":
+            reason = _why_not_right(candidate, query, query_block_size, key_block_size, precision)
+        if reason is not None:
+            raise ValueError(
+                f"`precision` {precision!r} cannot run here: {candidate}: {reason}. "
+                f"Take another one of {', '.join(PRECISIONS)}, or name another backend."
+            )
+        return import_module(BACKENDS[candidate])
     raise ValueError(
         f"`backend` {name!r} cannot run here: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}. "
         f"Leave it out for the fastest one that can."
     )
 
 
-def _why_not(name: str, query: Tensor, query_block_size: int, key_block_size: int) -> str | None:
+def _why_not_right(name: str, query: Tensor, query_block_size: int, key_block_size: int, precision: str) -> str | None:
+    reason = _why_not(name, query, query_block_size, key_block_size, precision)
+    if reason is None and query.device.type != "cpu":
+        reason = _why_not_trusted(name, query.device, query.dtype, precision)
+    return reason
+
+
+def _why_not(
+    name: str, query: Tensor, query_block_size: int, key_block_size: int, precision: str = "native"
+) -> str | None:
     try:
         module = import_module(BACKENDS[name])
     except ImportError as error:
         return f"its module does not import ({error})"
-    reason: str | None = module.why_not(query, query_block_size, key_block_size)
+    arguments = [query, query_block_size, key_block_size]
+    # A backend that quantizes nothing need not know the word.
+    if "precision" in inspect.signature(module.why_not).parameters:
+        arguments.append(precision)
+    elif precision != "native":
+        return f"it does not compute in {precision}"
+    reason: str | None = module.why_not(*arguments)
     return reason
 
 
 @functools.cache
-def _why_not_trusted(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_trusted(name: str, device: torch.device, dtype: torch.dtype, precision: str) -> str | None:
     """What the backend's self-test found before its first use on this device and dtype, None if it is right."""
     try:
-        error = self_test(name, device, dtype)
+        error = self_test(name, device, dtype, precision)
     except Exception as failure:  # a compiler or a driver may raise anything; there is another backend
         return f"its self-test failed ({type(failure).__name__}: {failure})"
     allowed = max(LARGEST_ERROR, 4 * torch.finfo(dtype).eps)
+    if precision != "native":
+        allowed += LARGEST_QUANTIZED_ERROR[PRECISIONS[precision].values]
     # Not `error > allowed`, which is false for an error that is not a number.
     return None if error <= allowed else f"its self-test is off by {error:.1e}, {allowed:.1e} is allowed"
 
@@ -167,7 +218,8 @@ def _why_not_trusted(name: str, device: torch.device, dtype: torch.dtype) -> str
     "diffsparse::block_sparse_attention",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor key_blocks, Tensor counts, Tensor? key_length, "
-    "Tensor? tail, SymInt query_block_size, SymInt key_block_size, float scale, bool return_lse, str? backend) "
+    "Tensor? tail, SymInt query_block_size, SymInt key_block_size, float scale, bool return_lse, str precision, "
+    "str? backend) "
     "-> (Tensor, Tensor)",
 )
 def _operator(
@@ -182,9 +234,10 @@ def _operator(
     key_block_size: int,
     scale: float,
     return_lse: bool,
+    precision: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = pick_backend(backend, query, query_block_size, key_block_size).attend(
+    out, lse = pick_backend(backend, query, query_block_size, key_block_size, precision).attend(
         query,
         key,
         value,
@@ -196,13 +249,14 @@ def _operator(
         tail=tail,
         scale=scale,
         return_lse=return_lse,
+        **({} if precision == "native" else {"precision": precision}),
     )
     return out, lse
 
 
 @_operator.register_fake
 def _(query: Tensor, *inputs: object) -> tuple[Tensor, Tensor]:
-    return_lse = inputs[-2]
+    return_lse = inputs[-3]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     return out, query.new_empty(query.shape[:3] if return_lse else (0,), dtype=torch.float32)
 
@@ -268,15 +322,22 @@ def _check_side(name: str, x: Tensor, query: Tensor, dtype: torch.dtype, shape: 
         )
 
 
-def self_test(backend: str, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> float:
+def self_test(
+    backend: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    precision: str = "native",
+) -> float:
     """The largest relative L2 error of the backend against float64, over small odd random inputs and all options.
+
+    In a precision other than "native", against the eager backend's on the CPU in the same precision.
 
     Runs on the given device, or else on the first kind of device where the backend can run.
     """
     if device is None:
         kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        device = next((kind for kind in kinds if available_backends(kind).get(backend) is None), "cpu")
-    reason = _why_not(backend, torch.empty((1, 1, 128, 64), dtype=dtype, device=device), 64, 64)
+        device = next((kind for kind in kinds if available_backends(kind, precision).get(backend) is None), "cpu")
+    reason = _why_not(backend, torch.empty((1, 1, 128, 64), dtype=dtype, device=device), 64, 64, precision)
     if reason is not None:
         raise ValueError(f"`backend` {backend!r} cannot run on {device}: {reason}. Name another backend or device.")
     module = import_module(BACKENDS[backend])
@@ -289,18 +350,20 @@ def self_test(backend: str, device: torch.device | str | None = None, dtype: tor
         key_blocks = visible.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
         tail = torch.tensor([[True, False]]) if has_tail else None
         key_length = torch.tensor([300, 77], dtype=torch.int32) if has_length else None
-        expected = _float64_attention(query, key, value, visible, 64, key_length, tail)
         inputs = [query, key, value, key_blocks, visible.sum(dim=-1, dtype=torch.int32)]
+        options = {"query_block_size": 64, "key_block_size": 64, "scale": head_dim**-0.5, "return_lse": True}
+        if precision == "native":
+            expected = _float64_attention(query, key, value, visible, 64, key_length, tail)
+        else:
+            options["precision"] = precision
+            expected = import_module(BACKENDS["eager"]).attend(*inputs, key_length=key_length, tail=tail, **options)
         actual = module.attend(
             *(x.to(device) for x in inputs),
-            query_block_size=64,
-            key_block_size=64,
             key_length=None if key_length is None else key_length.to(device),
             tail=None if tail is None else tail.to(device),
-            scale=head_dim**-0.5,
-            return_lse=True,
+            **options,
         )
-        errors += [float((a.cpu().double() - e).norm() / e.norm()) for a, e in zip(actual, expected)]
+        errors += [float((a.cpu().double() - e.double()).norm() / e.double().norm()) for a, e in zip(actual, expected)]
     # Unlike max(), a sum keeps an error that is not a number.
     return max(errors) if sum(errors) < float("inf") else float("nan")
 

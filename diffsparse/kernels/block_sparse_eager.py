@@ -4,6 +4,9 @@ One head at a time, a few query blocks at a time, the longest lists first: gathe
 softmax and weighted sum as batched matrix products. For the pooled tail the means of all blocks are gathered as well.
 All is fp32, whatever the inputs are, in memory that is used again and again: fresh memory costs more than filling it.
 Query blocks that list every key block need no gather: they go to PyTorch's own attention.
+
+A precision other than "native" is computed with what quantization leaves of the inputs (`quantization.py`), in fp32 as
+well: it is as slow, and says what a kernel in that precision has to give.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.kernels.pooling import block_token_counts
+from diffsparse.kernels.quantization import PRECISIONS, quantized_operands, round_weights
 
 # The most scores held at a time, unless a single query block has more: about what a cache holds.
 MAX_SCORES = 1 << 20
@@ -24,7 +28,7 @@ MAX_SCORES = 1 << 20
 LEAST_FILLED = 0.85
 
 
-def why_not(query: Tensor, query_block_size: int, key_block_size: int) -> str | None:
+def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision: str = "native") -> str | None:
     """None: this backend runs wherever PyTorch does. Away from the CPU it is slow and waits for the lists."""
     return None
 
@@ -42,11 +46,20 @@ def attend(
     tail: Tensor | None,
     scale: float,
     return_lse: bool,
+    precision: str = "native",
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, S, D] in query's dtype, and the logsumexp [B, H, S] fp32 (empty if not asked for)."""
     batch, heads, num_queries, head_dim = query.shape
     num_rows = counts.shape[2]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    key_means = value_means = lse_shift = None
+    if precision != "native":
+        operands = quantized_operands(query, key, value, precision, query_block_size, key_block_size, key_length)
+        if return_lse:
+            lse_shift = (query.float() @ operands.key_mean.mT)[..., 0] * scale
+        query, key, value = operands.query, operands.key, operands.value
+        key_means, value_means = operands.key_means, operands.value_means
+    rounds_weights = PRECISIONS[precision].values == "fp8"
     lse = query.new_empty((batch, heads, num_queries) if return_lse else 0, dtype=torch.float32)
     sizes = block_token_counts(key.shape[2], key_block_size, key_length, key.device).expand(batch, -1)  # [B, K]
     key_blocks, counts = key_blocks.expand(batch, heads, -1, -1), counts.expand(batch, heads, -1)
@@ -57,26 +70,37 @@ def attend(
         queries = memory.blocks("queries", query[b, h], query_block_size, num_rows)[lists.order]
         keys, values = (
             # What lies beyond the length may hold anything: it is not read.
-            lists.with_means(memory.blocks(name, x[b, h, : lists.num_keys], key_block_size, lists.num_gathered))
-            for name, x in (("keys", key), ("values", value))
+            lists.with_means(
+                memory.blocks(name, x[b, h, : lists.num_keys], key_block_size, lists.num_gathered),
+                None if means is None else means[b, h],
+            )
+            for name, x, means in (("keys", key, key_means), ("values", value, value_means))
         )
-        result, result_lse = _attend_head(queries, keys, values, lists, memory, scale, return_lse)
+        result, result_lse = _attend_head(queries, keys, values, lists, memory, scale, return_lse, rounds_weights)
         out[b, h] = result[lists.place].view(-1, head_dim)[:num_queries]
         if return_lse:
             lse[b, h] = result_lse[lists.place].view(-1)[:num_queries]
-    return out, lse
+    return out, lse if lse_shift is None else lse + lse_shift
 
 
 def _attend_head(
-    queries: Tensor, keys: Tensor, values: Tensor, lists: _Lists, memory: _Memory, scale: float, return_lse: bool
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lists: _Lists,
+    memory: _Memory,
+    scale: float,
+    return_lse: bool,
+    rounds_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output [Q, q, D] of one head, and if asked for its logsumexp [Q, q].
 
-    queries [Q, q, D], in the order of `lists`; keys and values [K + M, k, D], all blocks, then their means.
+    queries [Q, q, D], in the order of `lists`; keys and values [K + M, k, D], all blocks, then their means. Weights of
+    listed keys are rounded to FP8 if `rounds_weights`, after their sum is taken; those of means are not.
     """
     block_size, head_dim = queries.shape[1:]
     out, lse = memory.take("out", queries.shape), memory.take("lse", queries.shape[:2])
-    num_dense = lists.num_complete if queries.device.type == "cpu" else 0
+    num_dense = lists.num_complete if queries.device.type == "cpu" and not rounds_weights else 0
     if num_dense:
         # What F.scaled_dot_product_attention runs on the CPU, called by name because it returns the logsumexp too.
         result, result_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -95,6 +119,9 @@ def _attend_head(
         if return_lse:
             lse[rows] = scores.logsumexp(-1)
         torch.softmax(scores, dim=-1, out=scores)
+        if rounds_weights:
+            listed = scores[..., : columns - lists.num_means]
+            listed.copy_(round_weights(listed, scores.amax(-1, keepdim=True)))
         torch.bmm(scores, memory.gather(values, blocks)[:, :columns], out=out[rows])
     # The softmax of nothing is not a number.
     nothing = lists.sees_nothing[:, None]
@@ -155,6 +182,11 @@ class _Lists:
         return self.counts.count(len(self.block_sizes)) if self.num_keys else 0
 
     @property
+    def num_means(self) -> int:
+        """How many means enter the softmax: K with a tail, else none."""
+        return 0 if self.tail_bias is None else len(self.block_sizes)
+
+    @property
     def num_gathered(self) -> int:
         """K + M, the blocks to gather from: those of the keys and, with a tail, those that hold their means."""
         num_blocks = len(self.block_sizes)
@@ -166,11 +198,12 @@ class _Lists:
         has_tail = self.tail_bias is not None and self.num_keys > 0
         return torch.zeros_like(self.order, dtype=torch.bool) if has_tail else self.sizes.sum(1) == 0
 
-    def with_means(self, blocks: Tensor) -> Tensor:
-        """Write the means of the first K of the blocks [K + M, k, D] into the last M; the blocks."""
+    def with_means(self, blocks: Tensor, means: Tensor | None = None) -> Tensor:
+        """Write the means [K, D], of the first K blocks if None, into the last M of the blocks [K + M, k, D]; those."""
         num_blocks = len(self.block_sizes)
         if self.tail_bias is not None:
-            means = blocks[:num_blocks].sum(1).div_(self.block_sizes.clamp(min=1)[:, None])
+            if means is None:
+                means = blocks[:num_blocks].sum(1).div_(self.block_sizes.clamp(min=1)[:, None])
             blocks[num_blocks:].view(-1, blocks.shape[2])[:num_blocks] = means
         return blocks
 
@@ -180,10 +213,9 @@ class _Lists:
         The bias [n, columns] hides what does not exist and weighs the means; None where there is nothing of both.
         """
         means = torch.arange(len(self.block_sizes), self.num_gathered, device=self.order.device)
-        num_means = 0 if self.tail_bias is None else len(self.block_sizes)
         while first < len(self.counts):
             count = self.counts[first]
-            columns = count * self.key_block_size + num_means
+            columns = count * self.key_block_size + self.num_means
             end = min(first + max(1, max_columns // columns), len(self.counts))
             while self.counts[end - 1] < LEAST_FILLED * count:
                 end -= 1

@@ -118,6 +118,11 @@ def test_queries_and_keys_may_differ_in_number():
             r"`tail` must be \[B\|1, H\|1\].*\(2, 3\), got the shape \(3, 3\)",
         ),
         ({"backend": "cuda"}, ValueError, "`backend` must be one of triton, eager, got 'cuda'"),
+        (
+            {"precision": "fp4"},
+            ValueError,
+            "`precision` must be one of native, int8, int8_fp8, fp8, int4, got 'fp4'. Leave",
+        ),
     ],
 )
 def test_what_does_not_fit_is_an_error_that_names_it(changes, error, message):
@@ -198,6 +203,17 @@ def test_a_named_backend_that_cannot_run_says_why():
 
 
 @pytest.mark.usefixtures("picky")
+def test_a_precision_that_the_fastest_backend_lacks_is_an_error_and_not_a_slower_backend():
+    arguments = make_arguments()
+    halves = {name: arguments[name].half() for name in ("query", "key", "value")}
+    with pytest.raises(ValueError, match="`precision` 'int8' cannot run here: picky: it does not compute in int8"):
+        block_sparse_attention(**{**arguments, **halves}, precision="int8")
+    # Where that backend would not run at all, the next one is not a slower one than without the precision.
+    block_sparse_attention(**arguments, precision="int8")
+    block_sparse_attention(**{**arguments, **halves}, precision="int8", backend="eager")
+
+
+@pytest.mark.usefixtures("picky")
 def test_a_wrong_backend_fails_its_self_test():
     assert self_test("picky", dtype=torch.float16) > 0.1
 
@@ -219,14 +235,14 @@ def test_self_test_finds_the_eager_backend_right(dtype, roundoff):
     assert 0 < self_test("eager", dtype=dtype) < roundoff
 
 
-@pytest.mark.parametrize("return_lse", [False, True])
-def test_the_operator_is_well_formed(return_lse):
+@pytest.mark.parametrize(("return_lse", "precision"), [(False, "native"), (True, "native"), (True, "int8_fp8")])
+def test_the_operator_is_well_formed(return_lse, precision):
     arguments = make_arguments()
     tail, key_length = torch.tensor([[True]]), torch.tensor([105, 40], dtype=torch.int32)
     halves = [arguments[name].bfloat16() for name in ("query", "key", "value")]
     tensors = (*halves, arguments["key_blocks"], arguments["counts"], key_length, tail)
     operator = torch.ops.diffsparse.block_sparse_attention.default
-    torch.library.opcheck(operator, (*tensors, 32, 16, 0.2, return_lse, None))
+    torch.library.opcheck(operator, (*tensors, 32, 16, 0.2, return_lse, precision, None))
 
 
 def test_it_compiles_into_one_graph():
