@@ -6,6 +6,7 @@ Dense and sparse calls take turns in one run, so that whatever else the machine 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import platform
@@ -14,6 +15,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from diffsparse.eval.bench_suite import SUITES, run_suite
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +106,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: what torch takes)")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument(
+        "--suite",
+        choices=SUITES,
+        help="instead of one size, those of real models against all dense attention at hand: `gpu`, or `tiny` to try; "
+        "goes on with what an existing --output lacks",
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("diffsparse_bench.json"), help="JSON file to write (default: %(default)s)"
     )
 
@@ -112,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from diffsparse.eval.bench_planning import bench_planning
+    from diffsparse.eval.bench_planning import bench_planning, grid_of
     from diffsparse.kernels.block_sparse import LARGEST_ERROR, self_test
 
     console = Console()
@@ -120,6 +129,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.output.parent.is_dir():
         raise ValueError(f"`--output` must be in a folder that exists, got {args.output}. Make the folder first.")
     device = torch.device(args.device)
+    if args.suite is not None:
+        run_suite(args.suite, args.output, device, console.print, args.repeats)
+        console.print(f"Written to {args.output}")
+        return 0
     threads_before = torch.get_num_threads()
     try:
         if args.threads is not None:
@@ -134,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
         print_speeds(speeds, console)
         overheads = {
             dtype: bench_planning(
-                args.tokens, args.heads, args.head_dim, dtype, args.densities[0], args.repeats, device
+                grid_of(args.tokens), args.heads, args.head_dim, dtype, args.densities[0], args.repeats, device
             )
             for dtype in args.dtypes
         }
@@ -284,4 +297,12 @@ def describe_machine(device: torch.device) -> dict[str, str | int]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

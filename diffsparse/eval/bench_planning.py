@@ -37,7 +37,7 @@ class Overhead:
 
 
 def bench_planning(
-    tokens: int, heads: int, head_dim: int, dtype: str, density: float, repeats: int, device: torch.device
+    grid: TokenGrid, heads: int, head_dim: int, dtype: str, density: float, repeats: int, device: torch.device
 ) -> Overhead:
     """Plan and permute random inputs laid out as projections leave them, in turn with dense attention."""
     import torch
@@ -48,14 +48,9 @@ def bench_planning(
     from diffsparse.strategies.adaptive import Adaptive
     from diffsparse.strategies.strategy import AttentionCall
 
-    grid = _grid(tokens)
-    generator = torch.Generator().manual_seed(0)
+    shape = 1, grid.num_tokens, heads, head_dim
     query, key, value = (
-        torch.randn((1, grid.num_tokens, heads, head_dim), generator=generator)
-        .to(getattr(torch, dtype))
-        .to(device)
-        .transpose(1, 2)
-        for _ in range(3)
+        torch.randn(shape, device=device, dtype=getattr(torch, dtype)).transpose(1, 2) for _ in range(3)
     )
     strategy = Adaptive(density=density)
     call = AttentionCall(grid)
@@ -82,7 +77,7 @@ def bench_planning(
     )
 
 
-def _grid(tokens: int) -> TokenGrid:
+def grid_of(tokens: int) -> TokenGrid:
     """The grid of about so many tokens."""
     frames = min(FRAMES, tokens)
     height = max(1, round((tokens / frames) ** 0.5))

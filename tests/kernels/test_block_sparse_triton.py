@@ -50,42 +50,62 @@ def test_a_backend_that_fails_its_self_test_is_not_used(monkeypatch, error):
     block_sparse._why_not_trusted.cache_clear()
 
 
-def compile_for(capability, head_dim, dtype, query_block_size, key_block_size, options):
-    """Compile the kernel with every option, without a GPU."""
+def compile_for(capability, head_dim, dtype, blocks, tuning, options=(), precision="native"):
+    """Compile the kernel without a GPU, with the optional inputs named in `options`."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from diffsparse.kernels import block_sparse_triton
+    from diffsparse.kernels.quantization import PRECISIONS
 
-    element_size = 4 if dtype == "fp32" else 2
-    tuning = block_sparse_triton.tuning(query_block_size, head_dim, element_size, SHARED_MEMORY[capability])
     kernel = block_sparse_triton.attention_kernel
-    pointers = {
-        **dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "out_ptr"), f"*{dtype}"),
-        **dict.fromkeys(("pooled_key_ptr", "pooled_value_ptr"), f"*{dtype}"),
-        **dict.fromkeys(("key_blocks_ptr", "counts_ptr", "key_length_ptr", "has_tail_ptr"), "*i32"),
-        "lse_ptr": "*fp32",
-        "listed_ptr": "*u8",
+    formats = PRECISIONS[precision]
+    scores = {"native": dtype, "int8": "i8", "int4": "i8", "fp8": "fp8e4nv"}[formats.scores]
+    fp8_values = formats.values == "fp8"
+    values = "fp8e4nv" if fp8_values else dtype
+    padded_dim = triton.next_power_of_2(max(head_dim, 16))
+    inputs = {
+        "query_ptr": f"*{scores}",
+        "keys": f"*{scores}",
+        "values": f"*{values}",
+        "out_ptr": f"*{dtype}",
+        "key_blocks_ptr": "*i32",
+        "counts_ptr": "*i32",
     }
+    if tuning.descriptors:
+        inputs["keys"] = f"tensordesc<{scores}[1, 1, {tuning.key_tile}, {padded_dim}]>"
+        tile = (padded_dim, tuning.key_tile) if fp8_values else (tuning.key_tile, padded_dim)
+        inputs["values"] = f"tensordesc<{values}[1, 1, {tile[0]}, {tile[1]}]>"
+    if "lse" in options:
+        inputs["lse_ptr"] = "*fp32"
+    if "length" in options:
+        inputs["key_length_ptr"] = "*i32"
+    if "tail" in options:
+        inputs |= {"has_tail_ptr": "*i32", "listed_ptr": "*u8"}
+        inputs |= dict.fromkeys(("pooled_key_ptr", "pooled_value_ptr"), f"*{dtype}")
+    if precision != "native":
+        inputs |= dict.fromkeys(("query_scale_ptr", "key_scale_ptr"), "*fp32")
+    if fp8_values:
+        inputs["value_scale_ptr"] = "*fp32"
     constants = {
         "HEAD_DIM": head_dim,
-        "PADDED_DIM": triton.next_power_of_2(head_dim),
-        "QUERY_BLOCK": query_block_size,
-        "KEY_BLOCK": key_block_size,
-        "KEY_TILE": min(tuning.key_tile, key_block_size),
+        "PADDED_DIM": padded_dim,
+        "QUERY_BLOCK": blocks[0],
+        "KEY_BLOCK": blocks[1],
+        "KEY_TILE": tuning.key_tile,
         "TAIL_TILE": min(tuning.key_tile, block_sparse_triton.TAIL_COLUMNS),
+        "DESCRIPTORS": tuning.descriptors,
+        "FP8_VALUES": fp8_values,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     }
-    if not options:
-        constants |= dict.fromkeys(
-            ("key_length_ptr", "has_tail_ptr", "listed_ptr", "pooled_key_ptr", "pooled_value_ptr", "lse_ptr")
-        )
+    constants |= dict.fromkeys(name for name in kernel.arg_names if name.endswith("_ptr") and name not in inputs)
     signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "fp32" if name == "logit_scale" else "i32")
+        name: "constexpr" if name in constants else inputs.get(name, "fp32" if name == "logit_scale" else "i32")
         for name in kernel.arg_names
     }
-    # As at a launch: pointers are aligned, and strides of tokens are multiples of 16.
-    places = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or "_stride_s" in name]
+    # As at a launch: pointers are aligned, and the strides of query, key and value are multiples of 16.
+    strides = re.compile("(query|key|value)_stride")
+    places = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or strides.match(name)]
     return triton.compile(
         ASTSource(
             fn=kernel,
@@ -98,21 +118,42 @@ def compile_for(capability, head_dim, dtype, query_block_size, key_block_size, o
     )
 
 
+ALL = ("lse", "length", "tail")
 CONFIGURATIONS = [
-    (64, "bf16", 64, 64, True),
-    (64, "fp16", 128, 128, False),
-    (128, "bf16", 64, 64, True),
-    (128, "bf16", 128, 64, False),
-    (256, "bf16", 64, 64, True),
+    (64, "bf16", (64, 64), ALL, "native"),
+    (64, "fp16", (128, 128), (), "native"),
+    (128, "bf16", (64, 64), ALL, "native"),
+    (128, "bf16", (128, 128), ("lse", "tail"), "native"),
+    (80, "bf16", (128, 64), (), "native"),
+    (256, "bf16", (64, 64), ALL, "native"),
+    (128, "bf16", (128, 128), ("lse", "tail"), "int8"),
+    (128, "bf16", (128, 128), (), "int8_fp8"),
+    (64, "bf16", (128, 64), (), "fp8"),
 ]
+# What the matrix instructions that a precision promises are called in PTX, on Hopper and elsewhere.
+INTEGER_PRODUCTS = re.compile(r"(wgmma\.mma_async|mma)\.sync\.aligned\.\w+(\.row\.col)?(\.satfinite)?\.s32\.s8\.s8")
+FP8_PRODUCTS = re.compile(r"(wgmma\.mma_async|mma)\.sync\.aligned\.[\w.]*\.e4m3\.e4m3")
 
 
 @pytest.mark.parametrize(("capability", "configuration"), itertools.product(SHARED_MEMORY, CONFIGURATIONS))
 def test_it_compiles_for_every_architecture(capability, configuration, tmp_path):
-    compiled = compile_for(capability, *configuration)
+    from diffsparse.kernels.quantization import PRECISIONS
+    from diffsparse.kernels.tuning import tuning
+
+    head_dim, dtype, blocks, options, precision = configuration
+    formats = PRECISIONS[precision]
+    if "fp8" in (formats.scores, formats.values) and capability < 89:
+        pytest.skip("refused there: it does not multiply FP8")
+    padded_dim = triton.next_power_of_2(head_dim)
+    chosen = tuning(divmod(capability, 10), SHARED_MEMORY[capability], *blocks, padded_dim, precision, 2)
+    compiled = compile_for(capability, head_dim, dtype, blocks, chosen, options, precision)
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
     if capability == 90:
         assert "wgmma" in compiled.asm["ptx"]
+    if capability in (80, 90) and formats.scores == "int8":
+        assert INTEGER_PRODUCTS.search(compiled.asm["ptx"])
+    if capability in (89, 90) and formats.values == "fp8":
+        assert FP8_PRODUCTS.search(compiled.asm["ptx"])
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path

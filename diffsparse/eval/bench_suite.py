@@ -1,0 +1,238 @@
+"""`diffsparse bench --suite NAME`: the kernel at the sizes of real models, against the best dense attention at hand.
+
+A part at a time, and the file is written after each: started again, it goes on with what is missing. Every part draws
+fresh inputs, checks sampled rows against float64, then times all candidates in turn, round after round, so that the
+clocks of a GPU under load favour none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffsparse.eval.dense_attention import EXACT, dense_candidates
+from diffsparse.eval.timing import seconds_in_rounds
+from diffsparse.grid import TokenGrid
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+BLOCK_SIZE = 128
+DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.25)
+PRECISIONS = ("native", "int8", "int8_fp8")
+ROUNDS = 5
+SAMPLED_ROWS = 4
+# Relative error of sampled rows against float64: rounding of bf16, of INT8 scores, of FP8 weights and values.
+LARGEST_ERRORS = {"native": 1e-2, "int8": 2e-2, "int8_fp8": 6e-2}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Attention of one model at one size."""
+
+    name: str
+    grid: TokenGrid
+    heads: int
+    head_dim: int
+
+
+SUITES: dict[str, tuple[Geometry, ...]] = {
+    # Sizes: the models' published configurations; grids are latent pixels by patch size.
+    "gpu": (
+        Geometry("Wan 2.1 14B, 720p, 81 frames", TokenGrid(21, 45, 80), 40, 128),
+        Geometry("HunyuanVideo, 720p, 129 frames", TokenGrid(33, 45, 80, text_after=256), 24, 128),
+        Geometry("CogVideoX 1.5, 768p, 81 frames", TokenGrid(11, 48, 85, text_before=226), 48, 64),
+        Geometry("FLUX.1, 1024 x 1024", TokenGrid(1, 64, 64, text_before=512), 24, 128),
+    ),
+    "tiny": (
+        Geometry("a tiny video", TokenGrid(3, 8, 16), 2, 64),
+        Geometry("a tiny image with text", TokenGrid(1, 16, 16, text_before=20), 2, 32),
+    ),
+}
+
+
+def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str], None], rounds: int = ROUNDS) -> None:
+    """Measure what `output` does not hold yet, and add it."""
+    from diffsparse.eval.bench import describe_machine
+
+    machine = describe_machine(device)
+    record: dict[str, Any] = {"suite": name, "machine": machine, "attention": {}}
+    if output.exists():
+        record = json.loads(output.read_text())
+        if (record.get("suite"), record.get("machine")) != (name, machine):
+            raise ValueError(
+                f"`--output` {output} holds suite {record.get('suite')!r} of another machine or version, "
+                f"{record.get('machine')}. Name another file, or remove this one."
+            )
+    for geometry in SUITES[name]:
+        if geometry.name not in record["attention"]:
+            record["attention"][geometry.name] = asdict(geometry) | measure(geometry, device, rounds, say)
+            write_atomically(record, output)
+
+
+def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Medians in seconds, errors, TFLOP/s on exact blocks, of one geometry."""
+    import torch
+
+    from diffsparse.eval.bench_planning import bench_planning
+
+    tokens = geometry.grid.num_tokens
+    query, key, value = random_inputs(geometry, device)
+    dtype = str(query.dtype).removeprefix("torch.")
+    calls: dict[str, Callable[[], Tensor]] = dict(dense_candidates(query, key, value))
+    densities: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for precision in PRECISIONS:
+        for density in DENSITIES:
+            key_blocks, counts = random_lists(geometry, density, device)
+            call = _sparse(query, key, value, key_blocks, counts, precision)
+            name = f"{precision} {density:g}"
+            if reason := _why_not(call):
+                say(f"{geometry.name}: {name} cannot run: {reason}")
+                break
+            errors[name] = error_of_sampled_rows(query, key, value, key_blocks, counts, call())
+            if not errors[name] <= LARGEST_ERRORS[precision]:
+                raise ValueError(
+                    f"{name} at {geometry.name} is off by {errors[name]:.1e}, {LARGEST_ERRORS[precision]:.0e} is "
+                    f"allowed: nothing was timed. `diffsparse doctor` tests the kernels one by one."
+                )
+            calls[name] = call
+            densities[name] = float(counts.float().mean()) / -(-tokens // BLOCK_SIZE)
+    seconds = seconds_in_rounds(calls, rounds, device)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    best_dense = min((name for name in EXACT if name in medians), key=lambda name: medians[name])
+    operations = 4 * tokens**2 * geometry.head_dim * geometry.heads
+    rows = {}
+    for name, median in medians.items():
+        density = densities.get(name, 1.0)
+        rows[name] = {
+            "seconds": median,
+            "spread": (max(seconds[name]) - min(seconds[name])) / median,
+            "density": density,
+            "tflops": operations * density / median / 1e12,
+            "speed_up": medians[best_dense] / median,
+        }
+        if name in densities:
+            own_dense = medians[f"{name.split()[0]} 1"]
+            rows[name] |= {"error": errors[name], "share_of_linear": own_dense / median * density}
+        say(f"{geometry.name}: {name}: {median * 1e3:.2f} ms, {rows[name]['tflops']:.0f} TFLOP/s")
+    peaks = {name: extra_memory(calls[name], device) for name in calls}
+    overhead = bench_planning(geometry.grid, geometry.heads, geometry.head_dim, dtype, 0.25, rounds, device)
+    say(f"{geometry.name}: planning and permuting {overhead.share_of_dense:.1%} of dense")
+    inputs = 3 * query.numel() * query.element_size()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {
+        "tokens": tokens,
+        "dtype": dtype,
+        "best_dense": best_dense,
+        "calls": rows,
+        "extra_bytes": peaks,
+        "input_bytes": inputs,
+        "planning": asdict(overhead) | {"share_of_dense": overhead.share_of_dense},
+    }
+
+
+def random_inputs(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key, value [1, H, S, D], normal, laid out as projections leave them, fresh for each run.
+
+    bf16 on a GPU, fp32 on a CPU.
+    """
+    import torch
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = 1, geometry.grid.num_tokens, geometry.heads, geometry.head_dim
+    query, key, value = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
+    return query, key, value
+
+
+def random_lists(geometry: Geometry, density: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Key blocks [1, H, Q, C] and counts [1, H, Q]: ragged, from half to one and a half times the mean."""
+    import torch
+
+    blocks = -(-geometry.grid.num_tokens // BLOCK_SIZE)
+    spread = min(0.5, 1 / density - 1)
+    factors = 1 + spread * (2 * torch.rand((1, geometry.heads, blocks), device=device) - 1)
+    counts = (density * blocks * factors).round().clamp(1, blocks).to(torch.int32)
+    shuffled = torch.rand((1, geometry.heads, blocks, blocks), device=device).argsort(dim=-1)
+    return shuffled[..., : int(counts.max())].to(torch.int32).contiguous(), counts
+
+
+def error_of_sampled_rows(
+    query: Tensor, key: Tensor, value: Tensor, key_blocks: Tensor, counts: Tensor, output: Tensor
+) -> float:
+    """Relative L2 error of some rows of some heads against float64."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    squared_error = squared_size = 0.0
+    for _ in range(SAMPLED_ROWS):
+        row, head = (int(torch.randint(size, (), generator=generator)) for size in (query.shape[2], query.shape[1]))
+        block = row // BLOCK_SIZE
+        listed = key_blocks[0, head, block, : int(counts[0, head, block])].long()
+        tokens = (listed[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=listed.device)).flatten()
+        tokens = tokens[tokens < key.shape[2]]
+        logits = key[0, head, tokens].double() @ query[0, head, row].double() / math.sqrt(query.shape[3])
+        expected = logits.softmax(dim=0) @ value[0, head, tokens].double()
+        squared_error += float((output[0, head, row].double() - expected).square().sum())
+        squared_size += float(expected.square().sum())
+    return math.sqrt(squared_error / squared_size)
+
+
+def extra_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that a call takes at its peak, its output included; None where nothing counts them."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def write_atomically(record: Mapping[str, Any], path: Path) -> None:
+    """The whole file or the old one."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def _sparse(
+    query: Tensor, key: Tensor, value: Tensor, key_blocks: Tensor, counts: Tensor, precision: str
+) -> Callable[[], Tensor]:
+    from diffsparse.kernels.block_sparse import block_sparse_attention
+
+    def call() -> Tensor:
+        output = block_sparse_attention(
+            query,
+            key,
+            value,
+            key_blocks,
+            counts,
+            query_block_size=BLOCK_SIZE,
+            key_block_size=BLOCK_SIZE,
+            precision=precision,
+            validate=False,
+        )
+        assert not isinstance(output, tuple)
+        return output
+
+    return call
+
+
+def _why_not(call: Callable[[], object]) -> str | None:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return None
