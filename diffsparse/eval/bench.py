@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffsparse.eval.bench_suite import SUITES, run_suite
+from diffsparse.eval.bench_table import as_markdown
 
 if TYPE_CHECKING:
     import torch
@@ -112,6 +113,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "goes on with what an existing --output lacks",
     )
     parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="measure nothing: print a suite's results as Markdown"
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("diffsparse_bench.json"), help="JSON file to write (default: %(default)s)"
     )
 
@@ -124,6 +128,9 @@ def run(args: argparse.Namespace) -> int:
     from diffsparse.eval.bench_planning import bench_planning, grid_of
     from diffsparse.kernels.block_sparse import LARGEST_ERROR, self_test
 
+    if args.table is not None:
+        print(as_markdown(json.loads(args.table.read_text())), end="")
+        return 0
     console = Console()
     cases = make_cases(args)
     if not args.output.parent.is_dir():

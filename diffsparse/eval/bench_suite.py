@@ -13,9 +13,11 @@ import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffsparse.eval.bench_transformer import SUBJECTS, bench_transformer
 from diffsparse.eval.dense_attention import EXACT, dense_candidates
 from diffsparse.eval.timing import seconds_in_rounds
 from diffsparse.grid import TokenGrid
@@ -60,10 +62,12 @@ SUITES: dict[str, tuple[Geometry, ...]] = {
 
 def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str], None], rounds: int = ROUNDS) -> None:
     """Measure what `output` does not hold yet, and add it."""
+    from diffsparse.config import PRESETS
     from diffsparse.eval.bench import describe_machine
 
     machine = describe_machine(device)
-    record: dict[str, Any] = {"suite": name, "machine": machine, "attention": {}}
+    today = datetime.now(timezone.utc).date().isoformat()
+    record: dict[str, Any] = {"suite": name, "machine": machine, "date": today, "attention": {}, "transformers": {}}
     if output.exists():
         record = json.loads(output.read_text())
         if (record.get("suite"), record.get("machine")) != (name, machine):
@@ -75,6 +79,16 @@ def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str]
         if geometry.name not in record["attention"]:
             record["attention"][geometry.name] = asdict(geometry) | measure(geometry, device, rounds, say)
             write_atomically(record, output)
+    for geometry in SUITES[name]:
+        subject = SUBJECTS.get(geometry.name)
+        if subject is None:
+            continue
+        results = record["transformers"].setdefault(geometry.name, {})
+        for preset in PRESETS:
+            if preset not in results:
+                results[preset] = bench_transformer(subject, device, preset, max(1, rounds // 2))
+                say(f"{geometry.name}: {preset}: {results[preset]['speed_up']:.2f}x a step")
+                write_atomically(record, output)
 
 
 def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
