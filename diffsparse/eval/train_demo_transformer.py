@@ -168,12 +168,11 @@ def train_transformer(
             optimizer.step()
         run.step += 1
         average.update(run.step)
-        losses.append(loss.detach())
+        losses = [*losses, loss.detach()][-20:]
         if run.step % 20 == 0 and workers.writes:
             # read only here: reading a number waits for the GPU
-            loss_now = torch.stack(losses[-20:]).mean().item()
+            loss_now = torch.stack(losses).mean().item()
             run.log(loss=loss_now, grid="x".join(map(str, phase.grid)), gradient_norm=norm.item())
-            losses.clear()
         if workers.writes and run.save_is_due():
             run.save(state())
     if workers.writes:

@@ -71,6 +71,36 @@ def test_with_and_without_bfloat16_it_trains_and_goes_on(is_fast, num_optimizers
     assert all(value.isfinite().all() for value in saved["state"]["average"].values())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_trains_goes_on_and_comes_back(tmp_path):
+    for steps in (10, 15):
+        _, model, _ = train(tmp_path, minutes=5, seed=0, recipe=TINY, steps=steps, device="cuda")
+    assert torch.load(tmp_path / "transformer.pt", map_location="cpu")["step"] == 15
+    assert {value.device.type for value in model.state_dict().values()} == {"cpu"}
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
+    """CUDA's own watch for it is on from the second step, when all that is needed once is there, to the last."""
+    grow = LatentPool.grow
+
+    def watched(pool, count, generator):
+        if len(pool.clips) > 4:
+            torch.cuda.set_sync_debug_mode("error")
+        grow(pool, count, generator)
+
+    monkeypatch.setattr(LatentPool, "grow", watched)
+    monkeypatch.setattr(TrainingRun, "save", lambda run, state: torch.cuda.set_sync_debug_mode("default"))
+    phases = (Phase(1.0, GRID, batch=4, new_clips=1),)
+    try:
+        train(tmp_path, minutes=5, seed=0, recipe=replace(TINY, phases=phases), steps=6, device="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("batch_scale", [1, 3])
 def test_a_larger_batch_renders_no_more_clips_a_step(batch_scale, tmp_path, monkeypatch):
     grown = []
