@@ -158,7 +158,7 @@ def _background(scene: Scene, x: Tensor, y: Tensor, time: Tensor, pixels: float)
         light = _square_wave(v + 0.06 * torch.sin(2 * math.pi * u / 0.5), 0.34, pixels)
     else:
         light = torch.full_like(u, 0.7)
-    return (0.30 + 0.40 * light) * _rgb(scene.color, light.device)
+    return _tinted(0.30 + 0.40 * light, scene.color)
 
 
 def _draw(shape: Shape, image: Tensor, x: Tensor, y: Tensor, time: Tensor, pixels: float) -> Tensor:
@@ -188,7 +188,7 @@ def _draw(shape: Shape, image: Tensor, x: Tensor, y: Tensor, time: Tensor, pixel
         light = _checker(u, v, 0.9, own_pixels)
     else:
         light = torch.ones_like(u)
-    paint = _rgb(shape.color, light.device) * (0.25 + 0.75 * light) * core + 0.04 * (1 - core)
+    paint = _tinted(0.25 + 0.75 * light, shape.color) * core + 0.04 * (1 - core)
     return image * (1 - inside) + paint * inside
 
 
@@ -235,5 +235,7 @@ def _checker(u: Tensor, v: Tensor, period: float, pixels: float) -> Tensor:
     return a * b + (1 - a) * (1 - b)
 
 
-def _rgb(color: str, device: torch.device) -> Tensor:
-    return torch.tensor(COLORS[color], device=device)[:, None, None, None]
+def _tinted(light: Tensor, color: str) -> Tensor:
+    """Light [F, H, W] in a colour, [3, F, H, W]."""
+    # numbers, not a tensor of them: copying one to a GPU would wait for all work before it
+    return torch.stack([light * value for value in COLORS[color]])

@@ -21,6 +21,8 @@ from diffsparse.eval.synthetic_video import demo_prompts
 from diffsparse.eval.train_demo_export import contact_sheet, export_pipeline, write_model_card
 from diffsparse.eval.train_demo_latents import fit_demo_vae
 from diffsparse.eval.train_demo_transformer import (
+    GPU_BATCH_SCALE,
+    GPU_PHASES,
     PHASES,
     Phase,
     TextToLatents,
@@ -59,8 +61,7 @@ def train(
 ) -> tuple[AutoencoderKLWan, TextToLatents, PreTrainedTokenizerFast]:
     """Train, or go on training, for `minutes` or `steps` in all, whichever ends first; gives the averaged models."""
     recipe = recipe or Recipe()
-    output.mkdir(parents=True, exist_ok=True)
-    vae, model, tokenizer = _build(recipe, seed)
+    vae, model, tokenizer = build(output, recipe, seed)
     vae.to(device)
     model.to(device)
     run = TrainingRun(output, "transformer", 60 * minutes, steps)
@@ -71,12 +72,11 @@ def train(
 def load(
     output: Path, seed: int, recipe: Recipe | None = None
 ) -> tuple[AutoencoderKLWan, TextToLatents, PreTrainedTokenizerFast]:
-    """The averaged models of the newest checkpoints in `output`."""
-    recipe = recipe or Recipe()
-    vae, model, tokenizer = _build(recipe, seed)
+    """The averaged models of the newest checkpoint in `output`."""
     saved = TrainingRun(output, "transformer", 0).resume()
     if saved is None:
         raise FileNotFoundError(f"{output} holds no checkpoint, transformer.pt: train first.")
+    vae, model, tokenizer = build(output, recipe or Recipe(), seed)
     model.load_state_dict(saved["average"])
     return vae, model, tokenizer
 
@@ -88,7 +88,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90.0, help="time budget, interruptions not counted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--batch-scale", type=int, default=1, help="times the clips a step; a GPU wants 16 or more")
+    parser.add_argument(
+        "--batch-scale", type=int, help=f"times the clips a step; {GPU_BATCH_SCALE} if not given on a GPU, else 1"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes on a CPU that train together, a thread each")
     parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint, do not train")
     parser.add_argument("--pipeline", type=Path, help="where to export to; OUTPUT/pipeline if not given")
@@ -98,12 +100,18 @@ def main() -> None:
     device = choose_device(arguments.device)
     if arguments.workers > 1 and device != "cpu":
         parser.error(f"--workers {arguments.workers} is for a CPU; on {device} use --batch-scale")
+    on_gpu = device.startswith("cuda")
+    batch_scale = arguments.batch_scale or (GPU_BATCH_SCALE if on_gpu else 1)
     if arguments.workers > 1 and not arguments.export_only:
-        arguments.output.mkdir(parents=True, exist_ok=True)
+        build(arguments.output, Recipe(), arguments.seed)
         (arguments.output / "meeting").unlink(missing_ok=True)
         torch.multiprocessing.spawn(_train_together, (arguments,), nprocs=arguments.workers)
     elif not arguments.export_only:
-        train(arguments.output, arguments.minutes, arguments.seed, device=device, batch_scale=arguments.batch_scale)
+        if on_gpu:
+            torch.set_float32_matmul_precision("high")
+        recipe = Recipe(phases=GPU_PHASES if on_gpu else PHASES)
+        minutes, seed = arguments.minutes, arguments.seed
+        train(arguments.output, minutes, seed, recipe, device=device, batch_scale=batch_scale)
     parts = load(arguments.output, arguments.seed)
     folder = arguments.pipeline or arguments.output / "pipeline"
     grid = PHASES[-1].grid
@@ -116,7 +124,7 @@ def main() -> None:
             folder,
             log,
             options=f"--minutes {arguments.minutes:g} --seed {arguments.seed} --workers {arguments.workers} "
-            f"--device {device} --batch-scale {arguments.batch_scale}",
+            f"--device {device} --batch-scale {batch_scale}",
             prompts=prompts,
             notes=arguments.notes,
         )
@@ -130,14 +138,22 @@ def _train_together(rank: int, arguments: argparse.Namespace) -> None:
         arguments.minutes,
         arguments.seed,
         workers=workers,
-        batch_scale=arguments.batch_scale,
+        batch_scale=arguments.batch_scale or 1,
     )
 
 
-def _build(recipe: Recipe, seed: int) -> tuple[AutoencoderKLWan, TextToLatents, PreTrainedTokenizerFast]:
+def build(output: Path, recipe: Recipe, seed: int) -> tuple[AutoencoderKLWan, TextToLatents, PreTrainedTokenizerFast]:
+    """The untrained models. Autoencoder and tokenizer are fitted once and kept in `output`.
+
+    A transformer fits no other autoencoder: on another machine, the signs of the principal components may be others.
+    """
+    if not (output / "vae" / "diffusion_pytorch_model.safetensors").exists():
+        fit_demo_vae(seed, recipe.latent_channels).save_pretrained(output / "vae")
+    if not (output / "tokenizer" / "tokenizer_config.json").exists():
+        build_tokenizer(seed).save_pretrained(output / "tokenizer")
+    vae = AutoencoderKLWan.from_pretrained(output / "vae", local_files_only=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "tokenizer", local_files_only=True)
     torch.manual_seed(seed)
-    vae = fit_demo_vae(seed, recipe.latent_channels)
-    tokenizer = build_tokenizer(seed)
     model = build_model(
         len(tokenizer),
         latent_channels=recipe.latent_channels,

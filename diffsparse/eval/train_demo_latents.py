@@ -9,6 +9,8 @@ from torch import Tensor
 from diffsparse.eval.linear_vae import PATCH_SIZE, fit_linear_vae
 from diffsparse.eval.synthetic_video import random_scene, render
 
+CLIPS_AT_ONCE = 32
+
 
 def fit_demo_vae(seed: int, num_components: int, num_clips: int = 200, side: int = 64) -> AutoencoderKLWan:
     """The autoencoder, fitted to parts of the canvas at the scales of all training grids."""
@@ -21,12 +23,15 @@ def fit_demo_vae(seed: int, num_components: int, num_clips: int = 200, side: int
     return fit_linear_vae(torch.stack(clips) * 2 - 1, num_components)
 
 
-def normalized_latents(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
-    """Video [B, 3, F, H, W] in 0..1 as the latents [B, C, F, H/8, W/8] that the transformer sees."""
-    mean = torch.tensor(vae.config.latents_mean, device=video.device).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config.latents_std, device=video.device).view(1, -1, 1, 1, 1)
+def encoded_frames(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """Video [B, 3, F, H, W] in 0..1 as latents [B, C, F, H/8, W/8], all frames at once.
+
+    Only right for an autoencoder that takes every frame by itself, as `fit_linear_vae` makes them.
+    """
+    frames = video.movedim(2, 1).flatten(0, 1)[:, :, None]  # [B * F, 3, 1, H, W]
     with torch.no_grad():
-        return (vae.encode(video * 2 - 1).latent_dist.mode() - mean) / std
+        latents = vae.encode(frames * 2 - 1).latent_dist.mode()
+    return latents.squeeze(2).unflatten(0, (len(video), -1)).movedim(1, 2)
 
 
 class LatentPool:
@@ -38,14 +43,22 @@ class LatentPool:
         self.capacity = capacity
         self.clips: list[tuple[Tensor, str]] = []
         self._oldest = 0
+        # [C, 1, 1, 1]
+        self._mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(-1, 1, 1, 1)
+        self._std = torch.tensor(vae.config.latents_std, device=vae.device).view(-1, 1, 1, 1)
 
     def grow(self, count: int, generator: torch.Generator) -> None:
         """Render and encode `count` new clips; past the capacity they replace the oldest."""
+        for start in range(0, count, CLIPS_AT_ONCE):
+            self._add(min(CLIPS_AT_ONCE, count - start), generator)
+
+    def _add(self, count: int, generator: torch.Generator) -> None:
         frames, height, width = self.grid
-        for _ in range(count):
-            scene = random_scene(generator)
-            video = render(scene, frames, PATCH_SIZE * height, PATCH_SIZE * width, device=self.vae.device)
-            clip = (normalized_latents(self.vae, video[None])[0], scene.caption)
+        scenes = [random_scene(generator) for _ in range(count)]
+        size = (frames, PATCH_SIZE * height, PATCH_SIZE * width)
+        video = torch.stack([render(scene, *size, device=self.vae.device) for scene in scenes])
+        latents = (encoded_frames(self.vae, video) - self._mean) / self._std
+        for clip in zip(latents, [scene.caption for scene in scenes], strict=True):
             if len(self.clips) < self.capacity:
                 self.clips.append(clip)
             else:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from diffsparse.eval.data_parallel import Workers
+from diffsparse.eval.stacked_muon import StackedMuon
 from diffsparse.eval.train_demo_latents import LatentPool
 from diffsparse.eval.training_run import TrainingRun, WeightAverage
 
@@ -28,23 +29,32 @@ ALONE = Workers()
 class Phase:
     """A part of the run, up to the share `until` of its time, at one latent grid (frames, height, width).
 
-    Each step of each worker adds `new_clips` rendered clips to its pool of latents and draws `batch` clips from it.
-    The numbers are for a CPU; a GPU takes `batch_scale` times as many of both.
+    Each worker renders `first_clips` into its pool of latents, or as many as a step needs; each of its steps adds
+    `new_clips` to them and draws `batch` clips, times the run's `batch_scale`.
     """
 
     until: float
     grid: tuple[int, int, int]
     batch: int
     new_clips: int
+    first_clips: int = 0
 
 
 PHASES = (
-    Phase(0.16, (5, 8, 8), batch=12, new_clips=3),
-    Phase(0.20, (17, 8, 8), batch=4, new_clips=1),
-    Phase(0.60, (5, 16, 16), batch=3, new_clips=1),
-    Phase(0.76, (9, 16, 16), batch=2, new_clips=1),
-    Phase(1.00, (17, 16, 16), batch=1, new_clips=1),
+    Phase(0.16, (5, 8, 8), batch=12, new_clips=3, first_clips=48),
+    Phase(0.20, (17, 8, 8), batch=4, new_clips=1, first_clips=16),
+    Phase(0.60, (5, 16, 16), batch=3, new_clips=1, first_clips=12),
+    Phase(0.76, (9, 16, 16), batch=2, new_clips=1, first_clips=8),
+    Phase(1.00, (17, 16, 16), batch=1, new_clips=1, first_clips=4),
 )
+# A GPU takes thousands of steps in minutes, most of them on the grid that the demo samples. Starting kernels bounds how
+# fast it can be on small grids and at rendering, 150 kernels a clip: so no larger batches there, and a full pool first.
+GPU_PHASES = (
+    Phase(0.10, (5, 8, 8), batch=4, new_clips=2, first_clips=2048),
+    Phase(0.30, (5, 16, 16), batch=3, new_clips=2, first_clips=2048),
+    Phase(1.00, (17, 16, 16), batch=1, new_clips=4, first_clips=2048),
+)
+GPU_BATCH_SCALE = 16
 
 
 class TextToLatents(nn.Module):
@@ -57,7 +67,9 @@ class TextToLatents(nn.Module):
 
     def forward(self, noisy: Tensor, timestep: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
         """The velocity [B, C, F, H, W]. Prompt embeddings are zero behind the caption, as in WanPipeline."""
-        embeds = self.text_encoder(token_ids, mask).last_hidden_state * mask[..., None]
+        # numbers to add, [B, 1, 1, S]: of zeros and ones the encoder would read the values, and so wait for the GPU
+        added = (1 - mask[:, None, None].float()) * torch.finfo(torch.float32).min
+        embeds = self.text_encoder(token_ids, added).last_hidden_state * mask[..., None]
         return self.transformer(noisy, timestep=timestep, encoder_hidden_states=embeds).sample
 
 
@@ -128,19 +140,20 @@ def train_transformer(
 
     if (saved := run.resume()) is not None:
         model.load_state_dict(saved["model"])
-        average.weights = saved["average"]
+        average.resume(saved["average"])
         for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(values)
     pool: LatentPool | None = None
-    losses: list[float] = []
+    losses: list[Tensor] = []
     while (progress := workers.agree(run.progress())) < 1:
         phase = next(phase for phase in phases if progress < phase.until)
         generator = workers.generator(seed, run.step)
+        batch = batch_scale * phase.batch
         if pool is None or pool.grid != phase.grid:
             pool = LatentPool(vae, phase.grid)
-            pool.grow(4 * batch_scale * phase.batch, generator)
-        pool.grow(batch_scale * phase.new_clips, generator)
-        latents, captions = pool.draw(batch_scale * phase.batch, generator)
+            pool.grow(max(phase.first_clips, batch), generator)
+        pool.grow(phase.new_clips, generator)
+        latents, captions = pool.draw(batch, generator)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * learning_rate_factor(run.step, progress)
@@ -154,12 +167,14 @@ def train_transformer(
         for optimizer in optimizers:
             optimizer.step()
         run.step += 1
-        average.update(model, run.step)
-        losses = [*losses, loss.item()][-20:]
+        average.update(run.step)
+        losses = [*losses, loss.detach()][-20:]
         if run.step % 20 == 0 and workers.writes:
-            run.log(loss=sum(losses) / len(losses), grid="x".join(map(str, phase.grid)), gradient_norm=norm.item())
-        if workers.writes:
-            run.maybe_save(state())
+            # read only here: reading a number waits for the GPU
+            loss_now = torch.stack(losses).mean().item()
+            run.log(loss=loss_now, grid="x".join(map(str, phase.grid)), gradient_norm=norm.item())
+        if workers.writes and run.save_is_due():
+            run.save(state())
     if workers.writes:
         run.save(state())
     model.load_state_dict(average.weights)
@@ -186,19 +201,35 @@ def flow_matching_loss(
 ) -> Tensor:
     """Mean squared error of the velocity at random, shifted noise levels: what WanPipeline's scheduler integrates."""
     B = len(captions)
+    device = latents.device
     dropped = torch.rand(B, generator=generator) < caption_dropout
     captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions, strict=True)]
     tokens = tokenizer(captions, padding="max_length", max_length=MAX_SEQUENCE_LENGTH, return_tensors="pt")
-    tokens = tokens.to(latents.device)
+    token_ids, mask = to_device(tokens.input_ids, device), to_device(tokens.attention_mask, device)
     # stratified, so that a small batch still covers the noise levels
     sigma = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
-    sigma = (TIMESTEP_SHIFT * sigma / (1 + (TIMESTEP_SHIFT - 1) * sigma)).to(latents.device)
-    # Drawn on the CPU, so that a seed means the same noise everywhere.
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    sigma = to_device(TIMESTEP_SHIFT * sigma / (1 + (TIMESTEP_SHIFT - 1) * sigma), device)
+    noise = noise_like(latents, generator)
     level = sigma.view(B, 1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
-    velocity = model(noisy, sigma * 1000, tokens.input_ids, tokens.attention_mask)
+    velocity = model(noisy, sigma * 1000, token_ids, mask)
     return (velocity.float() - (noise - latents)).square().mean()
+
+
+def noise_like(latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal noise. A CUDA device draws it itself, from the generator's seed, so a seed means other noise there."""
+    device = latents.device
+    if device.type == "cuda":
+        own = torch.Generator(device).manual_seed(generator.initial_seed())
+        return torch.randn(latents.shape, generator=own, device=device)
+    return torch.randn(latents.shape, generator=generator).to(device)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; to a CUDA device it goes from pinned memory, so that nothing waits for it."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def _optimizers(model: TextToLatents, rate: float) -> list[torch.optim.Optimizer]:
@@ -215,6 +246,6 @@ def _optimizers(model: TextToLatents, rate: float) -> list[torch.optim.Optimizer
     if not has_fast_bfloat16(others[0].device):
         return [torch.optim.AdamW([*matrices, *others], lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        StackedMuon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]

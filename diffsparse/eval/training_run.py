@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 @dataclass(eq=False)
 class TrainingRun:
     """One stage of training in `folder`, allowed `seconds` and, if given, `steps` in all. Its loop is
 
-    while (progress := run.progress()) < 1: ...; run.log(loss=...); run.maybe_save(state)
+    while (progress := run.progress()) < 1: ...; run.log(loss=...); if run.save_is_due(): run.save(state)
     """
 
     folder: Path
     stage: str
     seconds: float
     steps: int | None = None
-    save_every: float = 60.0
+    save_every: float = 20.0
     step: int = 0
     _used_before: float = 0.0
     _started: float = field(default_factory=time.monotonic)
@@ -53,10 +54,9 @@ class TrainingRun:
         self._started = time.monotonic()
         return saved["state"]
 
-    def maybe_save(self, state: dict[str, Any]) -> None:
-        """Save when the last save is `save_every` seconds old."""
-        if time.monotonic() - self._saved >= self.save_every:
-            self.save(state)
+    def save_is_due(self) -> bool:
+        """Whether the last save is `save_every` seconds old."""
+        return time.monotonic() - self._saved >= self.save_every
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint beside the old one, then replace it: a cut never leaves half a file."""
@@ -75,13 +75,19 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float = 0.99) -> None:
         self.decay = decay
-        self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        # these share the model's memory: they follow it for as long as it stays on its device
+        self._newest = model.state_dict()
+        self.weights = {name: value.detach().clone() for name, value in self._newest.items()}
 
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Take in the weights after `step` steps; the first steps, still near the random start, fade sooner."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in model.state_dict().items():
-            self.weights[name].lerp_(value, 1 - decay)
+        get_ema_multi_avg_fn(decay)(list(self.weights.values()), list(self._newest.values()), step)
+
+    def resume(self, weights: dict[str, Tensor]) -> None:
+        """Go on from these weights, wherever they lie."""
+        for name, value in self.weights.items():
+            value.copy_(weights[name])
 
 
 def save_atomically(value: object, path: Path) -> None:
