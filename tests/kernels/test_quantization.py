@@ -9,6 +9,7 @@ from diffsparse.kernels import block_sparse_eager
 from diffsparse.kernels.block_sparse import self_test
 from diffsparse.kernels.quantization import (
     PRECISIONS,
+    QUANTIZED,
     incoherence,
     key_mean,
     pack_int4,
@@ -19,8 +20,6 @@ from diffsparse.kernels.quantization import (
     round_weights,
     unpack_int4,
 )
-
-QUANTIZED = [name for name in PRECISIONS if name != "native"]
 
 
 def normal(*shape, seed=0):
