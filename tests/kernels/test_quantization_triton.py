@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from diffsparse.kernels.pooling import block_means
 
 triton = pytest.importorskip("triton")
 
@@ -134,3 +137,51 @@ def test_values_compile_for_every_architecture(capability, name, head_dim, block
     if name == "quantize_values_kernel":
         assert "st.global.v4.b32" in compiled.asm["ptx"]  # tokens lie side by side
     assert_no_spills(compiled, tmp_path)
+
+
+def steps_apart(actual, expected):
+    """How many representable numbers lie between the integers or e4m3 values of both."""
+    if expected.dtype.is_floating_point:
+        # The bits of a float without its sign count up as its values do.
+        actual, expected = (x.view(torch.uint8).int() for x in (actual, expected))
+        actual, expected = (torch.where(x > 127, 128 - x, x) for x in (actual, expected))
+    return (actual.int() - expected.int()).abs()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.parametrize("number", ["int8", "int4", "fp8", "values"])
+@pytest.mark.parametrize("head_dim", [64, 128, 96, 256])
+def test_a_gpu_rounds_as_the_specification_does(number, head_dim):
+    from diffsparse.kernels import quantization, quantization_triton
+
+    if number in ("fp8", "values") and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 needs compute capability 8.9")
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    x = torch.randn((2, 1000, 3, head_dim), generator=generator, device="cuda").bfloat16().transpose(1, 2)
+    length = torch.tensor([1000, 700], dtype=torch.int32, device="cuda")
+    places = torch.rand((3, 700), generator=generator, device="cuda").argsort(-1)
+    order = torch.cat([places, torch.arange(700, 1000, device="cuda").expand(3, -1)], dim=1)
+    in_order = x.gather(2, order[None, :, :, None].expand(2, -1, -1, head_dim))
+    if number == "values":
+        actual = quantization_triton.quantize_values(x, 64, order=order, key_length=length, pool=True)
+        values, scales = quantization.quantize_values(in_order, length)
+        means = block_means(in_order, 64, length)[0]
+    else:
+        mean = quantization.key_mean(x, length)
+        actual = quantization_triton.quantize_blocks(
+            x, 64, number, order=order, mean=mean, key_length=length, pool=True
+        )
+        smooth = in_order.float() - mean
+        means = block_means(smooth, 64, length)[0]
+        if number == "fp8":
+            values, scales = quantization.quantize_blocks_fp8(smooth, 64, length)
+        else:
+            values, scales = quantization.quantize_blocks(smooth, 64, {"int8": 8, "int4": 4}[number], length)
+    stored = quantization.unpack_int4(actual.values, head_dim) if number == "int4" else actual.values
+    apart = steps_apart(stored, values)
+    # Only what a rounding in fp32 takes to the other side of a half.
+    assert apart.max() <= 1
+    assert apart.float().mean() < 1e-4
+    torch.testing.assert_close(actual.scales, scales, rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.means.float(), means, rtol=2.0**-8, atol=1e-6)
