@@ -182,20 +182,20 @@ def quantize_blocks_kernel(
     in_low = dims < WIDTH
     # [BLOCK, PADDED_WIDTH]
     low = _load_smooth(row_ptrs, mean_ptr, exists, dims, in_low)
-    absmax = tl.max(tl.abs(low))
+    absmax = _max(_max(tl.abs(low), 1), 0)
     if PACKED:
         in_high = WIDTH + dims < HEAD_DIM
         in_high = in_high & in_low
         # [BLOCK, PADDED_WIDTH]
         high = _load_smooth(row_ptrs, mean_ptr, exists, WIDTH + dims, in_high)
-        absmax = tl.maximum(absmax, tl.max(tl.abs(high)))
+        absmax = _larger(absmax, _max(_max(tl.abs(high), 1), 0))
     if means_ptr is not None:
         means_ptr += block_of_all * HEAD_DIM
         _store_mean(means_ptr, low, exists, dims, in_low)
         if PACKED:
             _store_mean(means_ptr, high, exists, WIDTH + dims, in_high)
 
-    absmax = tl.maximum(absmax, LEAST)
+    absmax = _larger(absmax, LEAST)
     tl.store(scales_ptr + block_of_all, tl.div_rn(absmax, LARGEST))
     stretch = tl.div_rn(LARGEST, absmax)
     if PACKED:
@@ -234,7 +234,7 @@ def channel_absmax_kernel(
     in_head = dims < HEAD_DIM
     # [BLOCK, CHANNELS]
     value = _load_smooth(row_ptrs, None, exists, dims, in_head)
-    tl.atomic_max(absmax_ptr + head_of_batch * HEAD_DIM + dims, tl.max(tl.abs(value), 0), mask=in_head)
+    tl.atomic_max(absmax_ptr + head_of_batch * HEAD_DIM + dims, _max(tl.abs(value), 0), mask=in_head)
 
 
 @triton.jit
@@ -314,6 +314,17 @@ def _store_mean(means_ptr, x, exists, dims, in_head):
     count = tl.maximum(tl.sum(exists.to(tl.int32), 0), 1)
     mean = tl.sum(x, 0) / count.to(tl.float32)
     tl.store(means_ptr + dims, mean.to(means_ptr.dtype.element_ty), mask=in_head)
+
+
+@triton.jit
+def _max(x, AXIS: tl.constexpr):
+    """The largest along an axis, or NaN if there is one: integers would hide it."""
+    return tl.reduce(x, AXIS, _larger)
+
+
+@triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -115,6 +115,17 @@ def test_blocks_of_nothing_become_zeros_with_a_scale_to_divide_by(number):
     assert (scales > 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("number", ["int8", "int4", "fp8"])
+def test_nan_is_in_the_scale_and_stays_in_its_block(number):
+    x = torch.ones(1, 1, 64, 8)
+    x[0, 0, 20, -1] = torch.nan
+    scales = quantization_triton.quantize_blocks(x, 16, number).scales
+    assert scales.isnan().tolist() == [[[False, True, False, False]]]
+    channels = quantization_triton.quantize_values(x, 16).scales
+    assert channels.isnan().tolist() == [[[False] * 7 + [True]]]
+
+
 def check_values(inputs, block_size):
     x, order, in_order, key_length = inputs
     actual = quantization_triton.quantize_values(x, block_size, order=order, key_length=key_length, pool=True)
