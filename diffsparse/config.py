@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffsparse.kernels.block_sparse import BACKENDS
+from diffsparse.kernels.quantization import QUANTIZED
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.strategy import Strategy
 
@@ -25,6 +26,8 @@ class SparseAttentionConfig:
         strict: raise at the first dense fallback, instead of counting it in the report. Early steps, dense layers
             and short sequences are policy, not fallbacks.
         backend: the kernel's implementation, one of those that `diffsparse doctor` lists; None for the best one.
+        quantization: what sparse attention computes in, "int8", "int8_fp8", "fp8" or "int4" (docs/quantization.md);
+            None for the dtype of the model. Where the backend cannot, the first attention call raises ValueError.
 
     Raises:
         TypeError, ValueError: a wrong type or range, with what was expected.
@@ -37,6 +40,7 @@ class SparseAttentionConfig:
     replan_every: int = 4
     strict: bool = False
     backend: str | None = None
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.strategy, type) or not isinstance(self.strategy, Strategy):
@@ -62,6 +66,11 @@ class SparseAttentionConfig:
             raise TypeError(f"`strict` must be True or False, got {self.strict!r}.")
         if self.backend is not None and self.backend not in BACKENDS:
             raise ValueError(f"`backend` must be None or one of {', '.join(BACKENDS)}, got {self.backend!r}.")
+        if self.quantization is not None and self.quantization not in QUANTIZED:
+            raise ValueError(
+                f"`quantization` must be None or one of {', '.join(QUANTIZED)}, got {self.quantization!r}. "
+                f"None computes in the dtype of the model."
+            )
 
 
 PRESETS: dict[str, Callable[[], SparseAttentionConfig]] = {

@@ -1,4 +1,4 @@
-"""What one layer computes: token order, block mask, pooled tail."""
+"""What one layer computes: token order, block mask, pooled tail, precision."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class AttentionPlan:
         key_permutation: the order of keys and values where it is not that of the queries; None where it is. Padded
             text stays last in both.
         skipped: [H] bool, heads whose output is 0; None for no head.
+        precision: what the kernel computes in, one of `PRECISIONS`; "native" is the dtype of the inputs.
         lasts: whether it serves all steps to come of a generation, whatever the config says of replanning.
     """
 
@@ -32,6 +33,7 @@ class AttentionPlan:
     classes: Tensor | None = None
     key_permutation: Permutation | None = None
     skipped: Tensor | None = None
+    precision: str = "native"
     lasts: bool = False
 
     def attend(
@@ -67,6 +69,7 @@ class AttentionPlan:
             key_length=key_length,
             tail=self.tail,
             scale=scale,
+            precision=self.precision,
             backend=backend,
             validate=False,
         )

@@ -25,6 +25,7 @@ class TransformerReport:
         overall_density: the same with every dense call counted as 1; None before the first call.
         head_classes: name of the class of every head, [layer][head], as last planned; "dense" where none is.
         head_densities: density of every head, [layer][head], mean over the sparse calls; 1 where there is none.
+        precisions: sparse calls by what they were computed in; "native" is the dtype of the model.
         unreached_layers: layers that run their own attention now and whose calls nothing above counts, by reason.
     """
 
@@ -40,6 +41,7 @@ class TransformerReport:
     head_classes: list[list[str]]
     head_densities: list[list[float]]
     unreached_layers: dict[str, int] = field(default_factory=dict)
+    precisions: dict[str, int] = field(default_factory=dict)
 
     @property
     def class_shares(self) -> dict[str, float]:
@@ -87,6 +89,7 @@ def make_report(sessions: dict[str, Session]) -> SparseAttentionReport:
 def _of_session(name: str, session: Session) -> TransformerReport:
     tallies = session.tallies
     reasons: Counter[str] = sum((tally.dense_reasons for tally in tallies), Counter())
+    precisions: Counter[str] = sum((tally.precisions for tally in tallies), Counter())
     sparse_calls = sum(tally.sparse_calls for tally in tallies)
     densities = [_head_densities(tally, session.num_heads) for tally in tallies]
     density = _mean((_mean((d, 1) for d in row), tally.sparse_calls) for row, tally in zip(densities, tallies))
@@ -103,6 +106,7 @@ def _of_session(name: str, session: Session) -> TransformerReport:
         head_classes=[_head_classes(tally, session.num_heads) for tally in tallies],
         head_densities=densities,
         unreached_layers=dict(Counter(filter(None, map(session.why_not_reached, range(len(tallies)))))),
+        precisions=dict(precisions.most_common()),
     )
 
 
@@ -131,6 +135,7 @@ def _as_table(report: TransformerReport) -> str:
         ("transformer", f"{report.name} ({report.family or 'no known family'})"),
         ("self-attention", f"{report.num_layers} layers, {report.num_heads} heads"),
         ("calls", f"{report.sparse_calls} sparse, {report.dense_calls} dense"),
+        *((f"  sparse in {name}", str(count)) for name, count in report.precisions.items() if name != "native"),
         *((f"  dense: {reason}", str(count)) for reason, count in report.dense_reasons.items()),
         *((f"  not counted: {reason}", _layers(count)) for reason, count in report.unreached_layers.items()),
         ("density of sparse calls", _percent(report.density)),

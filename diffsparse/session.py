@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels.block_sparse import MAX_HEAD_DIM
+from diffsparse.kernels.block_sparse import MAX_HEAD_DIM, pick_backend
 from diffsparse.plan import AttentionPlan
 from diffsparse.steps import Step, StepClock
 from diffsparse.strategies.strategy import AttentionCall
@@ -45,6 +45,7 @@ class LayerTally:
     """What ran in one layer. `density` sums the density of each head over the sparse calls, [H]."""
 
     sparse_calls: int = 0
+    precisions: Counter[str] = field(default_factory=Counter)
     dense_reasons: Counter[str] = field(default_factory=Counter)
     density: Tensor | None = None
     classes: Tensor | None = None
@@ -52,6 +53,7 @@ class LayerTally:
     def count_sparse(self, plan: AttentionPlan) -> None:
         """One more sparse call with this plan. Nothing is read back from the device here."""
         self.sparse_calls += 1
+        self.precisions[plan.precision] += 1
         density = plan.mask.density
         self.density = density if self.density is None else self.density + density
         self.classes = plan.classes
@@ -104,6 +106,7 @@ class Session:
         self._rows: Counter[int] = Counter()
         self._step: Step | None = None
         self._plans: dict[Hashable, _KeptPlan] = {}
+        self._quantizes_on: set[tuple[torch.device, torch.dtype]] = set()
         self.handles = tuple(_register(self, layer) for layer in range(len(layer_names)))
         self.close = weakref.finalize(self, _forget, tuple(int(handle) for handle in self.handles))
         """Forget the layers; calls with their handles run dense from now on."""
@@ -148,7 +151,9 @@ class Session:
 
         Raises:
             DenseFallback: the config is strict and this layer cannot run sparse.
+            ValueError: the backend cannot compute in the precision that the config asks for.
         """
+        self._check_quantization(query)
         self.num_heads = query.shape[1]
         self._rows[layer] += 1
         if (reason := self._policy(layer, query)) is not None:
@@ -187,6 +192,16 @@ class Session:
             raise DenseFallback(
                 f"layer {layer} ({self.layer_names[layer]}) cannot run sparse: {reason}. {_WITHOUT_STRICT}"
             )
+
+    def _check_quantization(self, query: Tensor) -> None:
+        """Raise now what would otherwise be raised after the dense steps, minutes later."""
+        kind = query.device, query.dtype
+        if self.config.quantization is not None and kind not in self._quantizes_on:
+            try:
+                pick_backend(self.config.backend, query, 64, 64, self.config.quantization)
+            except ValueError as error:
+                raise ValueError(f"`quantization` {self.config.quantization!r} cannot be used here: {error}") from error
+            self._quantizes_on.add(kind)
 
     def _resolve_dense_layers(self) -> frozenset[int]:
         count = len(self.layer_names)
@@ -268,6 +283,8 @@ class Session:
                 scale=scale,
             )
             plan = self.config.strategy.plan(query, key, value, call)
+            if plan is not None and self.config.quantization is not None:
+                plan = replace(plan, precision=self.config.quantization)
             kept = self._plans[slot] = _KeptPlan(plan, self._step.index)
         return _STRATEGY_SAYS_DENSE if kept.plan is None else kept.plan
 

@@ -35,6 +35,12 @@ def test_presets_go_from_quality_to_fast():
         ({"replan_every": 0}, ValueError, "`replan_every`"),
         ({"strict": "yes"}, TypeError, "`strict`"),
         ({"backend": "tritn"}, ValueError, "`backend` must be None or one of triton, eager, got 'tritn'"),
+        (
+            {"quantization": "fp4"},
+            ValueError,
+            "`quantization` must be None or one of int8, int8_fp8, fp8, int4, got 'fp4'",
+        ),
+        ({"quantization": True}, ValueError, "`quantization`"),
         ({"strategy": "adaptive"}, TypeError, "`strategy` must be a strategy object"),
         ({"strategy": Adaptive}, TypeError, "`strategy`"),
     ],

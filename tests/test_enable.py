@@ -488,6 +488,34 @@ def test_strict_raises_at_the_first_fallback_and_the_model_is_usable():
     assert torch.equal(run(model, call), good)
 
 
+def test_quantization_is_another_result_and_reported():
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    stock = run(model, call)
+    errors = {}
+    for quantization in (None, "int8", "int4"):
+        model.enable_sparse_attention(
+            config(FULL.strategy, quantization=quantization, dense_layers=(0,), min_tokens=0, strict=True)
+        )
+        errors[quantization] = float((run(model, call) - stock).norm() / stock.norm())
+        assert report_of(model).precisions == {quantization or "native": 2}
+        model.disable_sparse_attention()
+    assert errors[None] < errors["int8"] < errors["int4"] < 0.1
+
+
+def test_quantization_that_the_backend_lacks_is_an_error_at_the_first_call(monkeypatch):
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    monkeypatch.setattr("diffsparse.kernels.block_sparse_eager.why_not", lambda query, *sizes: None)
+    # Early steps are dense: nobody should wait for the error until they are done.
+    model.enable_sparse_attention(config(quantization="fp8", dense_steps=1.0))
+    with pytest.raises(ValueError, match=r"`quantization` 'fp8' .* eager: it does not compute in fp8"):
+        run(model, call)
+    model.disable_sparse_attention()
+    model.enable_sparse_attention(config(dense_steps=0.0))
+    run(model, call)
+
+
 def test_policy_is_no_fallback():
     model = TINY["wan"].make()
     call = TINY["wan"].call(model, (3, 7, 5))

@@ -57,6 +57,18 @@ def test_skipped_heads_give_zero_and_the_others_what_they_gave(qkv):
     assert torch.equal(output[:, ~skipped], AttentionPlan(None, mask).attend(*qkv)[:, ~skipped])
 
 
+def test_the_precision_reaches_the_kernel(qkv):
+    mask = BlockMask.from_visible(torch.ones(1, 1, 5, 9, dtype=torch.bool), 65, 16, 8)
+    dense = F.scaled_dot_product_attention(*qkv)
+    coarse, fine = (
+        (AttentionPlan(None, mask, precision=name).attend(*qkv) - dense).norm() for name in ("int4", "int8")
+    )
+    # The steps are 127 / 7 times as large.
+    assert 10 < coarse / fine < 30
+    with pytest.raises(ValueError, match="`precision` must be one of native, int8"):
+        AttentionPlan(None, mask, precision="fp4").attend(*qkv)
+
+
 def test_scale_and_key_length_reach_the_kernel(qkv):
     everything = torch.ones(1, 1, 5, 9, dtype=torch.bool)
     plan = AttentionPlan(None, BlockMask.from_visible(everything, 65, 16, 8))

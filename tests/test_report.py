@@ -26,6 +26,7 @@ def part(sparse_calls: int, dense_reasons: dict[str, int], density: float | None
         overall_density=overall,
         head_classes=[["spatial", "textural"]],
         head_densities=[[0.2, 0.3]],
+        precisions={"int8": sparse_calls},
     )
 
 
@@ -44,7 +45,15 @@ def test_nothing_has_run_yet():
 
 def test_the_table_names_every_reason_and_class():
     table = str(SparseAttentionReport((part(3, {"early step": 2, "attention mask": 1}, 0.25),)))
-    for text in ("wan", "3 sparse, 3 dense", "early step", "attention mask", "25.0 %", "50.0 % spatial"):
+    for text in (
+        "wan",
+        "3 sparse, 3 dense",
+        "sparse in int8",
+        "early step",
+        "attention mask",
+        "25.0 %",
+        "50.0 % spatial",
+    ):
         assert text in table
 
 

@@ -168,17 +168,16 @@ def _operands(
     if precision == "native":
         return _Operands(query, key, value)
     formats = quantization.PRECISIONS[precision]
+    # What is stored in half a byte is computed as INT8: the kernel reads bytes.
+    quantize = partial(quantize_blocks, number="int8" if formats.scores == "int4" else formats.scores)
+    if formats.scores == "int4":
+        quantize = partial(quantization.quantize_blocks, bits=4)
     mean = quantization.key_mean(key, key_length)
+    query, query_scale, _ = quantize(query, query_block_size)
+    key, key_scale, _ = quantize(key, key_block_size, mean=mean, key_length=key_length)
     value_scale = None
-    if formats.scores == "fp8":
-        quantize = quantization.quantize_blocks_fp8
-    else:
-        bits = {"int8": 8, "int4": 4}[formats.scores]
-        quantize = partial(quantization.quantize_blocks, bits=bits)
-    query, query_scale = quantize(query, query_block_size)
-    key, key_scale = quantize(key.float() - mean, key_block_size, key_length=key_length)
     if formats.values == "fp8":
-        value, value_scale = quantization.quantize_values(value, key_length)
+        value, value_scale, _ = quantize_values(value, max(key_block_size, 16), key_length=key_length)
     return _Operands(query, key, value, query_scale, key_scale, value_scale, mean)
 
 

@@ -37,6 +37,7 @@ PRECISIONS = {
     "fp8": Precision("fp8", "fp8"),
     "int4": Precision("int4", "native"),
 }
+QUANTIZED = tuple(name for name in PRECISIONS if name != "native")
 E4M3_MAX = 448.0
 # What weights in [0, 1] are multiplied by before they become e4m3: a power of two, which costs nothing within exp2.
 WEIGHT_SCALE = 256.0

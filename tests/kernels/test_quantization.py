@@ -9,6 +9,7 @@ from diffsparse.kernels import block_sparse_eager
 from diffsparse.kernels.block_sparse import self_test
 from diffsparse.kernels.quantization import (
     PRECISIONS,
+    QUANTIZED,
     incoherence,
     key_mean,
     pack_int4,
@@ -19,8 +20,6 @@ from diffsparse.kernels.quantization import (
     round_weights,
     unpack_int4,
 )
-
-QUANTIZED = [name for name in PRECISIONS if name != "native"]
 
 
 def normal(*shape, seed=0):
@@ -75,6 +74,14 @@ def test_blocks_of_nothing_become_zeros_with_a_scale_to_divide_by(value):
     for values, scales in (quantize_blocks(x, 16, 8), quantize_blocks_fp8(x, 16), quantize_values(x)):
         assert (values.float() == 0).all()
         assert (scales > 0).all()
+
+
+def test_nan_is_in_the_scale_and_stays_in_its_block():
+    x = torch.ones(1, 1, 64, 8)
+    x[0, 0, 20, -1] = torch.nan
+    for _, scales in (quantize_blocks(x, 16, 8), quantize_blocks_fp8(x, 16)):
+        assert scales.isnan().tolist() == [[[False, True, False, False]]]
+    assert quantize_values(x)[1].isnan().tolist() == [[[False] * 7 + [True]]]
 
 
 def test_fp8_blocks_are_off_by_half_a_step_of_e4m3():
