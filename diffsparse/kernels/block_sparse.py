@@ -18,6 +18,7 @@ from diffsparse.kernels.quantization import PRECISIONS
 
 # Name and module, the fastest first. Imported when asked for: what a module needs may be missing here.
 BACKENDS = {
+    "gluon": "diffsparse.kernels.block_sparse_gluon",
     "triton": "diffsparse.kernels.block_sparse_triton",
     "eager": "diffsparse.kernels.block_sparse_eager",
 }
@@ -322,6 +323,18 @@ def _check_side(name: str, x: Tensor, query: Tensor, dtype: torch.dtype, shape: 
         )
 
 
+# Head dim, query and key block size, pooled tail, key length: every option, at every size that a backend may refuse.
+_SELF_TEST_CASES = (
+    (64, 64, 64, False, False),
+    (40, 64, 64, True, False),
+    (128, 64, 64, False, True),
+    (64, 64, 64, True, True),
+    (128, 128, 64, True, False),
+    (128, 128, 128, False, False),
+    (64, 128, 64, False, True),
+)
+
+
 def self_test(
     backend: str,
     device: torch.device | str | None = None,
@@ -337,23 +350,30 @@ def self_test(
     if device is None:
         kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         device = next((kind for kind in kinds if available_backends(kind, precision).get(backend) is None), "cpu")
-    reason = _why_not(backend, torch.empty((1, 1, 128, 64), dtype=dtype, device=device), 64, 64, precision)
-    if reason is not None:
-        raise ValueError(f"`backend` {backend!r} cannot run on {device}: {reason}. Name another backend or device.")
     module = import_module(BACKENDS[backend])
     generator = torch.Generator().manual_seed(0)
     errors = []
-    for head_dim, has_tail, has_length in [(64, False, False), (40, True, False), (128, False, True), (64, True, True)]:
+    for head_dim, query_block_size, key_block_size, has_tail, has_length in _SELF_TEST_CASES:
         query, key, value = (torch.randn((2, 2, 300, head_dim), generator=generator).to(dtype) for _ in range(3))
-        visible = torch.rand((2, 2, 5, 5), generator=generator) < 0.5
+        reason = _why_not(backend, query.to(device), query_block_size, key_block_size, precision)
+        if reason is not None:
+            continue
+        visible = torch.rand((2, 2, -(-300 // query_block_size), -(-300 // key_block_size)), generator=generator) < 0.5
         visible[..., 0] = True
         key_blocks = visible.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
         tail = torch.tensor([[True, False]]) if has_tail else None
         key_length = torch.tensor([300, 77], dtype=torch.int32) if has_length else None
         inputs = [query, key, value, key_blocks, visible.sum(dim=-1, dtype=torch.int32)]
-        options = {"query_block_size": 64, "key_block_size": 64, "scale": head_dim**-0.5, "return_lse": True}
+        options = {
+            "query_block_size": query_block_size,
+            "key_block_size": key_block_size,
+            "scale": head_dim**-0.5,
+            "return_lse": True,
+        }
         if precision == "native":
-            expected = _float64_attention(query, key, value, visible, 64, key_length, tail)
+            expected = _float64_attention(
+                query, key, value, visible, query_block_size, key_block_size, key_length, tail
+            )
         else:
             options["precision"] = precision
             expected = import_module(BACKENDS["eager"]).attend(*inputs, key_length=key_length, tail=tail, **options)
@@ -364,6 +384,8 @@ def self_test(
             **options,
         )
         errors += [float((a.cpu().double() - e.double()).norm() / e.double().norm()) for a, e in zip(actual, expected)]
+    if not errors:
+        raise ValueError(f"`backend` {backend!r} cannot run on {device}: {reason}. Name another backend or device.")
     # Unlike max(), a sum keeps an error that is not a number.
     return max(errors) if sum(errors) < float("inf") else float("nan")
 
@@ -373,22 +395,24 @@ def _float64_attention(
     key: Tensor,
     value: Tensor,
     visible: Tensor,
-    block_size: int,
+    query_block_size: int,
+    key_block_size: int,
     key_length: Tensor | None,
     tail: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp with every logit written out, for block map `visible` [B, H, Q, K] of equal block sizes."""
+    """Output and logsumexp with every logit written out, for the block map `visible` [B, H, Q, K]."""
     num_tokens, head_dim = query.shape[2:]
     query, key, value = query.double(), key.double(), value.double()
-    block_of = torch.arange(num_tokens) // block_size
+    visible = visible[:, :, torch.arange(num_tokens) // query_block_size]  # [B, H, S, K]
+    block_of = torch.arange(num_tokens) // key_block_size
     exists = torch.arange(num_tokens) < (torch.tensor([num_tokens]) if key_length is None else key_length)[:, None]
-    seen = visible[:, :, block_of][..., block_of] & exists[:, None, None]  # [B, H, S, S]
+    seen = visible[..., block_of] & exists[:, None, None]  # [B, H, S, S]
     logits = (query @ key.mT).masked_fill(~seen, -torch.inf) * head_dim**-0.5
     # [K, S] marks the tokens of each block.
     members = (block_of == torch.arange(visible.shape[-1])[:, None]) & exists[:, None]
     sizes = members.sum(dim=-1).double()  # [B, K]
     means = [members[:, None].double() @ x / sizes.clamp(min=1)[:, None, :, None] for x in (key, value)]
-    in_tail = ~visible[:, :, block_of] & (sizes > 0)[:, None, None]
+    in_tail = ~visible & (sizes > 0)[:, None, None]
     in_tail = torch.zeros_like(in_tail) if tail is None else in_tail & tail[..., None, None]
     tail_logits = query @ means[0].mT * head_dim**-0.5 + sizes.log()[:, None, None]
     logits = torch.cat([logits, tail_logits.masked_fill(~in_tail, -torch.inf)], dim=-1)

@@ -40,8 +40,8 @@ TILE = gl.constexpr(128)
 SHARED_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 
-def why_not(query: Tensor, query_block_size: int, key_block_size: int) -> str | None:
-    """Why this backend cannot take such a query [B, H, S, D]; None if it can."""
+def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision: str = "native") -> str | None:
+    """Why this backend cannot take such a query [B, H, S, D] in a precision; None if it can."""
     if query.device.type != "cuda":
         return f"it needs a CUDA GPU, not {query.device.type}"
     if torch.version.hip is not None:
@@ -56,7 +56,7 @@ def why_not(query: Tensor, query_block_size: int, key_block_size: int) -> str | 
         return f"a query block of {query_block_size} tokens is not {QUERY_BLOCK}"
     if key_block_size not in KEY_BLOCKS:
         return f"a key block of {key_block_size} tokens is none of {', '.join(map(str, KEY_BLOCKS))}"
-    return None
+    return block_sparse_triton.why_not(query, query_block_size, key_block_size, precision)
 
 
 def attend(
@@ -72,12 +72,13 @@ def attend(
     tail: Tensor | None,
     scale: float,
     return_lse: bool,
+    precision: str = "native",
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, S, D] in query's dtype, and the logsumexp [B, H, S] fp32 (empty if not asked for).
 
-    Key lengths, pooled tails and scales that are not positive go to the Triton kernel, which has them.
+    Key lengths, pooled tails, other precisions and scales that are not positive go to the Triton kernel.
     """
-    if key_length is not None or tail is not None or scale <= 0:
+    if key_length is not None or tail is not None or scale <= 0 or precision != "native":
         return block_sparse_triton.attend(
             query,
             key,
@@ -90,6 +91,7 @@ def attend(
             tail=tail,
             scale=scale,
             return_lse=return_lse,
+            precision=precision,
         )
     batch, heads, num_queries, head_dim = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -11,7 +11,6 @@ through the tensor memory accelerator where `tuning.py` says that it pays, by po
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +21,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffsparse.kernels import quantization
 from diffsparse.kernels.pooling import block_means
+from diffsparse.kernels.quantization_triton import quantize_blocks, quantize_values
 from diffsparse.kernels.tuning import Tuning, tuning
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 BLOCK_SIZES = (16, 32, 64, 128)
 TAIL_COLUMNS = 64
+FEWEST_FP8_KEYS = 32
 SMALLEST_SCALE = 1e-30
 LIST_CHUNK = tl.constexpr(128)
 # Weights, at most 1, are taken times 2 ** 8 before they are rounded to FP8, whose largest number is 448.
@@ -50,6 +51,8 @@ def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision
     formats = quantization.PRECISIONS[precision]
     if "fp8" in (formats.scores, formats.values) and torch.cuda.get_device_capability(query.device) < (8, 9):
         return f"{precision} needs compute capability 8.9 (Ada) or newer, which multiplies FP8"
+    if formats.values == "fp8" and key_block_size < FEWEST_FP8_KEYS:
+        return f"FP8 products take {FEWEST_FP8_KEYS} keys at a time, and a key block has {key_block_size}"
     return None
 
 
@@ -89,7 +92,7 @@ def attend(
         pooled_key, pooled_value = pooled_key.to(query.dtype), pooled_value.to(query.dtype)
         has_tail = tail.expand(batch, heads).to(torch.int32, memory_format=torch.contiguous_format)
     chosen = _tuning(query, query_block_size, key_block_size, precision)
-    padded_dim = triton.next_power_of_2(max(head_dim, 16))
+    padded_dim = _padded(head_dim, precision)
     keys, values = operands.key, operands.value
     descriptors = chosen.descriptors and _suits_descriptor(keys) and _suits_descriptor(values)
     if descriptors:
@@ -168,16 +171,17 @@ def _operands(
     if precision == "native":
         return _Operands(query, key, value)
     formats = quantization.PRECISIONS[precision]
-    # What is stored in half a byte is computed as INT8: the kernel reads bytes.
-    quantize = partial(quantize_blocks, number="int8" if formats.scores == "int4" else formats.scores)
-    if formats.scores == "int4":
-        quantize = partial(quantization.quantize_blocks, bits=4)
     mean = quantization.key_mean(key, key_length)
-    query, query_scale, _ = quantize(query, query_block_size)
-    key, key_scale, _ = quantize(key, key_block_size, mean=mean, key_length=key_length)
+    if formats.scores == "int4":
+        # The kernel reads bytes: nothing is packed.
+        query, query_scale = quantization.quantize_blocks(query, query_block_size, 4)
+        key, key_scale = quantization.quantize_blocks(key.float() - mean, key_block_size, 4, key_length)
+    else:
+        query, query_scale, _ = quantize_blocks(query, query_block_size, formats.scores)
+        key, key_scale, _ = quantize_blocks(key, key_block_size, formats.scores, mean=mean, key_length=key_length)
     value_scale = None
     if formats.values == "fp8":
-        value, value_scale, _ = quantize_values(value, max(key_block_size, 16), key_length=key_length)
+        value, value_scale, _ = quantize_values(value, key_block_size, key_length=key_length)
     return _Operands(query, key, value, query_scale, key_scale, value_scale, mean)
 
 
@@ -516,10 +520,15 @@ def _tuning(query: Tensor, query_block_size: int, key_block_size: int, precision
         properties: Any = torch.cuda.get_device_properties(query.device)  # not all are declared in every release
         capability = (properties.major, properties.minor)
         shared_memory = int(properties.shared_memory_per_block_optin)
-    padded_dim = triton.next_power_of_2(max(query.shape[3], 16))
+    padded_dim = _padded(query.shape[3], precision)
     return tuning(
         capability, shared_memory, query_block_size, key_block_size, padded_dim, precision, query.element_size()
     )
+
+
+def _padded(head_dim: int, precision: str) -> int:
+    """The head dim as the matrix instructions want it: a power of two, of 32 bytes at least."""
+    return triton.next_power_of_2(max(head_dim, 16 if precision == "native" else 32))
 
 
 def _on(device: torch.device) -> torch.cuda.device:
