@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.reorder import gather_tokens, scatter_tokens
 
 AXES = ("frame", "height", "width")
 
@@ -100,35 +101,11 @@ class Permutation:
 
     def apply(self, x: Tensor) -> Tensor:
         """The tokens of x [B, H, S, D] in this order, [B, H, S, D] contiguous."""
-        batch, heads, tokens, dim = x.shape
-        if x.transpose(1, 2).is_contiguous():  # as projections leave it: [B, S, H, D] in memory
-            rows = x.transpose(1, 2).reshape(-1, dim)
-            head = torch.arange(heads, device=x.device)[:, None]
-            place = self.order * heads + head  # [H, S]
-        else:
-            rows = x.reshape(-1, dim)
-            place = _rows_by_head(self.order, heads)
-        return rows.index_select(0, _for_batch(place, batch)).view(batch, heads, tokens, dim)
+        return gather_tokens(x, self.order)
 
     def undo(self, x: Tensor) -> Tensor:
         """Put the tokens of x [B, H, S, D] back where apply took them from.
 
         The result is [B, H, S, D] with the memory layout [B, S, H, D], which the output projection wants.
         """
-        batch, heads, tokens, dim = x.shape
-        place = _rows_by_head(self.inverse, heads).T.contiguous()  # [S, H]
-        rows = x.reshape(-1, dim).index_select(0, _for_batch(place, batch))
-        return rows.view(batch, tokens, heads, dim).transpose(1, 2)
-
-
-def _rows_by_head(places: Tensor, heads: int) -> Tensor:
-    """Row numbers [H, S] of the places [H|1, S] in a tensor of rows [H * S, D]."""
-    return places + torch.arange(heads, device=places.device)[:, None] * places.shape[1]
-
-
-def _for_batch(rows: Tensor, batch: int) -> Tensor:
-    """Row numbers of one batch element [n, m], repeated for each element: [B * n * m]."""
-    if batch == 1:
-        return rows.reshape(-1)
-    offset = torch.arange(batch, device=rows.device)[:, None] * rows.numel()
-    return (rows.reshape(1, -1) + offset).reshape(-1)
+        return scatter_tokens(x, self.order, self.inverse)

@@ -6,10 +6,8 @@ Dense and sparse calls take turns in one run, so that whatever else the machine 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
-import platform
 import statistics
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -125,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
+    from diffsparse.eval.bench_machine import describe_machine
     from diffsparse.eval.bench_planning import bench_planning, grid_of
     from diffsparse.kernels.block_sparse import LARGEST_ERROR, self_test
 
@@ -290,26 +289,3 @@ def print_speeds(speeds: list[Speed], console: Console) -> None:
             f"{speed.share_of_linear:.0%}",
         )
     console.print(table)
-
-
-def describe_machine(device: torch.device) -> dict[str, str | int]:
-    """What the numbers depend on: processor or GPU, threads, versions."""
-    import torch
-
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -63,7 +63,7 @@ SUITES: dict[str, tuple[Geometry, ...]] = {
 def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str], None], rounds: int = ROUNDS) -> None:
     """Measure what `output` does not hold yet, and add it."""
     from diffsparse.config import PRESETS
-    from diffsparse.eval.bench import describe_machine
+    from diffsparse.eval.bench_machine import describe_machine
 
     machine = describe_machine(device)
     today = datetime.now(timezone.utc).date().isoformat()
