@@ -6,10 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from diffsparse.kernels.block_sparse import BACKENDS
 from diffsparse.kernels.quantization import QUANTIZED
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.strategy import Strategy
+
+MIN_TOKENS_ON_CPU = 4096
+MIN_TOKENS_ON_GPU = 16384
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,8 @@ class SparseAttentionConfig:
         dense_steps: share of the denoising steps, from the first, that stay dense: 0.2 of 50 steps is 10. The first
             steps lay out the scene.
         dense_layers: indices of layers that stay dense, counted from 0; negative ones from the end.
-        min_tokens: shorter sequences stay dense, where sparse attention would not be faster.
+        min_tokens: shorter sequences stay dense, where sparse attention would not be faster; None for 4,096 on a CPU
+            and 16,384 on a GPU, which is done with shorter ones before a plan is made.
         replan_every: steps for which a layer's plan is kept, unless the strategy has made it to last.
         strict: raise at the first dense fallback, instead of counting it in the report. Early steps, dense layers
             and short sequences are policy, not fallbacks.
@@ -36,7 +42,7 @@ class SparseAttentionConfig:
     strategy: Strategy = field(default_factory=Adaptive)
     dense_steps: float = 0.2
     dense_layers: tuple[int, ...] = ()
-    min_tokens: int = 4096
+    min_tokens: int | None = None
     replan_every: int = 4
     strict: bool = False
     backend: str | None = None
@@ -60,6 +66,8 @@ class SparseAttentionConfig:
             )
         for name, least in (("min_tokens", 0), ("replan_every", 1)):
             value = getattr(self, name)
+            if name == "min_tokens" and value is None:
+                continue
             if not _is_integer(value) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         if not isinstance(self.strict, bool):
@@ -71,6 +79,12 @@ class SparseAttentionConfig:
                 f"`quantization` must be None or one of {', '.join(QUANTIZED)}, got {self.quantization!r}. "
                 f"None computes in the dtype of the model."
             )
+
+    def fewest_tokens(self, device: torch.device) -> int:
+        """`min_tokens`, as it is on the device."""
+        if self.min_tokens is not None:
+            return self.min_tokens
+        return MIN_TOKENS_ON_CPU if device.type == "cpu" else MIN_TOKENS_ON_GPU
 
 
 PRESETS: dict[str, Callable[[], SparseAttentionConfig]] = {

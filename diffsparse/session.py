@@ -231,8 +231,8 @@ class Session:
             return "dense layer"
         if self._step is not None and self._step.is_within_first(self.config.dense_steps):
             return "early step"
-        if query.shape[2] < self.config.min_tokens:
-            return f"fewer than {self.config.min_tokens} tokens"
+        if query.shape[2] < (fewest := self.config.fewest_tokens(query.device)):
+            return f"fewer than {fewest} tokens"
         return None
 
     def _obstacle(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:

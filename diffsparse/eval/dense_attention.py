@@ -20,7 +20,11 @@ def dense_candidates(query: Tensor, key: Tensor, value: Tensor) -> Iterator[tupl
 
     torch's own, flash-attn-4 and SageAttention where they are installed. What raises at a first call is left out.
     """
-    makers = [*(functools.partial(_torch, backend=backend) for backend in TORCH_BACKENDS.values()), _flash4, _sage]
+    makers: list[Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]]] = [
+        *(functools.partial(_torch, backend=backend) for backend in TORCH_BACKENDS.values()),
+        _flash4,
+        _sage,
+    ]
     for name, make in zip([*EXACT, "SageAttention 1"], makers):
         try:
             call = make(query, key, value)

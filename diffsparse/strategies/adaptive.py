@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from diffsparse.strategies.always_exact import block_distance, exact_blocks
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.strategy import AttentionCall
 
+BLOCK_SIZE = 64
+LARGE_QUERY_BLOCK = 128
+MANY_TOKENS = 16384
 NEGLIGIBLE_ERROR = 1e-4
 """A squared relative error that nobody sees; below it a head keeps its band."""
 
@@ -69,7 +72,8 @@ class Adaptive:
 
     Args:
         density: share of the key blocks that a query block sees, 0–1.
-        query_block_size, key_block_size: tokens a block.
+        query_block_size, key_block_size: tokens a block; None for 64, and for 128 queries from 16,384 tokens on, where
+            larger blocks cost less time than they lose.
         tile: frames, height, width of the tiles of the third order, in tokens; None for a cube of 64 tokens, or for
             a square where there is one frame.
         sampled_rows: query rows a head that are computed exactly to judge the candidates.
@@ -84,8 +88,8 @@ class Adaptive:
     """
 
     density: float = 0.25
-    query_block_size: int = 64
-    key_block_size: int = 64
+    query_block_size: int | None = None
+    key_block_size: int | None = None
     tile: tuple[int, int, int] | None = None
     sampled_rows: int = 64
     band_margin: float = 1.1
@@ -101,6 +105,8 @@ class Adaptive:
             )
         for name, least in (("query_block_size", 1), ("key_block_size", 1), ("sampled_rows", 1), ("seed", 0)):
             value = getattr(self, name)
+            if value is None and name.endswith("block_size"):
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         if not isinstance(self.tail, bool):
@@ -122,6 +128,25 @@ class Adaptive:
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer, each head judged on its own; see `Strategy.plan`."""
+        return self._sized(call.grid)._plan(query, key, value, call)
+
+    def _sized(self, grid: TokenGrid) -> _Sized:
+        """These options with the block sizes for a grid."""
+        query_block_size = LARGE_QUERY_BLOCK if grid.num_tokens >= MANY_TOKENS else BLOCK_SIZE
+        options = {field.name: getattr(self, field.name) for field in fields(Adaptive)}
+        options["query_block_size"] = self.query_block_size or query_block_size
+        options["key_block_size"] = self.key_block_size or BLOCK_SIZE
+        return _Sized(**options)
+
+
+@dataclass(frozen=True)
+class _Sized(Adaptive):
+    """Options that leave no block size open."""
+
+    query_block_size: int = 64
+    key_block_size: int = 64
+
+    def _plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         layout = _layout(call.grid, self, query.device)
         scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
         choices = [
@@ -253,7 +278,7 @@ class _Layout:
 
 
 @functools.lru_cache(maxsize=16)
-def _layout(grid: TokenGrid, options: Adaptive, device: torch.device) -> _Layout:
+def _layout(grid: TokenGrid, options: _Sized, device: torch.device) -> _Layout:
     orders = torch.stack(
         [
             axis_order(grid, ("frame", "height", "width")),

@@ -1,0 +1,128 @@
+"""Attention of a few rows summed by key block, in one pass over keys and values: what `heads.py` judges masks by."""
+
+# mypy: allow-untyped-defs
+# (what Triton compiles has no Python types)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LEAST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+def block_sums(
+    query: Tensor, key: Tensor, value: Tensor, block_size: int, key_length: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `heads.BlockSums`, in their order, of query [B, H, R, D] fp32, key and value [B, H, S, D].
+
+    Products are in key's dtype. The numerators [B, H, K, D, R] lie as [B, H, R, K, D] in memory.
+    """
+    batch, heads, rows, dim = query.shape
+    tokens = key.shape[2]
+    blocks = triton.cdiv(tokens, block_size)
+    query = query.to(key.dtype).contiguous()
+    key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
+    numerators = query.new_empty((batch, heads, rows, blocks, dim), dtype=torch.float32)
+    sums = query.new_empty((3, batch, heads, blocks, rows), dtype=torch.float32)
+    pooled_value = query.new_empty((batch, heads, blocks, dim), dtype=torch.float32)
+    with torch.cuda.device(query.device if query.device.type == "cuda" else -1):
+        block_sums_kernel[(blocks, batch * heads)](
+            query,
+            key,
+            value,
+            key_length,
+            numerators,
+            sums,
+            pooled_value,
+            *key.stride()[:3],
+            *value.stride()[:3],
+            heads,
+            rows,
+            tokens,
+            HEAD_DIM=dim,
+            PADDED_DIM=triton.next_power_of_2(max(dim, 16)),
+            PADDED_ROWS=triton.next_power_of_2(max(rows, 16)),
+            BLOCK=block_size,
+            PADDED_BLOCK=triton.next_power_of_2(max(block_size, 16)),
+            PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
+        )
+    return numerators.permute(0, 1, 3, 4, 2), sums[0], sums[1], sums[2], pooled_value
+
+
+@triton.jit
+def block_sums_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    key_length_ptr,
+    numerators_ptr,
+    sums_ptr,
+    pooled_value_ptr,
+    key_stride_b,
+    key_stride_h,
+    key_stride_s,
+    value_stride_b,
+    value_stride_h,
+    value_stride_s,
+    heads,
+    num_rows,
+    num_tokens,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PADDED_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PADDED_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """All rows of one head against one key block. `key_length_ptr` may be None."""
+    block = tl.program_id(0)
+    blocks = tl.num_programs(0)
+    head_of_batch = tl.program_id(1).to(tl.int64)
+    b, h = head_of_batch // heads, head_of_batch % heads
+    dims = tl.arange(0, PADDED_DIM)
+    in_head = dims < HEAD_DIM
+    rows = tl.arange(0, PADDED_ROWS)
+    is_row = rows < num_rows
+    offsets = (head_of_batch * num_rows + rows)[:, None] * HEAD_DIM + dims[None, :]
+    # [PADDED_ROWS, PADDED_DIM]
+    query = tl.load(query_ptr + offsets, mask=is_row[:, None] & in_head[None, :], other=0.0)
+
+    within = tl.arange(0, PADDED_BLOCK)
+    tokens = (block * BLOCK + within).to(tl.int64)
+    is_token = (within < BLOCK) & (tokens < num_tokens)
+    mask = is_token[:, None] & in_head[None, :]
+    key_ptr += b * key_stride_b + h * key_stride_h
+    value_ptr += b * value_stride_b + h * value_stride_h
+    # [PADDED_BLOCK, PADDED_DIM]
+    key = tl.load(key_ptr + tokens[:, None] * key_stride_s + dims[None, :], mask=mask, other=0.0)
+    value = tl.load(value_ptr + tokens[:, None] * value_stride_s + dims[None, :], mask=mask, other=0.0)
+    size = tl.sum(is_token.to(tl.float32), 0)
+
+    # [PADDED_ROWS, PADDED_BLOCK]
+    logits = tl.dot(query, key.T, input_precision=PRECISION)
+    # The row against the mean key; what does not exist is zero.
+    tail = tl.sum(logits, 1) / size + tl.log(size)
+    exists = is_token
+    if key_length_ptr is not None:
+        exists = exists & (tokens < tl.load(key_length_ptr + b))
+    logits = tl.where(exists[None, :], logits, -float("inf"))
+    peaks = tl.maximum(tl.max(logits, 1), LEAST)
+    weights = tl.exp(logits - peaks[:, None])
+    numerators = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+
+    place = (head_of_batch * num_rows + rows) * blocks + block
+    tl.store(
+        numerators_ptr + place[:, None] * HEAD_DIM + dims[None, :],
+        numerators,
+        mask=is_row[:, None] & in_head[None, :],
+    )
+    place = (head_of_batch * blocks + block) * num_rows + rows
+    size_of_sums = (tl.num_programs(1) * blocks).to(tl.int64) * num_rows
+    tl.store(sums_ptr + place, tl.sum(weights, 1), mask=is_row)
+    tl.store(sums_ptr + size_of_sums + place, peaks, mask=is_row)
+    tl.store(sums_ptr + 2 * size_of_sums + place, tail, mask=is_row)
+    pooled = tl.sum(value.to(tl.float32), 0) / size
+    tl.store(pooled_value_ptr + (head_of_batch * blocks + block) * HEAD_DIM + dims, pooled, mask=in_head)
