@@ -7,15 +7,10 @@ density, with the same dense steps. Videos of the same prompt and seed are compa
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from pathlib import Path
-from typing import Any
 
-from diffsparse.eval.demo import MODEL, PROMPTS
-from diffsparse.eval.generate import Sampling, choose_device, generate, load_pipeline
-from diffsparse.eval.metrics import psnr_db
-from diffsparse.eval.video_io import whole_file
+from diffsparse.eval import sweep
+from diffsparse.eval.sweep_results import SweepResults, Variant
 from diffsparse.heads import HeadClass
 from diffsparse.strategies.adaptive import CANDIDATES, Adaptive, Candidate
 
@@ -33,89 +28,38 @@ RULES: dict[str, tuple[Candidate, ...]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, how much of it, and where the results go."""
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help="a pipeline with a demo.json")
-    parser.add_argument("--prompts", type=int, default=8, help="how many of the demo's prompts (default: 8)")
-    parser.add_argument(
-        "--densities",
-        type=float,
-        nargs="+",
-        default=[0.25, 0.125],
-        metavar="D",
-        help="shares of key blocks (default: 0.25 0.125)",
-    )
-    parser.add_argument("--dense-steps", type=float, default=0.2, metavar="SHARE", help="(default: 0.2)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
-    parser.add_argument("--device", help="cpu, cuda, … (default: the best one here)")
-    parser.add_argument("--output", type=Path, default=Path("ablation.json"), metavar="FILE", help="results so far")
+    """How much of it, and where the results go."""
+    sweep.add_arguments(parser, prompts=8, densities=[0.25, 0.125])
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate what FILE does not have yet, keep it there, print the table."""
-    from diffsparse import SparseAttentionConfig, disable_sparse_attention, enable_sparse_attention
-
-    sampling = Sampling.read(args.model)
-    if args.steps is not None:
-        sampling = Sampling(**(vars(sampling) | {"num_inference_steps": args.steps}))
-    prompts = [line for line in PROMPTS.read_text(encoding="utf-8").splitlines() if line.strip()][: args.prompts]
-    results = _read(args.output, str(sampling), args.dense_steps)
-    pipe = load_pipeline(args.model, choose_device(args.device))
-    for prompt in prompts:
-        wanted = [
-            (density, rule, tail)
-            for density in args.densities
-            for rule in RULES
-            for tail in (False, True)
-            if _key(prompt, density, rule, tail) not in results["psnr_db"]
-        ]
-        if not wanted:
-            continue
-        dense = generate(pipe, prompt, 0, sampling).frames
-        for density, rule, tail in wanted:
-            strategy = Adaptive(density=density, candidates=RULES[rule], tail=tail)
-            enable_sparse_attention(pipe, SparseAttentionConfig(strategy, dense_steps=args.dense_steps, min_tokens=0))
-            sparse = generate(pipe, prompt, 0, sampling).frames
-            disable_sparse_attention(pipe)
-            value = statistics.mean(psnr_db(dense, sparse))
-            results["psnr_db"][_key(prompt, density, rule, tail)] = value
-            print(f"{value:6.2f} dB  {density:.3f}  {rule}{', tail' if tail else ''}: {prompt}", flush=True)
-            with whole_file(args.output) as unfinished:
-                unfinished.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    print(_as_markdown(results["psnr_db"], prompts, args.densities))
+    """Make what the file of results does not have yet, keep it there, print the table; or join files into one."""
+    strategies = {
+        Variant(rule, density, tail): Adaptive(density=density, candidates=RULES[rule], tail=tail)
+        for rule in RULES
+        for tail in (False, True)
+        for density in args.densities
+    }
+    results = sweep.carry_out(args, "ablation", lambda sampling, load: (strategies, {}))
+    if results is not None:
+        print(as_markdown(results))
     return 0
 
 
-def _key(prompt: str, density: float, rule: str, tail: bool) -> str:
-    return f"{prompt} | {density} | {rule} | {'tail' if tail else 'no tail'}"
-
-
-def _read(file: Path, sampling: str, dense_steps: float) -> dict[str, Any]:
-    """Results of an earlier run with the same settings, or none.
-
-    Raises:
-        ValueError: the file is from other settings.
-    """
-    empty = {"sampling": sampling, "dense_steps": dense_steps, "psnr_db": {}}
-    if not file.exists():
-        return empty
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if (found["sampling"], found["dense_steps"]) != (sampling, dense_steps):
-        raise ValueError(f"{file} holds results of other settings ({found['sampling']}). Name another --output.")
-    return found
-
-
-def _as_markdown(psnr_db: dict[str, float], prompts: list[str], densities: list[float]) -> str:
+def as_markdown(results: SweepResults) -> str:
+    """The mean PSNR of every rule at every density, without and with the tail, of the complete pairs."""
+    pairs, variants = results.complete_pairs(), results.variants
+    densities = list(dict.fromkeys(variant.density for variant in variants))
     lines = [
         "| mean PSNR to dense, dB: dropped / pooled tail | " + " | ".join(f"{100 * d:g} %" for d in densities) + " |",
         "|---" * (len(densities) + 1) + "|",
     ]
-    for rule in RULES:
+    for rule in dict.fromkeys(variant.row for variant in variants):
         cells = []
         for density in densities:
-            means = [
-                statistics.mean(psnr_db[_key(prompt, density, rule, tail)] for prompt in prompts)
-                for tail in (False, True)
+            both = [
+                [results.scores[pair, Variant(rule, density, tail)].psnr_db for pair in pairs] for tail in (False, True)
             ]
-            cells.append(" / ".join(f"{mean:.1f}" for mean in means))
+            cells.append(" / ".join(f"{statistics.fmean(values):.1f}" for values in both))
         lines.append(f"| {rule} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", results.coverage()])

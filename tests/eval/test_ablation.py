@@ -17,38 +17,25 @@ def run(model, output, *more):
     return cli.main([*command, "--prompts", "1", "--densities", "0.5", "--steps", "2", *more])
 
 
-def test_every_rule_is_measured_with_and_without_tail_and_never_twice(tiny_model, tmp_path, capsys, monkeypatch):
+def test_every_rule_is_measured_with_and_without_tail(tiny_model, tmp_path, capsys):
     file = tmp_path / "results.json"
     assert run(tiny_model, file) == 0
-    found = json.loads(file.read_text())["psnr_db"]
-    assert len(found) == 4
+    found = [(video["row"], video["tail"]) for video in json.loads(file.read_text())["videos"]]
+    assert found == [(rule, tail) for rule in ("random blocks", "adaptive") for tail in (False, True)]
     table = capsys.readouterr().out
     assert "| random blocks | " in table
     assert "| adaptive | " in table
-    monkeypatch.setattr(ablation, "generate", lambda *args: pytest.fail("measured again"))
-    assert run(tiny_model, file) == 0
-    assert json.loads(file.read_text())["psnr_db"] == found
 
 
-def test_an_interrupted_run_goes_on_where_it_was(tiny_model, tmp_path, monkeypatch):
-    file, real, calls = tmp_path / "results.json", ablation.generate, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(ablation, "generate", interrupted)
-    assert run(tiny_model, file) == cli.INTERRUPTED
-    assert len(json.loads(file.read_text())["psnr_db"]) == 2
-    assert run(tiny_model, file) == 0
-    assert len(calls) == 4 + 1 + 2  # the dense video once more, and the two that were missing
-    assert len(json.loads(file.read_text())["psnr_db"]) == 4
-
-
-def test_results_of_other_settings_are_not_mixed(tiny_model, tmp_path, capsys):
-    file = tmp_path / "results.json"
-    assert run(tiny_model, file) == 0
-    assert run(tiny_model, file, "--steps", "3") == cli.USER_ERROR
-    assert "holds results of other settings" in capsys.readouterr().err
+def test_a_cell_is_the_mean_of_the_prompts_without_and_with_tail(tmp_path, capsys):
+    videos = [
+        {"prompt": prompt, "seed": 0, "row": "adaptive", "at_density": 0.5, "tail": tail, "psnr_db": psnr}
+        | {"ssim": 0.9, "density": 0.5, "seconds": 1.0, "dense_seconds": 2.0}
+        for prompt, tail, psnr in (("a", False, 20.0), ("a", True, 21.0), ("b", False, 30.0), ("b", True, 33.0))
+    ]
+    settings = {"sampling": "20 steps", "dense_steps": 0.2, "device": "cpu"}
+    files = [tmp_path / f"{name}.json" for name in "ab"]
+    for file, part in zip(files, (videos[:2], videos[2:])):
+        file.write_text(json.dumps({"settings": settings, "videos": part}))
+    assert cli.main(["eval", "ablation", "--merge", *map(str, files)]) == 0
+    assert "| adaptive | 25.0 / 27.0 |" in capsys.readouterr().out

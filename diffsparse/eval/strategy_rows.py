@@ -1,0 +1,82 @@
+"""What `diffsparse eval strategies` compares: every published method, the default, and random blocks.
+
+All have blocks of 64 tokens, and tiles, windows and patches of as many, so that none is coarser than another and those
+that are published with whole blocks have them. Other options are the defaults but where said.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffsparse.eval.dials import Row
+from diffsparse.heads import HeadClass
+from diffsparse.strategies.adaptive import Adaptive, Candidate
+from diffsparse.strategies.draft_attention import DraftAttention
+from diffsparse.strategies.flex_prefill import FlexPrefill
+from diffsparse.strategies.minference import MInference
+from diffsparse.strategies.mm_inference import MMInference
+from diffsparse.strategies.paro_attention import PAROAttention
+from diffsparse.strategies.radial import Radial
+from diffsparse.strategies.rain_fusion import RainFusion
+from diffsparse.strategies.rain_fusion2 import RainFusion2
+from diffsparse.strategies.s2_attention import S2Attention
+from diffsparse.strategies.sample_attention import SampleAttention
+from diffsparse.strategies.sliding_tile import SlidingTile
+from diffsparse.strategies.sparge_attention import SpargeAttention
+from diffsparse.strategies.sparse_d import SparseD
+from diffsparse.strategies.sparse_vdit import SparseVDiT
+from diffsparse.strategies.sparse_video_gen import SparseVideoGen
+from diffsparse.strategies.svg2 import SVG2
+from diffsparse.strategies.vmoba import VMoBA
+from diffsparse.strategies.x_attention import XAttention
+
+REFERENCE = "Adaptive"
+"""The row that the others are held against."""
+
+RANDOM = (Candidate(HeadClass.TEXTURAL, "frame-major", "random"),)
+BLOCKS: dict[str, Any] = {"query_block_size": 64, "key_block_size": 64}
+
+# Windows of tiles, the smallest first: as near to a cube as they can be, time the first to grow.
+WINDOWS = tuple(
+    sorted(
+        ((t, h, w) for t in range(1, 17) for h in range(1, 9) for w in (h, h + 1) if abs(t - h) <= 1),
+        key=lambda window: (window[0] * window[1] * window[2], window),
+    )
+)
+
+
+def _window_at(position: float) -> tuple[int, int, int]:
+    return WINDOWS[round(position * (len(WINDOWS) - 1))]
+
+
+def _stride_at(position: float) -> int:
+    return round(1 / position)
+
+
+ROWS = (
+    Row(REFERENCE, Adaptive(**BLOCKS)),
+    Row("random blocks", Adaptive(candidates=RANDOM, **BLOCKS)),
+    Row("DraftAttention", DraftAttention(patch=(8, 8), **BLOCKS)),
+    Row("FlexPrefill", FlexPrefill(block_size=64), "mass"),
+    Row("MInference", MInference(block_size=64)),
+    Row("MMInference", MMInference(**BLOCKS)),
+    Row("PAROAttention", PAROAttention(**BLOCKS)),
+    Row("Radial", Radial(**BLOCKS), "decay"),
+    # The released code's rule: the checkerboard of the paper's keeps half of the keys, whatever the density.
+    Row("RainFusion", RainFusion(rule="two-way", **BLOCKS)),
+    Row("RainFusion2", RainFusion2(window=(8, 8), **BLOCKS)),
+    # With the default neighbourhood of eight blocks to either side, no stride reaches 0.1 of a few thousand tokens.
+    Row("S2Attention", S2Attention(local_blocks=2, block_size=64), "stride", _stride_at),
+    # So that window and columns fit into 0.1.
+    Row("SampleAttention", SampleAttention(window=0.05, block_size=64), "mass"),
+    Row("SlidingTile", SlidingTile(tile=(4, 4, 4), **BLOCKS), "window", _window_at),
+    # The released function that goes by density; the other one keeps all blocks whose tokens differ among themselves.
+    Row("SpargeAttention", SpargeAttention(density=0.5, similarity=-0.1, **BLOCKS)),
+    Row("SparseD", SparseD(**BLOCKS)),
+    # By the relative error, or the scale of a model's values would decide.
+    Row("SparseVDiT", SparseVDiT(relative=True, **BLOCKS)),
+    Row("SparseVideoGen", SparseVideoGen(**BLOCKS)),
+    Row("SVG2", SVG2(**BLOCKS), "mass"),
+    Row("VMoBA", VMoBA(**BLOCKS), "threshold"),
+    Row("XAttention", XAttention(**BLOCKS), "mass"),
+)

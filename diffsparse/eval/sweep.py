@@ -1,0 +1,157 @@
+"""Videos of many variants on a model's prompts, each held against the dense one: what the comparing commands share."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffsparse.eval.demo import MODEL, PROMPTS
+from diffsparse.eval.generate import Sampling, choose_device, generate, load_pipeline
+from diffsparse.eval.metrics import FrameScores, psnr_db, ssim
+from diffsparse.eval.sweep_results import Pair, Score, SweepResults, Variant
+from diffsparse.strategies.strategy import Strategy
+
+Prepare = Callable[[Sampling, Callable[[], Any]], tuple[Mapping[Variant, Strategy], dict[str, Any]]]
+
+
+def add_arguments(parser: argparse.ArgumentParser, prompts: int, densities: list[float]) -> None:
+    """Which model, how much of it, which part of the work, and where the results go."""
+    shown = " ".join(f"{density:g}" for density in densities)
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help="a pipeline with a demo.json")
+    parser.add_argument(
+        "--prompts", type=int, default=prompts, metavar="N", help=f"how many of the demo's prompts (default: {prompts})"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="of the noise (default: 0)")
+    parser.add_argument(
+        "--densities",
+        type=float,
+        nargs="+",
+        default=densities,
+        metavar="D",
+        help=f"shares of key blocks (default: {shown})",
+    )
+    parser.add_argument("--dense-steps", type=float, default=0.2, metavar="SHARE", help="(default: 0.2)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--device", help="cpu, cuda, … (default: the best one here)")
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="only every N-th prompt and seed, from the I-th: commands with 1/N to N/N share the work",
+    )
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", metavar="FILE", help="make no video; join these results into one table"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="results so far, which the next run goes on with; with --merge, the joined ones",
+    )
+
+
+def prepared(args: argparse.Namespace) -> tuple[Sampling, str, Callable[[], Any]]:
+    """How the model is called, on which device, and what loads it at its first call."""
+    sampling, device = Sampling.read(args.model), choose_device(args.device)
+    if args.steps is not None:
+        sampling = Sampling(**(vars(sampling) | {"num_inference_steps": args.steps}))
+    return sampling, device, functools.cache(lambda: load_pipeline(args.model, device))
+
+
+def first_pair(args: argparse.Namespace) -> Pair:
+    """The first prompt and seed, whatever the shard."""
+    return _pairs(args)[0]
+
+
+def carry_out(args: argparse.Namespace, name: str, prepare: Prepare) -> SweepResults | None:
+    """Make what the file of results does not have yet; or join files into one. None for a shard, which is no table.
+
+    Args:
+        args: of the command, whose `name` the file has where the user names none.
+        name: of the command.
+        prepare: from the sampling and what loads the pipeline, the strategy of every variant, in order, and what else
+            the results depend on.
+
+    Raises:
+        ValueError: results of other settings.
+    """
+    if args.merge:
+        results = SweepResults.merged(args.merge)
+        if args.output is not None:
+            results.write(args.output)
+        return results
+    sampling, device, load = prepared(args)
+    strategies, others = prepare(sampling, load)
+    settings = {
+        "model": str(args.model.name),
+        "sampling": str(sampling),
+        "dense_steps": args.dense_steps,
+        # A GPU computes in another precision.
+        "device": device.partition(":")[0],
+    }
+    # A shard has a file of its own, or two would overwrite each other.
+    shard = "" if args.shard is None else f"-{args.shard[0]}-of-{args.shard[1]}"
+    file = args.output or Path(f"{name}{shard}.json")
+    results = SweepResults.going_on(file, settings | others)
+    _make_videos(args, load, sampling, strategies, results, file)
+    if args.shard is None:
+        return results
+    print(f"{file} has {len(results.scores)} videos. When all shards are done, join their files by --merge.")
+    return None
+
+
+def _make_videos(
+    args: argparse.Namespace,
+    load: Callable[[], Any],
+    sampling: Sampling,
+    strategies: Mapping[Variant, Strategy],
+    results: SweepResults,
+    file: Path,
+) -> None:
+    """Make what is missing, all variants of a prompt before the next; write the file after each video."""
+    from diffsparse import SparseAttentionConfig, disable_sparse_attention, enable_sparse_attention
+
+    first, every = args.shard or (1, 1)
+    for pair in _pairs(args)[first - 1 :: every]:
+        wanted = [variant for variant in strategies if (pair, variant) not in results.scores]
+        if not wanted:
+            continue
+        pipe = load()
+        dense = generate(pipe, pair.prompt, pair.seed, sampling)
+        for variant in wanted:
+            config = SparseAttentionConfig(strategies[variant], dense_steps=args.dense_steps, min_tokens=0)
+            enable_sparse_attention(pipe, config)
+            sparse = generate(pipe, pair.prompt, pair.seed, sampling)
+            density = pipe.sparse_attention_report().density
+            disable_sparse_attention(pipe)
+            score = results.scores[pair, variant] = Score(
+                psnr_db=FrameScores(tuple(psnr_db(dense.frames, sparse.frames)), higher_is_better=True).mean,
+                ssim=FrameScores(tuple(ssim(dense.frames, sparse.frames)), higher_is_better=True).mean,
+                density=density,
+                seconds=sum(sparse.step_seconds),
+                dense_seconds=sum(dense.step_seconds),
+            )
+            results.write(file)
+            print(f"{score.psnr_db:6.2f} dB  {variant}: {pair.prompt}, seed {pair.seed}", flush=True)
+
+
+def _pairs(args: argparse.Namespace) -> list[Pair]:
+    """Every prompt with every seed, prompt by prompt.
+
+    Raises:
+        ValueError: more prompts than there are, or none.
+    """
+    prompts = [line for line in PROMPTS.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not 1 <= args.prompts <= len(prompts):
+        raise ValueError(f"--prompts must be from 1 to {len(prompts)}, the demo's prompts, got {args.prompts}.")
+    return [Pair(prompt, seed) for prompt in prompts[: args.prompts] for seed in args.seeds]
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, like 3/8, got {text!r}")
+    return int(index), int(count)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import diffsparse
+from diffsparse.eval import cli, recorded_calls, sweep
+from diffsparse.eval.named_config import exported_strategies
+from diffsparse.eval.strategy_rows import ROWS, WINDOWS
+
+COMMAND = ["eval", "strategies", "--device", "cpu", "--steps", "2", "--prompts", "2", "--densities", "0.3", "0.6"]
+
+
+@pytest.fixture
+def run(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: cli.main([*COMMAND, "--model", str(tiny_model), "--strategies", "Adaptive", "SVG2", *words])
+
+
+def test_every_strategy_that_diffsparse_exports_is_a_row():
+    rows = {type(row.strategy) for row in ROWS}
+    assert rows == set(exported_strategies().values()) - {diffsparse.Dense}
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_position_of_a_dial_is_a_strategy_in_blocks_of_64(row):
+    for position in (0.005, 0.1, 0.37, 1.0):
+        options = vars(row.at(position))
+        sizes = {options[name] for name in ("block_size", "query_block_size", "key_block_size") if name in options}
+        assert sizes == {64}
+
+
+def test_windows_grow():
+    volumes = [frames * height * width for frames, height, width in WINDOWS]
+    assert volumes == sorted(volumes)
+    assert len(set(WINDOWS)) == len(WINDOWS)
+
+
+def test_dials_then_shards_then_one_table(run, tmp_path, capsys, monkeypatch):
+    assert run("--find-dials") == 0
+    assert not list(tmp_path.glob("strategies-?-of-?.json"))
+    # Not found again.
+    monkeypatch.setattr(recorded_calls, "generate", lambda *args: pytest.fail("found again"))
+    for shard in ("1/2", "2/2"):
+        assert run("--shard", shard) == 0
+    capsys.readouterr()
+    files = sorted(tmp_path.glob("strategies-?-of-2.json"))
+    assert cli.main(["eval", "strategies", "--merge", *map(str, files)]) == 0
+    table = capsys.readouterr().out
+    assert "### 30 %" in table
+    assert "### 60 %" in table
+    assert table.count("| SVG2 + tail") == table.count("| **Adaptive + tail") == 2
+    assert "Videos a row: 2, of prompts: 2" in table
+    assert sum(len(json.loads(file.read_text())["videos"]) for file in files) == 2 * 2 * 2 * 2
+
+
+def test_a_shard_does_not_find_dials(run, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "generate", lambda *args: pytest.fail("made a video"))
+    assert run("--shard", "1/2") == cli.USER_ERROR
+    assert "has no dials of Adaptive, SVG2. Find them before the shards" in capsys.readouterr().err
+
+
+def test_an_unknown_strategy_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*COMMAND, "--strategies", "Adaptiv"])
+    assert "invalid choice: 'Adaptiv'" in capsys.readouterr().err

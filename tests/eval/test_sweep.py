@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from diffsparse.eval import sweep
+from diffsparse.eval.generate import Generation
+from diffsparse.eval.metrics import psnr_db, ssim
+from diffsparse.eval.sweep_results import SweepResults, Variant
+from diffsparse.strategies.adaptive import Adaptive
+
+VARIANTS = {
+    Variant("row", density, tail): Adaptive(density=density, tail=tail)
+    for tail in (False, True)
+    for density in (0.2, 0.5)
+}
+DENSE = np.full((2, 16, 16, 3), 0.5, dtype=np.float32)
+
+
+class FakePipe:
+    """Enabled by nobody: `generated` gives videos, so only the calls of the loop are seen."""
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """Stands for models and their videos: what was asked for, prompt by prompt; `stop_at` interrupts at that video."""
+    calls, enabled = [], []
+    monkeypatch.setattr(sweep, "load_pipeline", lambda folder, device: FakePipe())
+    monkeypatch.setattr(
+        "diffsparse.enable_sparse_attention", lambda pipe, config: enabled.append(config.strategy), raising=False
+    )
+    monkeypatch.setattr("diffsparse.disable_sparse_attention", lambda pipe: enabled.pop(), raising=False)
+    report = argparse.Namespace(density=0.25)
+    monkeypatch.setattr(FakePipe, "sparse_attention_report", lambda pipe: report, raising=False)
+
+    def generate(pipe, prompt, seed, sampling):
+        strategy = enabled[-1] if enabled else None
+        if len(calls) == generate.stop_at:
+            raise KeyboardInterrupt
+        calls.append((prompt, seed, strategy))
+        noise = np.random.default_rng(len(prompt)).uniform(0, 0.2, DENSE.shape).astype(np.float32)
+        frames = DENSE if strategy is None else DENSE + noise * (1 - strategy.density)
+        return Generation(frames, (1.0, 2.0) if strategy is None else (0.5, 0.25), 5.0)
+
+    generate.stop_at = -1
+    generate.calls = calls
+    monkeypatch.setattr(sweep, "generate", generate)
+    return generate
+
+
+def run(model, *words, strategies=VARIANTS, others=()):
+    parser = argparse.ArgumentParser()
+    sweep.add_arguments(parser, prompts=3, densities=[0.5])
+    args = parser.parse_args(["--model", str(model), "--device", "cpu", *map(str, words)])
+    return sweep.carry_out(args, "name", lambda sampling, load: (strategies, dict(others)))
+
+
+def test_a_prompt_has_all_its_videos_before_the_next_and_they_are_scored_against_its_dense_one(
+    tiny_model, tmp_path, generated
+):
+    results = run(tiny_model, "--output", tmp_path / "r.json")
+    assert [strategy for _, _, strategy in generated.calls] == 3 * [None, *VARIANTS.values()]
+    assert all(len({prompt for prompt, _, _ in generated.calls[i * 5 : i * 5 + 5]}) == 1 for i in range(3))
+    pair, variant = next(iter(results.scores))
+    sparse = DENSE + np.random.default_rng(len(pair.prompt)).uniform(0, 0.2, DENSE.shape).astype(np.float32) * (
+        1 - variant.density
+    )
+    score = results.scores[pair, variant]
+    assert score.psnr_db == pytest.approx(np.mean(psnr_db(DENSE, sparse)))
+    assert score.ssim == pytest.approx(np.mean(ssim(DENSE, sparse)))
+    assert (score.density, score.seconds, score.dense_seconds) == (0.25, 0.75, 3.0)
+    assert SweepResults.read(tmp_path / "r.json").scores == results.scores
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tiny_model, tmp_path, generated):
+    file = tmp_path / "r.json"
+    generated.stop_at = 7
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, "--output", file)
+    assert len(SweepResults.read(file).scores) == 4 + 1
+    generated.stop_at = -1
+    generated.calls.clear()
+    results = run(tiny_model, "--output", file)
+    assert len(results.scores) == 12
+    assert len(generated.calls) == (1 + 3) + (1 + 4)  # a dense video of each prompt that lacks some
+    generated.calls.clear()
+    run(tiny_model, "--output", file)
+    assert generated.calls == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_shards_share_the_work_out_and_merged_are_the_whole(tiny_model, tmp_path, generated, monkeypatch, count):
+    monkeypatch.chdir(tmp_path)
+    seeds = "--seeds", 0, 7
+    for number in range(1, count + 1):
+        run(tiny_model, *seeds, "--shard", f"{number}/{count}")
+    assert len(generated.calls) == 6 * 5  # each prompt and seed once
+    merged = run(tiny_model, "--merge", *tmp_path.glob(f"name-*-of-{count}.json"), "--output", tmp_path / "all.json")
+    whole = run(tiny_model, *seeds, "--output", tmp_path / "whole.json")
+    assert merged.scores == whole.scores
+    assert SweepResults.read(tmp_path / "all.json").scores == whole.scores
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "1/0", "a/b", "-1/3"])
+def test_a_shard_that_is_none_is_refused(tiny_model, shard, capsys):
+    with pytest.raises(SystemExit):
+        run(tiny_model, f"--shard={shard}")
+    assert "expected I/N" in capsys.readouterr().err
+
+
+def test_results_of_other_settings_are_not_mixed(tiny_model, tmp_path, generated):
+    files = [tmp_path / f"{name}.json" for name in "abc"]
+    run(tiny_model, "--output", files[0])
+    run(tiny_model, "--output", files[1], "--steps", 4)
+    run(tiny_model, "--output", files[2], others={"dials": 1})
+    for words, others in ((["--steps", 2], {}), (["--dense-steps", 0.5], {}), ([], {"dials": 2})):
+        with pytest.raises(ValueError, match="of other settings"):
+            run(tiny_model, "--output", files[0], *words, others=others)
+    for other in files[1:]:
+        with pytest.raises(ValueError, match="of different settings"):
+            run(tiny_model, "--merge", files[0], other)
+
+
+def test_only_pairs_with_every_variant_are_compared(tiny_model, tmp_path, generated):
+    file = tmp_path / "r.json"
+    generated.stop_at = 12
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, "--output", file)
+    results = SweepResults.read(file)
+    prompts = list(dict.fromkeys(prompt for prompt, _, _ in generated.calls))
+    assert len(prompts) == 3
+    assert [pair.prompt for pair in results.complete_pairs()] == prompts[:2]
+    assert "1 more left out" in results.coverage()
+
+
+def test_without_a_complete_pair_there_is_no_table(tmp_path):
+    videos = [
+        {"prompt": prompt, "seed": 0, "row": row, "at_density": 0.5, "tail": False, "psnr_db": 20.0}
+        | {"ssim": 0.9, "density": 0.5, "seconds": 1.0, "dense_seconds": 2.0}
+        for prompt, row in zip("ab", "xy")
+    ]
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({"settings": {}, "videos": videos}))
+    with pytest.raises(ValueError, match="nothing to compare"):
+        SweepResults.read(file).complete_pairs()
+
+
+@pytest.mark.parametrize("contents", ["{}", "[", '{"settings": {}, "videos": [{}]}'])
+def test_a_damaged_file_is_named(tmp_path, contents):
+    file = tmp_path / "damaged.json"
+    file.write_text(contents)
+    with pytest.raises(ValueError, match=r"damaged\.json holds no results"):
+        SweepResults.read(file)
+
+
+@pytest.mark.parametrize("count", [0, 17])
+def test_prompts_that_there_are_not_are_refused(tiny_model, tmp_path, generated, count):
+    with pytest.raises(ValueError, match="--prompts must be from 1 to 16"):
+        run(tiny_model, "--prompts", count, "--output", tmp_path / "r.json")
+
+
+def test_equal_videos_survive_the_file(tiny_model, tmp_path, generated):
+    same = {Variant("dense", 1.0, False): Adaptive(density=1.0)}
+    results = run(tiny_model, "--output", tmp_path / "r.json", strategies=same)
+    found = SweepResults.read(tmp_path / "r.json").scores
+    assert found == results.scores
+    assert {score.psnr_db for score in itertools.islice(found.values(), 3)} == {float("inf")}
