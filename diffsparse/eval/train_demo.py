@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from diffsparse.eval.data_parallel import Workers
@@ -151,7 +152,9 @@ def build(output: Path, recipe: Recipe, seed: int) -> tuple[AutoencoderKLWan, Te
         fit_demo_vae(seed, recipe.latent_channels).save_pretrained(output / "vae")
     if not (output / "tokenizer" / "tokenizer_config.json").exists():
         build_tokenizer(seed).save_pretrained(output / "tokenizer")
-    vae = AutoencoderKLWan.from_pretrained(output / "vae", local_files_only=True)
+    # Not `from_pretrained`, which would write the name of the folder into what is exported.
+    vae: AutoencoderKLWan = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(output / "vae"))
+    vae.load_state_dict(load_file(output / "vae" / "diffusion_pytorch_model.safetensors"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "tokenizer", local_files_only=True)
     torch.manual_seed(seed)
     model = build_model(
