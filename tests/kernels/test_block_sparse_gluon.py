@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 
@@ -24,11 +25,11 @@ def test_what_it_cannot_take_has_a_reason(gluon):
     assert "CUDA" in gluon.why_not(torch.zeros(1, 1, 128, 64), 128, 64)
 
 
-@pytest.mark.parametrize("option", [{"tail": torch.ones(1, 1, dtype=torch.bool)}, {"scale": -1.0}])
+@pytest.mark.parametrize("option", [{"precision": "int8"}, {"scale": -1.0}])
 def test_the_triton_kernel_does_what_it_cannot(gluon, monkeypatch, option):
     monkeypatch.setattr(gluon.block_sparse_triton, "attend", lambda *args, **options: (args, options))
     options = {"query_block_size": 128, "key_block_size": 64, "key_length": None, "tail": None, "scale": 1.0}
-    options |= {"return_lse": True, **option}
+    options |= {"return_lse": True, "precision": "native", **option}
     tensors = (torch.zeros(1, 1, 128, 64),) * 5
     given, given_options = gluon.attend(*tensors, **options)
     assert given == tensors
@@ -62,26 +63,44 @@ def test_views_that_the_copy_engine_cannot_take_are_copied_first(gluon, odd):
     assert torch.equal(descriptor.base, x)
 
 
-def compile_for_hopper(gluon, head_dim, dtype, key_block_size, return_lse, stride):
-    """Compile the kernel without a GPU. Triton makes constants of arguments that are 1: with `stride` 1, some are."""
+@pytest.mark.parametrize("num_blocks", [3, 127, 128, 130])
+@pytest.mark.parametrize("lengths", [None, (40, 17)])
+def test_means_stand_for_the_tokens_of_blocks_that_are_not_listed(gluon, num_blocks, lengths):
+    num_keys = 16 * num_blocks - 5
+    key_blocks = torch.rand(2, 3, 4, num_blocks).argsort(-1).int()
+    counts = torch.randint(1, num_blocks + 1, (2, 3, 4)).int()
+    key_length = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    sizes = gluon._tail_sizes(key_blocks, counts, num_keys, 16, key_length)
+    assert sizes.shape[-1] % 128 == 0
+    for b, h, q in itertools.product(range(2), range(3), range(4)):
+        tokens = [0] * sizes.shape[-1]
+        for token in range(min(num_keys, 10**9 if lengths is None else lengths[b])):
+            tokens[token // 16] += 1
+        for block in key_blocks[b, h, q, : counts[b, h, q]].tolist():
+            tokens[block] = 0
+        assert sizes[b, h, q].tolist() == tokens
+
+
+def compile_for_hopper(gluon, head_dim, dtype, key_block_size, options):
+    """Compile the kernel without a GPU. `options` are those of "lse", "tail" and "length" that it is to have."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = gluon.attention_kernel
     rows = {"query_desc": 64, "key_desc": key_block_size, "value_desc": key_block_size, "out_desc": 64}
+    rows |= {"pooled_key_desc": 128, "pooled_value_desc": 128}
     layout = repr(gluon.SHARED_LAYOUT.value)
     types = {name: f"tensordesc<{dtype}[1, 1, {n}, {head_dim}],{layout}>" for name, n in rows.items()}
-    types |= {"key_blocks_ptr": "*i32", "counts_ptr": "*i32", "lse_ptr": "*fp32", "logit_scale": "fp32"}
-    constants = {
-        "HEAD_DIM": head_dim,
-        "KEY_BLOCK": key_block_size,
-        "STAGES": gluon.STAGES[head_dim],
-        "TAKE_TURNS": gluon.TAKE_TURNS,
-    }
-    if stride == 1:
-        constants |= dict.fromkeys(("lists_stride_c", "counts_stride_q", "heads", "num_queries", "num_keys"), 1)
-    if not return_lse:
-        constants["lse_ptr"] = None
+    types |= dict.fromkeys(("key_blocks_ptr", "counts_ptr", "key_length_ptr", "has_tail_ptr"), "*i32")
+    types |= {"tail_sizes_ptr": "*u8", "lse_ptr": "*fp32", "logit_scale": "fp32"}
+    constants = {"HEAD_DIM": head_dim, "KEY_BLOCK": key_block_size, "STAGES": gluon.STAGES[head_dim]}
+    for option, names in {
+        "lse": ("lse_ptr",),
+        "length": ("key_length_ptr",),
+        "tail": ("has_tail_ptr", "tail_sizes_ptr", "pooled_key_desc", "pooled_value_desc"),
+    }.items():
+        if option not in options:
+            constants |= dict.fromkeys(names)
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     places = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     source = GluonASTSource(
@@ -91,7 +110,14 @@ def compile_for_hopper(gluon, head_dim, dtype, key_block_size, return_lse, strid
 
 
 @pytest.mark.parametrize(
-    "configuration", [(128, "bf16", 128, True, 1), (128, "fp16", 64, False, 2), (64, "bf16", 64, True, 1)]
+    "configuration",
+    [
+        (128, "bf16", 128, ["lse"]),
+        (128, "fp16", 64, ["length"]),
+        (128, "bf16", 128, ["tail"]),
+        (64, "bf16", 64, ["lse", "tail", "length"]),
+    ],
+    ids=str,
 )
 def test_it_compiles_without_spilling_and_overlaps_softmax_with_products(gluon, configuration, tmp_path):
     compiled = compile_for_hopper(gluon, *configuration)
@@ -105,6 +131,7 @@ def test_it_compiles_without_spilling_and_overlaps_softmax_with_products(gluon, 
         for what in ("--dump-resource-usage", "-sass")
     )
     assert re.search(r"STACK:0 .* LOCAL:0 ", usage), usage
-    # Both warpgroups take the exponentials of a tile between the end of its first product and that of the other one.
+    # Both warpgroups take the exponentials of a tile between the end of its first product and that of the other one,
+    # in the loop over listed tiles and in that over means.
     between = re.findall(r"DEPBAR.LE gsb0, 0x1 ;.*?DEPBAR.LE gsb0, 0x0 ;", code, re.DOTALL)
-    assert [part.count("MUFU.EX2") >= 64 for part in between] == [True, True]
+    assert [part.count("MUFU.EX2") >= 64 for part in between] == [True, True] * (2 if "tail" in configuration[3] else 1)
