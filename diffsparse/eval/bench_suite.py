@@ -30,6 +30,7 @@ BLOCK_SIZE = 128
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.25)
 PRECISIONS = ("native", "int8", "int8_fp8")
 ROUNDS = 5
+TRANSFORMER_PRESETS = ("balanced",)
 SAMPLED_ROWS = 4
 # Relative error of sampled rows against float64: rounding of bf16, of INT8 scores, of FP8 weights and values.
 LARGEST_ERRORS = {"native": 1e-2, "int8": 2e-2, "int8_fp8": 6e-2}
@@ -62,7 +63,6 @@ SUITES: dict[str, tuple[Geometry, ...]] = {
 
 def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str], None], rounds: int = ROUNDS) -> None:
     """Measure what `output` does not hold yet, and add it."""
-    from diffsparse.config import PRESETS
     from diffsparse.eval.bench_machine import describe_machine
 
     machine = describe_machine(device)
@@ -84,7 +84,7 @@ def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str]
         if subject is None:
             continue
         results = record["transformers"].setdefault(geometry.name, {})
-        for preset in PRESETS:
+        for preset in TRANSFORMER_PRESETS:
             if preset not in results:
                 results[preset] = bench_transformer(subject, device, preset, max(1, rounds // 2))
                 say(f"{geometry.name}: {preset}: {results[preset]['speed_up']:.2f}x a step")

@@ -67,9 +67,10 @@ def _transformers(results: Mapping[str, Any]) -> str:
     for name, configs in results.items():
         for config, result in configs.items():
             seconds = result["seconds_per_step"]
+            density = "dense" if result["density"] is None else f"{result['density']:.0%}"
             lines.append(
                 f"| {name} | {result['layers_measured']} of {result['layers_of_model']} | {config} | "
                 f"{seconds['dense']:.3f} | {seconds['sparse']:.3f} | {result['speed_up']:.2f}x | "
-                f"{result['density']:.0%} |"
+                f"{density} |"
             )
     return "\n".join(lines)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-NUM_LAYERS = 4
+NUM_LAYERS = 1
 STEPS = 4
 """A plan is kept this long by default, so one step in this many pays for planning."""
 

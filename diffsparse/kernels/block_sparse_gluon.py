@@ -563,8 +563,20 @@ def _compute(
         for i in range(num_tail_tiles):
             means_ptr = tail_sizes_ptr + i * TILE
             weights, numerator, fade, peak, total = _take_tile(
-                num_tiles + i, query, keys, values, weights, numerator, fade, peak, total, scale, columns, None,
-                means_ptr, KEY_BLOCK,
+                num_tiles + i,
+                query,
+                keys,
+                values,
+                weights,
+                numerator,
+                fade,
+                peak,
+                total,
+                scale,
+                columns,
+                None,
+                means_ptr,
+                KEY_BLOCK,
             )
         last_tile += num_tail_tiles
 
