@@ -79,7 +79,7 @@ def density_of(strategy: Strategy, calls: list[RecordedCall]) -> float:
     """Share of key blocks computed exactly, mean over the calls; a layer left dense counts as 1."""
     densities = [
         torch.ones((), device=call.query.device) if plan is None else plan.mask.density.mean()
-        for call, plan in _planned(strategy, [call for call in calls if call.age == 0])
+        for call, plan in _planned(strategy, calls)
     ]
     return float(torch.stack(densities).mean())
 
