@@ -92,7 +92,7 @@ def attend(
         pooled_key, pooled_value = pooled_key.to(query.dtype), pooled_value.to(query.dtype)
         has_tail = tail.expand(batch, heads).to(torch.int32, memory_format=torch.contiguous_format)
     chosen = _tuning(query, query_block_size, key_block_size, precision)
-    padded_dim = _padded(head_dim, precision)
+    padded_dim = padded(head_dim, precision)
     keys, values = operands.key, operands.value
     descriptors = chosen.descriptors and _suits_descriptor(keys) and _suits_descriptor(values)
     if descriptors:
@@ -520,13 +520,13 @@ def _tuning(query: Tensor, query_block_size: int, key_block_size: int, precision
         properties: Any = torch.cuda.get_device_properties(query.device)  # not all are declared in every release
         capability = (properties.major, properties.minor)
         shared_memory = int(properties.shared_memory_per_block_optin)
-    padded_dim = _padded(query.shape[3], precision)
+    padded_dim = padded(query.shape[3], precision)
     return tuning(
         capability, shared_memory, query_block_size, key_block_size, padded_dim, precision, query.element_size()
     )
 
 
-def _padded(head_dim: int, precision: str) -> int:
+def padded(head_dim: int, precision: str) -> int:
     """The head dim as the matrix instructions want it: a power of two, of 32 bytes at least."""
     return triton.next_power_of_2(max(head_dim, 16 if precision == "native" else 32))
 

@@ -1,0 +1,135 @@
+"""The Triton attention kernel compiled for architectures that are not here, and what came out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsparse.kernels.quantization import PRECISIONS
+
+# Bytes of shared memory that a program may use: NVIDIA, CUDA C++ Programming Guide, technical specifications.
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers a thread, bytes spilled from them, bytes of shared memory a program.
+
+    `products` are the kinds of matrix instructions in its machine code.
+    """
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    products: tuple[str, ...]
+
+
+def compile_attention(
+    capability: int,
+    head_dim: int,
+    dtype: str,
+    blocks: tuple[int, int],
+    options: Collection[str] = (),
+    precision: str = "native",
+) -> Any:
+    """Compile the kernel as a GPU of this compute capability (90 for 9.0) would, as far as it can be known.
+
+    Args:
+        capability: one of `SHARED_MEMORY`.
+        head_dim: numbers a head.
+        dtype: "bf16", "fp16" or "fp32".
+        blocks: tokens of a query and of a key block.
+        options: which of "lse", "length" (key lengths) and "tail" it has.
+        precision: one of `PRECISIONS`.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from diffsparse.kernels import block_sparse_triton
+    from diffsparse.kernels.tuning import tuning
+
+    kernel = block_sparse_triton.attention_kernel
+    formats = PRECISIONS[precision]
+    scores = {"native": dtype, "int8": "i8", "int4": "i8", "fp8": "fp8e4nv"}[formats.scores]
+    fp8_values = formats.values == "fp8"
+    values = "fp8e4nv" if fp8_values else dtype
+    padded_dim = block_sparse_triton.padded(head_dim, precision)
+    element_size = 4 if dtype == "fp32" else 2
+    chosen = tuning(divmod(capability, 10), SHARED_MEMORY[capability], *blocks, padded_dim, precision, element_size)
+    inputs = {
+        "query_ptr": f"*{scores}",
+        "keys": f"*{scores}",
+        "values": f"*{values}",
+        "out_ptr": f"*{dtype}",
+        "key_blocks_ptr": "*i32",
+        "counts_ptr": "*i32",
+    }
+    if chosen.descriptors:
+        inputs["keys"] = f"tensordesc<{scores}[1, 1, {chosen.key_tile}, {padded_dim}]>"
+        tile = (padded_dim, chosen.key_tile) if fp8_values else (chosen.key_tile, padded_dim)
+        inputs["values"] = f"tensordesc<{values}[1, 1, {tile[0]}, {tile[1]}]>"
+    if "lse" in options:
+        inputs["lse_ptr"] = "*fp32"
+    if "length" in options:
+        inputs["key_length_ptr"] = "*i32"
+    if "tail" in options:
+        inputs |= {"has_tail_ptr": "*i32", "listed_ptr": "*u8"}
+        inputs |= dict.fromkeys(("pooled_key_ptr", "pooled_value_ptr"), f"*{dtype}")
+    if precision != "native":
+        inputs |= dict.fromkeys(("query_scale_ptr", "key_scale_ptr"), "*fp32")
+    if fp8_values:
+        inputs["value_scale_ptr"] = "*fp32"
+    constants = {
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": padded_dim,
+        "QUERY_BLOCK": blocks[0],
+        "KEY_BLOCK": blocks[1],
+        "KEY_TILE": chosen.key_tile,
+        "TAIL_TILE": min(chosen.key_tile, block_sparse_triton.TAIL_COLUMNS),
+        "DESCRIPTORS": chosen.descriptors,
+        "FP8_VALUES": fp8_values,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+    }
+    constants |= dict.fromkeys(name for name in kernel.arg_names if name.endswith("_ptr") and name not in inputs)
+    signature = {
+        name: "constexpr" if name in constants else inputs.get(name, "fp32" if name == "logit_scale" else "i32")
+        for name in kernel.arg_names
+    }
+    # As at a launch: pointers are aligned, and the strides of query, key and value are multiples of 16.
+    strides = re.compile("(query|key|value)_stride")
+    places = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or strides.match(name)]
+    return triton.compile(
+        ASTSource(
+            fn=kernel,
+            signature=signature,
+            constexprs=constants,
+            attrs={(i,): [["tt.divisibility", 16]] for i in places},
+        ),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages},
+    )
+
+
+def resources(compiled: Any) -> Resources:
+    """Read off the machine code, by the tool that comes with Triton."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        usage, code = (
+            subprocess.run(
+                [triton.knobs.nvidia.cuobjdump.path, what, binary], capture_output=True, text=True, check=True
+            ).stdout
+            for what in ("--dump-resource-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    products = sorted(set(re.findall(r"\b([A-Z]*(?:MMA|GMMA))\.", code)))
+    return Resources(int(found[1]), int(found[2]), compiled.metadata.shared, tuple(products))
