@@ -586,11 +586,12 @@ def _compute(
         value_scale = gl.load(value_scale_ptr + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, out_layout)))
         numerator = numerator * value_scale[None, :]
     if tail_sizes_ptr is not None and QUANTIZED:
-        mbarrier.arrive(value_free.index(last_tile % STAGES), count=1)
+        # Means are not quantized, and meet the query that the listed keys have met.
         if num_tail_tiles > 0:
-            # Means are not quantized, and meet the query that the listed keys have met.
             out_tiles.index(PART).store(_scaled(query, query_scale, out_desc.dtype))
             fence_async_shared()
+        # Arriving waits for the other warps, whose rows of the query the products take too.
+        mbarrier.arrive(value_free.index(last_tile % STAGES), count=1)
         mean_layout: gl.constexpr = _product_layout(HEAD_DIM, out_desc.dtype)
         mean_rows: gl.constexpr = gl.SliceLayout(1, _product_layout(TILE, out_desc.dtype))
         numerator = gl.convert_layout(numerator, mean_layout)
