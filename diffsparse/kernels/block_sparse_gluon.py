@@ -291,8 +291,8 @@ def attention_kernel(
     A barrier `ready` is passed when a tile has come in, `free` when both warpgroups are done with it. Tiles of block
     means follow the listed ones; where those are quantized, in the same memory, once it is free.
 
-    Values in FP8 lie transposed, [B, H, D, S']. The scales of query and key are per block, [B, H, blocks]; that of value
-    is [B, H, D].
+    Values in FP8 lie transposed, [B, H, D, S']. The scales of query and key are per block, [B, H, blocks]; that of
+    value is [B, H, D].
     """
     row = gl.program_id(0)
     head_of_batch = gl.program_id(1)

@@ -40,7 +40,7 @@ def test_views_are_copied_from_where_they_lie(gluon):
     projected = torch.zeros(2, 300, 4, 128, dtype=torch.bfloat16)
     of_one_row = torch.zeros(1, 300, 4, 128, dtype=torch.bfloat16).as_strided((1, 4, 300, 128), (3, 128, 512, 1))
     for x in (projected.transpose(1, 2), projected.permute(0, 2, 1, 3)[:1, 1:], of_one_row):
-        descriptor = gluon._descriptor(x, 64)
+        descriptor = gluon._descriptor(x, 64, 128)
         assert descriptor.base is x
         assert [s for s, size in zip(descriptor.strides, x.shape) if size > 1] == [
             s for s, size in zip(x.stride(), x.shape) if size > 1
@@ -57,7 +57,7 @@ def test_views_are_copied_from_where_they_lie(gluon):
 )
 def test_views_that_the_copy_engine_cannot_take_are_copied_first(gluon, odd):
     x = odd(torch.randn(1, 4, 40, 136).bfloat16())
-    descriptor = gluon._descriptor(x, 64)
+    descriptor = gluon._descriptor(x, 64, 128)
     assert all(stride % 8 == 0 for stride in descriptor.strides[:3])
     assert descriptor.base.data_ptr() % 16 == 0
     assert torch.equal(descriptor.base, x)
@@ -81,25 +81,47 @@ def test_means_stand_for_the_tokens_of_blocks_that_are_not_listed(gluon, num_blo
         assert sizes[b, h, q].tolist() == tokens
 
 
-def compile_for_hopper(gluon, head_dim, dtype, key_block_size, options):
-    """Compile the kernel without a GPU. `options` are those of "lse", "tail" and "length" that it is to have."""
+def test_fp8_values_lie_in_the_order_of_the_weights_that_a_thread_holds(gluon):
+    weights, value = torch.randint(9, (64, 32)).float(), torch.randint(-9, 10, (1, 1, 8, 32)).float()
+    interleaved = gluon._interleaved(value.to(torch.float8_e4m3fn)).float()
+    # Of 16 logits of a row in a product, thread q of four holds 2q, 2q + 1, 2q + 8 and 2q + 9: NVIDIA, PTX ISA, wgmma.
+    held = [16 * (i // 16) + 2 * (i % 16 // 4) + (0, 1, 8, 9)[i % 4] for i in range(32)]
+    assert torch.equal(weights[:, held] @ interleaved[0, 0].T, weights @ value[0, 0].T)
+
+
+def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
+    """Compile the kernel without a GPU. `dtypes` are of queries and keys, and of values.
+
+    `options` are those of "lse", "tail" and "length" that it is to have.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = gluon.attention_kernel
-    rows = {"query_desc": 64, "key_desc": key_block_size, "value_desc": key_block_size, "out_desc": 64}
-    rows |= {"pooled_key_desc": 128, "pooled_value_desc": 128}
-    layout = repr(gluon.SHARED_LAYOUT.value)
-    types = {name: f"tensordesc<{dtype}[1, 1, {n}, {head_dim}],{layout}>" for name, n in rows.items()}
+    sizes = {"bf16": 2, "fp16": 2, "i8": 1, "fp8e4nv": 1}
+    scores, values = dtypes
+    result = values if sizes[values] == 2 else "bf16"
+    tiles = {"query_desc": (scores, 64), "key_desc": (scores, key_block_size), "out_desc": (result, 64)}
+    tiles |= {"pooled_key_desc": (result, 128), "pooled_value_desc": (result, 128)}
+    tiles = {name: (dtype, rows, head_dim) for name, (dtype, rows) in tiles.items()}
+    tiles["value_desc"] = (values, *((key_block_size, head_dim) if sizes[values] == 2 else (head_dim, key_block_size)))
+    types = {
+        name: f"tensordesc<{dtype}[1, 1, {rows}, {columns}],{gluon.shared_layout(sizes[dtype], columns)!r}>"
+        for name, (dtype, rows, columns) in tiles.items()
+    }
     types |= dict.fromkeys(("key_blocks_ptr", "counts_ptr", "key_length_ptr", "has_tail_ptr"), "*i32")
-    types |= {"tail_sizes_ptr": "*u8", "lse_ptr": "*fp32", "logit_scale": "fp32"}
-    constants = {"HEAD_DIM": head_dim, "KEY_BLOCK": key_block_size, "STAGES": gluon.STAGES[head_dim]}
-    for option, names in {
-        "lse": ("lse_ptr",),
-        "length": ("key_length_ptr",),
-        "tail": ("has_tail_ptr", "tail_sizes_ptr", "pooled_key_desc", "pooled_value_desc"),
-    }.items():
-        if option not in options:
+    types |= dict.fromkeys(("query_scale_ptr", "key_scale_ptr", "value_scale_ptr", "lse_ptr"), "*fp32")
+    types |= {"tail_sizes_ptr": "*u8", "logit_scale": "fp32"}
+    constants = {"HEAD_DIM": head_dim, "KEY_BLOCK": key_block_size}
+    constants["STAGES"] = gluon.STAGES[head_dim, sizes[scores], sizes[values]]
+    for is_there, names in (
+        ("lse" in options, ("lse_ptr",)),
+        ("length" in options, ("key_length_ptr",)),
+        ("tail" in options, ("has_tail_ptr", "tail_sizes_ptr", "pooled_key_desc", "pooled_value_desc")),
+        (sizes[scores] == 1, ("query_scale_ptr", "key_scale_ptr")),
+        (sizes[values] == 1, ("value_scale_ptr",)),
+    ):
+        if not is_there:
             constants |= dict.fromkeys(names)
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     places = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
@@ -112,10 +134,13 @@ def compile_for_hopper(gluon, head_dim, dtype, key_block_size, options):
 @pytest.mark.parametrize(
     "configuration",
     [
-        (128, "bf16", 128, ["lse"]),
-        (128, "fp16", 64, ["length"]),
-        (128, "bf16", 128, ["tail"]),
-        (64, "bf16", 64, ["lse", "tail", "length"]),
+        (128, ("bf16", "bf16"), 128, ["lse"]),
+        (128, ("fp16", "fp16"), 64, ["length"]),
+        (128, ("bf16", "bf16"), 128, ["tail"]),
+        (64, ("bf16", "bf16"), 64, ["lse", "tail", "length"]),
+        (128, ("fp8e4nv", "fp8e4nv"), 128, ["tail"]),
+        (64, ("i8", "fp8e4nv"), 128, ["lse"]),
+        (128, ("i8", "bf16"), 128, ["length"]),
     ],
     ids=str,
 )
@@ -131,7 +156,12 @@ def test_it_compiles_without_spilling_and_overlaps_softmax_with_products(gluon, 
         for what in ("--dump-resource-usage", "-sass")
     )
     assert re.search(r"STACK:0 .* LOCAL:0 ", usage), usage
-    # Both warpgroups take the exponentials of a tile between the end of its first product and that of the other one,
-    # in the loop over listed tiles and in that over means.
+    # Both warpgroups take the exponentials of a tile between the end of its first product and that of the other one, in
+    # the loop over listed tiles and, unless they are quantized, in that over means.
     between = re.findall(r"DEPBAR.LE gsb0, 0x1 ;.*?DEPBAR.LE gsb0, 0x0 ;", code, re.DOTALL)
-    assert [part.count("MUFU.EX2") >= 64 for part in between] == [True, True] * (2 if "tail" in configuration[3] else 1)
+    _, (scores, values), _, options = configuration
+    num_loops = 2 if "tail" in options and scores == values != "fp8e4nv" else 1
+    assert [part.count("MUFU.EX2") >= 64 for part in between] == [True, True] * num_loops
+    if values == "fp8e4nv":
+        # No byte goes to another place in the main loop, which is the only one of a kernel without an end to the list.
+        assert "PRMT" not in code or "tail" in options
