@@ -34,8 +34,9 @@ LN_2 = gl.constexpr(0.6931471805599453)
 QUERY_BLOCK = 128
 KEY_BLOCKS = (64, 128)
 HEAD_DIMS = (64, 128)
-# Tiles of keys and of values in shared memory at a time, by head dim and the bytes of a key and of a value.
-STAGES = {(64, 2, 2): 6, (128, 2, 2): 3, (64, 1, 1): 8, (128, 1, 1): 4, (64, 1, 2): 6, (128, 1, 2): 3}
+# Tiles of keys and of values in shared memory at a time, by head dim and the bytes of a key's and a value's number.
+# Quantized keys have an even number of them: means take the room of two.
+STAGES = {(64, 2, 2): 6, (128, 2, 2): 3, (64, 1, 1): 8, (128, 1, 1): 4, (64, 1, 2): 6, (128, 1, 2): 2}
 # A warpgroup multiplies 64 rows at a time: two of them share a query block.
 ROWS = gl.constexpr(64)
 # The least a row's largest logit is taken for, in base 2: -inf - -inf, where nothing is seen, is not a number.
@@ -360,7 +361,9 @@ def attention_kernel(
         # Two tiles of quantized keys make room for one of means.
         shape: gl.constexpr = [STAGES // 2, TILE, HEAD_DIM]
         mean_keys = key_tiles._reinterpret(pooled_key_desc.dtype, shape, pooled_key_desc.layout)
-        mean_values = value_tiles._reinterpret(pooled_key_desc.dtype, shape, pooled_key_desc.layout)
+        mean_values = value_tiles
+        if value_scale_ptr is not None:
+            mean_values = value_tiles._reinterpret(pooled_key_desc.dtype, shape, pooled_key_desc.layout)
         means = (mean_keys, mean_values, mean_ready, mean_free)
     lists = (list_ptr, lists_stride_c, num_tiles, num_missing, ragged_place)
     tail = (num_tail_tiles, tail_sizes_ptr, value_scale_ptr)
