@@ -105,7 +105,7 @@ def attend(
             precision=precision,
         )
     batch, heads = query.shape[:2]
-    if key_length is not None and precision == "native":
+    if key_length is not None:
         # A weight of 0 does not help against what is not a number.
         beyond = torch.arange(key.shape[2], device=key.device) >= key_length[:, None]
         value = value.masked_fill(beyond[:, None, :, None], 0.0)

@@ -63,6 +63,16 @@ def test_views_that_the_copy_engine_cannot_take_are_copied_first(gluon, odd):
     assert torch.equal(descriptor.base, x)
 
 
+def test_values_beyond_the_length_are_zeros_to_the_kernel(gluon, monkeypatch):
+    monkeypatch.setattr(gluon, "launch", lambda operands, *_, **options: (operands.value, None))
+    x = torch.ones(2, 1, 128, 64)
+    x[0, :, 70:] = torch.nan
+    lists = torch.zeros(2, 1, 1, 1, dtype=torch.int32), torch.ones(2, 1, 1, dtype=torch.int32)
+    options = {"query_block_size": 128, "key_block_size": 64, "scale": 1.0, "return_lse": False, "tail": None}
+    value, _ = gluon.attend(x, x, x, *lists, key_length=torch.tensor([70, 128]), **options)
+    assert torch.equal(value, x.nan_to_num(0.0))
+
+
 @pytest.mark.parametrize("num_blocks", [3, 127, 128, 130])
 @pytest.mark.parametrize("lengths", [None, (40, 17)])
 def test_means_stand_for_the_tokens_of_blocks_that_are_not_listed(gluon, num_blocks, lengths):
