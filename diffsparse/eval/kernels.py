@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile, and print a Markdown table."""
-    from diffsparse.eval.cross_compile import SHARED_MEMORY, compile_attention, resources
+    from diffsparse.kernels.cross_compile_triton import SHARED_MEMORY, compile_attention, resources
     from diffsparse.kernels.quantization import PRECISIONS
 
     unknown = sorted(set(args.capabilities) - set(SHARED_MEMORY))

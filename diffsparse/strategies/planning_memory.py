@@ -6,6 +6,8 @@ from torch import Tensor
 
 PLANNING_BYTES = 1 << 29
 """Memory that planning may take beside query, key and value."""
+TIMES_ON_GPU = 4
+"""How much more on a GPU, which waits for the CPU to start the hundreds of kernels that each slice of heads takes."""
 
 
 def head_slices(query: Tensor, sampled_rows: int) -> list[slice]:
@@ -16,7 +18,7 @@ def head_slices(query: Tensor, sampled_rows: int) -> list[slice]:
     batch, heads, tokens, dim = query.shape
     # float32 scores of the sampled rows; keys and values in another order and as float32; sums by block.
     bytes_a_head = 4 * batch * tokens * (sampled_rows + 4 * dim)
-    return slices(heads, bytes_a_head)
+    return slices(heads, bytes_a_head // (TIMES_ON_GPU if query.device.type == "cuda" else 1))
 
 
 def slices(count: int, bytes_each: int) -> list[slice]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffsparse.eval.cross_compile import SHARED_MEMORY, compile_attention, resources
 from diffsparse.kernels import block_sparse
+from diffsparse.kernels.cross_compile_triton import SHARED_MEMORY, compile_attention, resources
 from diffsparse.kernels.quantization import PRECISIONS
 
 pytest.importorskip("triton")
