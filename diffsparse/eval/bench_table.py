@@ -33,15 +33,24 @@ def _attention(result: Mapping[str, Any]) -> str:
         "| attention | density | ms | TFLOP/s on exact blocks | speed-up | of linear | error against float64 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, call in result["calls"].items():
+    # The dense ones as they are, then ours by precision, the densest first.
+    calls = sorted(result["calls"].items(), key=lambda item: _order(*item))
+    for name, call in calls:
         exact = "error" not in call
         of_linear, error = ("", "") if exact else (f"{call['share_of_linear']:.0%}", f"{call['error']:.1e}")
-        title = name if exact else f"ours, {name.split()[0]}"
         lines.append(
-            f"| {title} | {call['density']:.0%} | {call['seconds'] * 1e3:.2f} | "
+            f"| {_title(name, call)} | {call['density']:.0%} | {call['seconds'] * 1e3:.2f} | "
             f"{call['tflops']:.0f} | {call['speed_up']:.2f}x | {of_linear} | {error} |"
         )
     return "\n".join(lines)
+
+
+def _title(name: str, call: Mapping[str, Any]) -> str:
+    return f"ours, {name.split()[0]}" if "error" in call else name
+
+
+def _order(name: str, call: Mapping[str, Any]) -> tuple[bool, str, float]:
+    return ("error" in call, name.split()[0], -call["density"]) if "error" in call else (False, "", 0.0)
 
 
 def _beside(result: Mapping[str, Any]) -> str:
@@ -51,10 +60,14 @@ def _beside(result: Mapping[str, Any]) -> str:
         f"{planning['permute_seconds'] * 1e3:.1f} ms a call: {planning['share_of_dense']:.1%} of torch's dense call of "
         f"{planning['dense_seconds'] * 1e3:.1f} ms."
     )
-    extra = {name: peak / result["input_bytes"] for name, peak in result["extra_bytes"].items() if peak is not None}
+    extra: dict[str, float] = {}
+    for name, peak in result["extra_bytes"].items():
+        if peak is not None:
+            kind = _title(name, result["calls"][name])
+            extra[kind] = max(extra.get(kind, 0.0), peak / result["input_bytes"])
     if extra:
-        shares = ", ".join(f"{name} {share:.2f}" for name, share in extra.items())
-        text += f" Peak memory beyond the inputs, as a share of q, k and v together: {shares}."
+        shares = ", ".join(f"{kind} {share:.2f}" for kind, share in extra.items())
+        text += f" Peak memory of a call beyond its inputs, output included, in copies of q, k and v: {shares}."
     return text
 
 
