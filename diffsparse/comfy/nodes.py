@@ -225,10 +225,11 @@ class DiffSparseReport:
                     "LATENT",
                     {"tooltip": "The sampler's latent, so that this node waits for it. It goes out unchanged."},
                 ),
-            }
+            },
+            "hidden": {"node_id": "UNIQUE_ID"},
         }
 
-    def report(self, model: Any, samples: Any) -> dict[str, Any]:
+    def report(self, model: Any, samples: Any, node_id: str | None = None) -> dict[str, Any]:
         """Text, picture, and the latent as it came."""
         patch = model.get_attachment(KEY)
         if patch is None:
@@ -241,6 +242,7 @@ class DiffSparseReport:
         else:
             report = patch.report()
             text, image = f"{patch.line}\n\n{report}\n\n{LEGEND}", draw_heads(report)
+        show_on_node(text, node_id)
         return {"ui": {"text": [text]}, "result": (text, image, samples)}
 
 
@@ -274,16 +276,20 @@ class DiffSparseTokenCount:
                         "balanced, 0.15 fast.",
                     },
                 ),
-            }
+            },
+            "hidden": {"node_id": "UNIQUE_ID"},
         }
 
-    def count(self, model: Any, samples: Any, density: float = CUSTOM_DENSITY) -> dict[str, Any]:
+    def count(
+        self, model: Any, samples: Any, density: float = CUSTOM_DENSITY, node_id: str | None = None
+    ) -> dict[str, Any]:
         """The text and the number of tokens of the grid."""
         module = model.get_model_object("diffusion_model")
         known = find_model(module)
         if known is None:
             raise ValueError(_unknown(type(module).__name__))
         count = count_tokens(module, known, _latents(samples["samples"]), density)
+        show_on_node(str(count), node_id)
         return {"ui": {"text": [str(count)]}, "result": (str(count), count.num_tokens)}
 
 
