@@ -139,13 +139,8 @@ class DiffSparseAttention:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, dense_blocks: str = "", start_percent: float = 0.0, end_percent: float = 1.0) -> Any:
-        """ComfyUI shows what this says at the node, before anything runs."""
-        if start_percent is not None and end_percent is not None and start_percent > end_percent:
-            return (
-                f"start_percent {start_percent} is after end_percent {end_percent}, so that nothing would be sparse. "
-                f"To switch the node off, set enabled to false."
-            )
+    def VALIDATE_INPUTS(cls, dense_blocks: str | None = None) -> bool | str:
+        """ComfyUI shows what this says at the widget, before anything runs. The text may come from another node."""
         try:
             parse_dense_blocks(dense_blocks or "")
         except ValueError as error:
@@ -169,7 +164,8 @@ class DiffSparseAttention:
         """The model with sparse attention, or `model` itself where the node is off or knows nothing of the model.
 
         Raises:
-            ValueError: `dense_blocks` makes no sense for this model; `strict`, and the model is of no known kind.
+            ValueError: `dense_blocks` makes no sense for this model, the window ends before it starts, or the model is
+                of no known kind and `strict` is on.
         """
         if not enabled:
             show_on_node("DiffSparse: off, the model passes through.", node_id)
@@ -183,6 +179,11 @@ class DiffSparseAttention:
             logger.warning(message)
             show_on_node(message, node_id)
             return (model,)
+        if start_percent > end_percent:
+            raise ValueError(
+                f"start_percent {start_percent} is after end_percent {end_percent}, so that nothing would be sparse. "
+                f"To switch the node off, set enabled to false."
+            )
         blocks = parse_dense_blocks(dense_blocks, len(known.named_blocks(module)))
         if preset != "custom" and density != CUSTOM_DENSITY:
             logger.warning(

@@ -67,9 +67,9 @@ class SparsePatch:
 
         patched = patcher.clone()
         call_wrapper = {"diffusion_model": WrappersMP.DIFFUSION_MODEL, "apply_model": WrappersMP.APPLY_MODEL}
+        if patched.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+            logger.info("A second DiffSparse Attention node takes the place of the first: its settings count.")
         for wrapper in (WrappersMP.OUTER_SAMPLE, *call_wrapper.values()):
-            if patched.get_wrappers(wrapper, KEY):
-                logger.info("A second DiffSparse Attention node takes the place of the first: its settings count.")
             patched.remove_wrappers_with_key(wrapper, KEY)
         patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.around_sampling)
         patched.add_wrapper_with_key(call_wrapper[self._model.wrapper], KEY, self.around_call)

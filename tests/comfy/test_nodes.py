@@ -116,9 +116,14 @@ def test_a_density_that_the_preset_does_not_use_is_said(caplog):
 
 def test_what_makes_no_sense_is_said_before_anything_runs():
     check = DiffSparseAttention.VALIDATE_INPUTS
-    assert check("0-2, -1", 0.2, 1.0) is True
-    assert "neither a block nor a range" in check("first", 0.2, 1.0)
-    assert "start_percent 0.5 is after end_percent 0.2" in check("", 0.5, 0.2)
+    assert check(dense_blocks="0-2, -1") is True
+    assert check() is True
+    assert "neither a block nor a range" in check(dense_blocks="first")
+
+
+def test_a_window_that_ends_before_it_starts_is_refused():
+    with pytest.raises(ValueError, match=r"start_percent 0\.5 is after end_percent 0\.2"):
+        patched(standins.patcher(), start_percent=0.5, end_percent=0.2)
 
 
 @pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
