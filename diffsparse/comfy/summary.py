@@ -56,7 +56,10 @@ class RunClock:
             for name, seconds in (("sparse", sparse), ("dense", dense))
             if seconds
         ]
-        return f"{stopped}{len(sparse)} of {ran} steps sparse; {', '.join(times)}"
+        # The fastest of each, since the first of its kind also loads, compiles or tests.
+        slower = bool(sparse and dense) and min(sparse) > min(dense)
+        hint = " (sparse is slower here: raise min_tokens)" if slower else ""
+        return f"{stopped}{len(sparse)} of {ran} steps sparse; {', '.join(times)}{hint}"
 
 
 def summarize(clock: RunClock, sessions: Iterable[Session], finished: bool) -> str:

@@ -38,6 +38,18 @@ def test_calls_and_reasons_are_summed_over_the_layers():
     ]
 
 
+def test_sparse_steps_that_are_slower_are_said_so(monkeypatch):
+    seconds = iter([0.0, 1.0, 1.0, 9.0, 9.0, 10.5])
+    monkeypatch.setattr(summary.time, "perf_counter", lambda: next(seconds))
+    clock = RunClock()
+    for step in range(3):
+        clock.tick(step, 3)
+        if step:
+            clock.mark_sparse()
+    clock.stop()
+    assert clock.describe(finished=True).endswith("1.00 s a dense step (sparse is slower here: raise min_tokens)")
+
+
 def test_a_step_of_two_calls_is_one_step(monkeypatch):
     seconds = iter([0.0, 2.0])
     monkeypatch.setattr(summary.time, "perf_counter", lambda: next(seconds))
