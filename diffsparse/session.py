@@ -79,7 +79,7 @@ class Session:
         self.tallies = [LayerTally() for _ in layer_names]
         self.num_heads = 0
         self._dense_layers = _resolve_dense_layers(config.dense_layers, len(layer_names), model_name)
-        self._layout: tuple[int | None, ...] | None = None
+        self.layout: tuple[int | None, ...] | None = None
         self._rows: Counter[int] = Counter()
         self.step: Step | None = None
         """That of the call of the transformer that runs, or ran last."""
@@ -93,10 +93,9 @@ class Session:
                 may be None where only the sequence shows how many there are. None where the call does not say.
         """
         self._rows.clear()
-        # Branches may differ in their text, but never in the size of the video.
-        if step.is_first_of_generation or _video_size(layout) != _video_size(self._layout):
+        if step.is_first_of_generation:
             self.forget_plans()
-        self.step, self._layout = step, layout
+        self.step, self.layout = step, layout
 
     def forget_plans(self) -> None:
         """Plan every layer anew at its next call."""
@@ -160,9 +159,9 @@ class Session:
 
     def _grid(self, num_tokens: int) -> TokenGrid | None:
         """Where the tokens of a sequence of this length sit, by the layout of the call."""
-        if self._layout is None:
+        if self.layout is None:
             return None
-        *size, text_before, text_after = self._layout
+        *size, text_before, text_after = self.layout
         grid = TokenGrid(*size)  # type: ignore[arg-type]
         # Some layers see the grid without its text.
         if num_tokens == grid.num_video_tokens:
@@ -247,10 +246,6 @@ def _resolve_dense_layers(layers: tuple[int, ...], count: int, model_name: str) 
                 f"self-attention layers: expected {-count} to {count - 1}."
             )
     return frozenset(layer % count for layer in layers)
-
-
-def _video_size(layout: tuple[int | None, ...] | None) -> tuple[int | None, ...] | None:
-    return None if layout is None else layout[:3]
 
 
 def _hides_keys_only(mask: Tensor) -> bool:

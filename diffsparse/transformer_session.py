@@ -63,7 +63,11 @@ class TransformerSession(Session):
         """Read step and layout off a call of the transformer; its forward pre-hook."""
         call = dict(zip(self._argument_names, args)) | kwargs
         step = self.clock.tick(call.get(self.family.timestep))
-        self.begin(step, self.family.layout(transformer, call))
+        layout = self.family.layout(transformer, call)
+        # Branches may differ in their text, but never in the size of the video.
+        if _video_size(layout) != _video_size(self.layout):
+            self.forget_plans()
+        self.begin(step, layout)
         if self.config.strict:
             for layer in range(len(self.layer_names)):
                 if (reason := self.why_not_reached(layer)) is not None:
@@ -108,3 +112,7 @@ def find_layer(handle: Tensor) -> tuple[TransformerSession, int] | None:
     reference, layer = _LAYERS.get(int(handle), (None, 0))
     session = reference() if reference is not None else None
     return None if session is None else (session, layer)
+
+
+def _video_size(layout: tuple[int | None, ...] | None) -> tuple[int | None, ...] | None:
+    return None if layout is None else layout[:3]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from torch import nn
+
 from diffsparse.comfy.dense_blocks import parse_dense_blocks
 from diffsparse.comfy.heads_image import LEGEND, draw_heads
 from diffsparse.comfy.models import MODELS, find_model
@@ -51,8 +53,8 @@ class DiffSparseAttention:
                     {
                         "default": "auto",
                         "tooltip": (
-                            "How much of the attention is computed. auto: 25 %, and with 8 steps or fewer only the "
-                            "first step stays full. quality: 40 %. balanced: 25 %. fast: 15 %. custom: the density "
+                            "How much of the attention is computed. auto: 25 %, and with 8 steps or fewer at most "
+                            "the first step stays full. quality: 40 %. balanced: 25 %. fast: 15 %. custom: the density "
                             "below. More is closer to the full result, less is faster."
                         ),
                     },
@@ -170,7 +172,7 @@ class DiffSparseAttention:
         if not enabled:
             show_on_node("DiffSparse: off, the model passes through.", node_id)
             return (model,)
-        module = model.get_model_object("diffusion_model")
+        module = _diffusion_model(model)
         known = find_model(module)
         if known is None:
             message = _unknown(type(module).__name__)
@@ -285,7 +287,7 @@ class DiffSparseTokenCount:
         self, model: Any, samples: Any, density: float = CUSTOM_DENSITY, node_id: str | None = None
     ) -> dict[str, Any]:
         """The text and the number of tokens of the grid."""
-        module = model.get_model_object("diffusion_model")
+        module = _diffusion_model(model)
         known = find_model(module)
         if known is None:
             raise ValueError(_unknown(type(module).__name__))
@@ -300,6 +302,12 @@ def _unknown(class_name: str) -> str:
         f"DiffSparse: {class_name} is no diffusion transformer that this node knows ({names}), so the model passes "
         f"through unchanged and nothing is faster. SD 1.5, SDXL and other U-Nets are none."
     )
+
+
+def _diffusion_model(patcher: Any) -> nn.Module:
+    module = patcher.get_model_object("diffusion_model")
+    inner: nn.Module = getattr(module, "_orig_mod", module)  # What torch.compile made of it knows it by this name.
+    return inner
 
 
 def _latents(samples: Any) -> Any:

@@ -33,7 +33,7 @@ class Settings:
     Attributes:
         config: the strategy, dense layers, least number of tokens, strictness.
         start_percent, end_percent: the share of the sampling that is sparse, 0 to 1.
-        first_step_only: whether few-step schedules keep only their first step dense, whatever `start_percent` says.
+        first_step_only: whether few-step schedules keep at most their first step dense, whatever `start_percent` says.
         verbose: log the whole report at the end of each run.
     """
 

@@ -19,7 +19,8 @@ class Window:
 
     Attributes:
         sigma_start, sigma_end: sparse where `sigma_end <= sigma <= sigma_start`.
-        first_step_only: whether, in a schedule of at most `FEW_STEPS` steps, the first step alone stays dense.
+        first_step_only: whether, in a schedule of at most `FEW_STEPS` steps, no step but the first stays dense for
+            coming early. A schedule that starts further down has no early step.
     """
 
     sigma_start: float
@@ -30,9 +31,9 @@ class Window:
         """Why a call at this step stays dense; None where it does not."""
         if sigma < self.sigma_end * (1 - _SAME_SIGMA):
             return "late step"
-        if self.first_step_only and total <= FEW_STEPS:
-            return "early step" if step == 0 else None
-        return "early step" if sigma > self.sigma_start * (1 + _SAME_SIGMA) else None
+        if sigma <= self.sigma_start * (1 + _SAME_SIGMA):
+            return None
+        return None if self.first_step_only and step > 0 and total <= FEW_STEPS else "early step"
 
 
 def step_of(sigma: float, sigmas: Sequence[float]) -> int:

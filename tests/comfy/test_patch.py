@@ -128,7 +128,10 @@ def test_an_interrupt_leaves_the_model_as_it_was(caplog):
 
 
 def test_out_of_memory_makes_the_rest_dense_and_is_counted(monkeypatch):
+    tried = []
+
     def attend(*args, **kwargs):
+        tried.append(args)
         raise torch.OutOfMemoryError("no memory")
 
     model = standins.patcher()
@@ -139,6 +142,7 @@ def test_out_of_memory_makes_the_rest_dense_and_is_counted(monkeypatch):
         assert torch.equal(standins.sample(sparse), dense)
         report = sparse.get_attachment("diffsparse").report().transformers[0]
     assert report.dense_reasons == {"out of memory": 8, "early step": 2}
+    assert len(tried) == 1
     assert not torch.equal(standins.sample(sparse), dense)
 
 
@@ -157,15 +161,24 @@ def test_where_gradients_are_required_attention_stays_dense():
 
 def test_the_model_may_be_called_outside_a_sampler():
     model = patched(standins.patcher())
-    options = {"wrappers": model.wrappers}
-    out = model.diffusion_model(torch.randn(1, 4, 3, 14, 10), torch.ones(1), torch.randn(1, 6, 32), None, options)
-    assert torch.isfinite(out).all()
+    before = run(model)
+    options = {"wrappers": model.wrappers, "sigmas": torch.ones(1), "sample_sigmas": torch.tensor([1.0, 0.0])}
+    call = (torch.randn(1, 4, 5, 20, 16), torch.ones(1), torch.randn(1, 6, 32), None)
+    with torch.no_grad():
+        assert torch.equal(model.diffusion_model(*call, options), model.diffusion_model(*call, {}))
+    assert model.get_attachment("diffsparse").report().transformers[0] == before
 
 
-def test_compiled_blocks_run_sparse_too():
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_models_run_sparse_too(whole):
     model = standins.patcher()
     eager = standins.sample(patched(model, start_percent=0.0))
-    model.diffusion_model.compile(backend="eager")
+    transformer = model.diffusion_model
+    if whole:
+        transformer.compile(backend="eager")
+    else:
+        for layer, block in enumerate(transformer.blocks):
+            transformer.blocks[layer] = torch.compile(block, backend="eager")
     compiled = patched(model, start_percent=0.0)
     torch.testing.assert_close(standins.sample(compiled), eager)
     assert compiled.get_attachment("diffsparse").report().transformers[0].sparse_calls == 10

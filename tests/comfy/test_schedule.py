@@ -26,6 +26,8 @@ def test_few_steps_keep_only_the_first_dense():
     window = Window(sigma_start=0.2, sigma_end=0.0, first_step_only=True)
     assert [window.why_dense(0.9, step, 8) for step in range(3)] == ["early step", None, None]
     assert window.why_dense(0.9, 2, 9) == "early step"
+    # The second expert of a model starts further down.
+    assert window.why_dense(0.15, 0, 4) is None
 
 
 def options(kinds, uuids, window=None):
