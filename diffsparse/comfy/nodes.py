@@ -29,9 +29,10 @@ class DiffSparseAttention:
     """Gives out the model with sparse self-attention."""
 
     DESCRIPTION = (
-        "Makes videos and large images faster: skips the part of self-attention that matters least, found anew for "
-        "every head while the model samples. Put it between the model loader (and LoRAs) and the sampler. Short "
-        "sequences, where it would not be faster, stay as they are; the line under the node says what ran."
+        "For long videos and large images: computes only the part of self-attention that matters most, found anew for "
+        "every head while the model samples, to save time. Put it between the model loader (and LoRAs) and the "
+        "sampler. Short sequences, where it would not be faster, stay as they are. A line under the node says what "
+        "ran."
     )
     CATEGORY = "model/patch"
     RETURN_TYPES = ("MODEL",)
@@ -43,7 +44,7 @@ class DiffSparseAttention:
         """ComfyUI reads the widgets from here."""
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "The model to make faster. Load LoRAs before this node."}),
+                "model": ("MODEL", {"tooltip": "The model that the sampler will use, with its LoRAs."}),
                 "enabled": (
                     "BOOLEAN",
                     {"default": True, "tooltip": "Off: the model passes through untouched, to the last bit."},
