@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffsparse.comfy.attention_node import DiffSparseAttention
+
 WRAPPERS = {"OUTER_SAMPLE": "outer_sample", "APPLY_MODEL": "apply_model", "DIFFUSION_MODEL": "diffusion_model"}
 
 
@@ -249,6 +251,12 @@ def sample(patcher: Patcher, steps: int = 5, split: bool = False, frames: int = 
     sigmas = torch.linspace(1, 0, steps + 1)
     with torch.no_grad():
         return Guider(patcher, split).sample(latents, sigmas, texts, on_step)
+
+
+def patched(model: Patcher, **settings) -> Patcher:
+    """The model as the node gives it out, at any length of sequence unless the settings say otherwise."""
+    (sparse,) = DiffSparseAttention().patch(model, **({"preset": "custom", "min_tokens": 0} | settings))
+    return sparse
 
 
 def patcher(model_class=WanModel, **kwargs) -> Patcher:

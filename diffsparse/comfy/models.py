@@ -49,6 +49,22 @@ def find_model(model: nn.Module) -> ComfyModel | None:
     return next((entry for entry in MODELS if type(model).__name__ in entry.classes), None)
 
 
+def diffusion_model(patcher: Any) -> nn.Module:
+    """The model in a ModelPatcher of ComfyUI, under what torch.compile put around it."""
+    module = patcher.get_model_object("diffusion_model")
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner
+
+
+def unknown_model(model: nn.Module) -> str:
+    """What a node says of a model that is not in `MODELS`."""
+    names = ", ".join(known.name for known in MODELS)
+    return (
+        f"DiffSparse: {type(model).__name__} is no diffusion transformer that this node knows ({names}), so the model "
+        f"passes through unchanged and nothing is faster. SD 1.5, SDXL and other U-Nets are none."
+    )
+
+
 def _grid(latents: Tensor, patch: tuple[int, ...], *more_frames: Tensor | None) -> tuple[int, int, int]:
     """Frames, height and width in tokens.
 

@@ -6,20 +6,8 @@ import comfy_standins as standins
 import pytest
 import torch
 
-from diffsparse.comfy.nodes import DiffSparseAttention
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.adaptive import Adaptive
-
-
-@pytest.fixture(autouse=True)
-def _comfy(monkeypatch):
-    standins.install(monkeypatch)
-
-
-def patched(patcher, **settings):
-    settings = {"preset": "custom", "min_tokens": 0} | settings
-    (model,) = DiffSparseAttention().patch(patcher, **settings)
-    return model
 
 
 def run(model, **kwargs):
@@ -42,7 +30,7 @@ def test_another_override_runs_what_is_dense_and_silences_nothing(when):
     model = standins.patcher()
     if when == "before":
         model.model_options["transformer_options"]["optimized_attention_override"] = counting(calls)
-    sparse = patched(model)
+    sparse = standins.patched(model)
     if when == "after":
         sparse.model_options["transformer_options"]["optimized_attention_override"] = counting(calls)
     report = run(sparse)
@@ -52,7 +40,7 @@ def test_another_override_runs_what_is_dense_and_silences_nothing(when):
 
 
 def test_options_are_left_as_they_were_after_each_call():
-    model = patched(standins.patcher())
+    model = standins.patched(standins.patcher())
     guider = standins.Guider(model)
     texts = {kind: torch.randn(1, 6, 32) for kind in (0, 1)}
     with torch.no_grad():
@@ -62,7 +50,7 @@ def test_options_are_left_as_they_were_after_each_call():
 
 
 def test_text_is_not_taken_for_video():
-    report = run(patched(standins.patcher(standins.HunyuanVideo), start_percent=0.0))
+    report = run(standins.patched(standins.patcher(standins.HunyuanVideo), start_percent=0.0))
     # Two joint layers, five steps; the text refiner counts for nothing.
     assert (report.sparse_calls, report.dense_calls) == (10, 0)
 
@@ -78,11 +66,11 @@ def test_text_is_not_taken_for_video():
     ],
 )
 def test_steps_outside_the_window_stay_dense(settings, steps, reasons):
-    assert run(patched(standins.patcher(), **settings), steps=steps).dense_reasons == reasons
+    assert run(standins.patched(standins.patcher(), **settings), steps=steps).dense_reasons == reasons
 
 
 def test_a_mask_keeps_attention_dense_and_is_counted():
-    report = run(patched(standins.patcher(mask=torch.zeros(400, 400))))
+    report = run(standins.patched(standins.patcher(mask=torch.zeros(400, 400))))
     assert report.dense_reasons == {"attention mask": 8, "early step": 2}
 
 
@@ -91,9 +79,9 @@ def test_branches_share_a_plan_whether_they_come_together_or_one_by_one(monkeypa
     plan = Adaptive.plan
     monkeypatch.setattr(Adaptive, "plan", lambda *args: made.append(args) or plan(*args))
     # 4 sparse steps, replanned every 4: once for each of 2 layers.
-    run(patched(standins.patcher(layers=2)))
+    run(standins.patched(standins.patcher(layers=2)))
     together = len(made)
-    run(patched(standins.patcher(layers=2)), split=True)
+    run(standins.patched(standins.patcher(layers=2)), split=True)
     assert (together, len(made) - together) == (2, 2)
 
 
@@ -101,7 +89,7 @@ def test_attention_that_another_node_replaced_is_found_and_said(caplog):
     model = standins.patcher()
     block = model.diffusion_model.blocks[1]
     block.self_attn.forward = block.cross_attn.forward = lambda x, *args, **kwargs: x
-    report = run(patched(model, start_percent=0.0))
+    report = run(standins.patched(model, start_percent=0.0))
     assert report.sparse_calls == 5
     assert report.dense_reasons == {"another node has replaced the attention of its block": 5}
     assert "another node has replaced the attention of some blocks" in caplog.text
@@ -118,7 +106,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(caplog):
 
     model = standins.patcher()
     dense = standins.sample(model)
-    sparse = patched(model)
+    sparse = standins.patched(model)
     first = standins.sample(sparse)
     with caplog.at_level(logging.INFO), pytest.raises(Interrupted):
         standins.sample(sparse, on_step=stop)
@@ -138,7 +126,7 @@ def test_out_of_memory_makes_the_rest_dense_and_is_counted(monkeypatch):
     dense = standins.sample(model)
     with monkeypatch.context() as patch:
         patch.setattr(AttentionPlan, "attend", attend)
-        sparse = patched(model)
+        sparse = standins.patched(model)
         assert torch.equal(standins.sample(sparse), dense)
         report = sparse.get_attachment("diffsparse").report().transformers[0]
     assert report.dense_reasons == {"out of memory": 8, "early step": 2}
@@ -147,12 +135,12 @@ def test_out_of_memory_makes_the_rest_dense_and_is_counted(monkeypatch):
 
 
 def test_one_frame_is_an_image():
-    report = run(patched(standins.patcher(), start_percent=0.0), frames=1)
+    report = run(standins.patched(standins.patcher(), start_percent=0.0), frames=1)
     assert report.sparse_calls == 10
 
 
 def test_where_gradients_are_required_attention_stays_dense():
-    model = patched(standins.patcher(), start_percent=0.0)
+    model = standins.patched(standins.patcher(), start_percent=0.0)
     guider, texts = standins.Guider(model), {kind: torch.randn(1, 6, 32) for kind in (0, 1)}
     guider.sample(torch.randn(1, 4, 3, 14, 10), torch.tensor([1.0, 0.0]), texts).sum().backward()
     report = model.get_attachment("diffsparse").report().transformers[0]
@@ -160,7 +148,7 @@ def test_where_gradients_are_required_attention_stays_dense():
 
 
 def test_the_model_may_be_called_outside_a_sampler():
-    model = patched(standins.patcher())
+    model = standins.patched(standins.patcher())
     before = run(model)
     options = {"wrappers": model.wrappers, "sigmas": torch.ones(1), "sample_sigmas": torch.tensor([1.0, 0.0])}
     call = (torch.randn(1, 4, 5, 20, 16), torch.ones(1), torch.randn(1, 6, 32), None)
@@ -172,13 +160,13 @@ def test_the_model_may_be_called_outside_a_sampler():
 @pytest.mark.parametrize("whole", [False, True])
 def test_compiled_models_run_sparse_too(whole):
     model = standins.patcher()
-    eager = standins.sample(patched(model, start_percent=0.0))
+    eager = standins.sample(standins.patched(model, start_percent=0.0))
     transformer = model.diffusion_model
     if whole:
         transformer.compile(backend="eager")
     else:
         for layer, block in enumerate(transformer.blocks):
             transformer.blocks[layer] = torch.compile(block, backend="eager")
-    compiled = patched(model, start_percent=0.0)
+    compiled = standins.patched(model, start_percent=0.0)
     torch.testing.assert_close(standins.sample(compiled), eager)
     assert compiled.get_attachment("diffsparse").report().transformers[0].sparse_calls == 10
