@@ -19,8 +19,8 @@ from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.left_alone import LEFT_ALONE
 from diffsparse.processors import make_sparse, make_stock
 from diffsparse.report import SparseAttentionReport, make_report
-from diffsparse.session import Session
 from diffsparse.steps import CacheContextReceiver
+from diffsparse.transformer_session import TransformerSession
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ UNKNOWN = Family(name="unknown", transformers=(), layers=(), layout=lambda trans
 class _Enabled:
     """What has to be undone on one transformer."""
 
-    session: Session
+    session: TransformerSession
     hooks: tuple[Any, ...]
 
 
@@ -142,10 +142,10 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 
 def _open_session(
     transformer: nn.Module, family: Family | None, config: SparseAttentionConfig, pipeline: Any
-) -> Session:
+) -> TransformerSession:
     if family is None and (reason := LEFT_ALONE.get(type(transformer).__name__)) is not None:
         logger.warning("%s stays dense: %s.", type(transformer).__name__, reason)
-        return Session(transformer, UNKNOWN, (), config, pipeline)
+        return TransformerSession(transformer, UNKNOWN, (), config, pipeline)
     if family is None:
         logger.warning(
             "%s is of no model family that diffsparse knows, so it stays dense. To make it sparse, describe it; "
@@ -153,8 +153,8 @@ def _open_session(
             type(transformer).__name__,
             family_to_start_from(transformer),
         )
-        return Session(transformer, UNKNOWN, (), config, pipeline)
-    return Session(transformer, family, _layer_names(transformer, family), config, pipeline)
+        return TransformerSession(transformer, UNKNOWN, (), config, pipeline)
+    return TransformerSession(transformer, family, _layer_names(transformer, family), config, pipeline)
 
 
 def _layer_names(transformer: nn.Module, family: Family) -> tuple[str, ...]:
@@ -175,7 +175,7 @@ def _layer_names(transformer: nn.Module, family: Family) -> tuple[str, ...]:
     return names
 
 
-def _attach(transformer: nn.Module, session: Session) -> None:
+def _attach(transformer: nn.Module, session: TransformerSession) -> None:
     for layer, (name, handle) in enumerate(zip(session.layer_names, session.handles)):
         if not make_sparse(transformer.get_submodule(name), handle, session.family.spreads_mask):
             session.refused.add(layer)
@@ -209,7 +209,7 @@ _never_compiled = functools.partial(
 class _Hook:
     """A hook of an enabled transformer. In a copy or pickle of it, it does nothing."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: TransformerSession) -> None:
         self._session = session
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffsparse.key_mask import KeyMask
-from diffsparse.session import Session, find_layer
+from diffsparse.transformer_session import TransformerSession, find_layer
 
 ATTENTION_NAMES = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
 
@@ -264,8 +264,9 @@ def _attend(
         output = _dense(query, key, value, mask, scale, by_dispatch, None)
     else:
         session, layer = found
-        dense = functools.partial(_dense, query, key, value, mask, scale, by_dispatch, _user_backend(session, layer))
-        output = session.attend(layer, query, key, value, mask, scale, dense)
+        sparse = session.attend(layer, query, key, value, mask, scale)
+        backend = _user_backend(session, layer)
+        output = _dense(query, key, value, mask, scale, by_dispatch, backend) if sparse is None else sparse
     return output.transpose(1, 2).contiguous()
 
 
@@ -303,6 +304,6 @@ def _dense(
     ).transpose(1, 2)
 
 
-def _user_backend(session: Session, layer: int) -> Any:
+def _user_backend(session: TransformerSession, layer: int) -> Any:
     """What the user chose by `set_attention_backend` for this layer."""
     return getattr(session.processor(layer), "_attention_backend", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,7 @@ class SparseAttentionReport:
         return "\n\n".join(_as_table(report) for report in self.transformers)
 
 
-def make_report(sessions: dict[str, Session]) -> SparseAttentionReport:
+def make_report(sessions: Mapping[str, Session]) -> SparseAttentionReport:
     """The report of the sessions of one pipeline, by component name."""
     return SparseAttentionReport(tuple(_of_session(name, session) for name, session in sessions.items()))
 

@@ -1,39 +1,30 @@
-"""One enabled transformer: dense or sparse now, the plans it keeps, what ran."""
+"""The attention layers of one transformer: dense or sparse now, the plans they keep, what ran."""
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import MAX_HEAD_DIM, pick_backend
 from diffsparse.plan import AttentionPlan
-from diffsparse.steps import Step, StepClock
+from diffsparse.steps import Step
 from diffsparse.strategies.strategy import AttentionCall
 
 
 class Family(Protocol):
-    """What the session asks of a model family; the families are described in `diffsparse/pipelines`."""
+    """What the session asks of a model family."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
     @property
     def padding_mask(self) -> bool: ...  # noqa: D102
-    @property
-    def timestep(self) -> str: ...  # noqa: D102
-    @property
-    def spreads_mask(self) -> bool: ...  # noqa: D102
-    @property
-    def layout(self) -> Callable[[nn.Module, Mapping[str, Any]], tuple[int | None, ...] | None]: ...  # noqa: D102
 
 
 class DenseFallback(RuntimeError):
@@ -72,63 +63,46 @@ class _KeptPlan:
 
 
 class Session:
-    """The state of one enabled transformer, found by its layers through their handles.
+    """The state of one transformer. What runs it says which step it is and where the tokens sit.
 
     Args:
-        transformer: held weakly.
-        family: how the transformer lays out its tokens.
-        layer_names: its self-attention modules in the order they run.
+        model_name: the transformer's class, for errors.
+        family: what its attention is like.
+        layer_names: its self-attention layers in the order they run.
         config: what the user asked for.
-        pipeline: what runs the denoising loop; None for a transformer enabled on its own. Held weakly.
     """
 
     def __init__(
-        self,
-        transformer: nn.Module,
-        family: Family,
-        layer_names: tuple[str, ...],
-        config: SparseAttentionConfig,
-        pipeline: Any = None,
+        self, model_name: str, family: Family, layer_names: tuple[str, ...], config: SparseAttentionConfig
     ) -> None:
         self.family = family
         self.config = config
         self.layer_names = layer_names
-        self.clock = StepClock(pipeline)
         self.tallies = [LayerTally() for _ in layer_names]
         self.num_heads = 0
-        self.refused: set[int] = set()
-        """Layers that could not be given a sparse processor."""
-        self._modules = tuple(weakref.ref(transformer.get_submodule(name)) for name in layer_names)
-        self._model_name = type(transformer).__name__
-        self._argument_names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
-        self._dense_layers = self._resolve_dense_layers()
-        self._layout: tuple[int | None, ...] | None = None
+        self._dense_layers = _resolve_dense_layers(config.dense_layers, len(layer_names), model_name)
+        self.layout: tuple[int | None, ...] | None = None
         self._rows: Counter[int] = Counter()
-        self._step: Step | None = None
+        self.step: Step | None = None
+        """That of the call of the transformer that runs, or ran last."""
         self._plans: dict[Hashable, _KeptPlan] = {}
         self._quantizes_on: set[tuple[torch.device, torch.dtype]] = set()
-        self.handles = tuple(_register(self, layer) for layer in range(len(layer_names)))
-        self.close = weakref.finalize(self, _forget, tuple(int(handle) for handle in self.handles))
-        """Forget the layers; calls with their handles run dense from now on."""
 
-    def begin_call(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read step and layout off a call of the transformer; its forward pre-hook."""
-        call = dict(zip(self._argument_names, args)) | kwargs
-        self._step = self.clock.tick(call.get(self.family.timestep))
+    def begin(self, step: Step, layout: tuple[int | None, ...] | None) -> None:
+        """One call of the transformer begins: at this step, with its tokens laid out like this.
+
+        Args:
+            layout: frames, height and width of the grid, then the text tokens before and after it. One of these two
+                may be None where only the sequence shows how many there are. None where the call does not say.
+        """
         self._rows.clear()
-        last, self._layout = self._layout, self.family.layout(transformer, call)
-        # Branches may differ in their text, but never in the size of the video.
-        if self._step.is_first_of_generation or _video_size(self._layout) != _video_size(last):
-            self._plans.clear()
-        if self.config.strict:
-            for layer, name in enumerate(self.layer_names):
-                if (reason := self.why_not_reached(layer)) is not None:
-                    raise DenseFallback(f"layer {layer} ({name}) cannot run sparse: {reason}. {_WITHOUT_STRICT}")
+        if step.is_first_of_generation:
+            self.forget_plans()
+        self.step, self.layout = step, layout
 
-    def end_call(self) -> None:
-        """Let the plans go with the last call of a generation, so that what decodes its latents has their memory."""
-        if self._step is not None and self._step.is_last_of_generation:
-            self._plans.clear()
+    def forget_plans(self) -> None:
+        """Plan every layer anew at its next call."""
+        self._plans.clear()
 
     def attend(
         self,
@@ -138,16 +112,14 @@ class Session:
         value: Tensor,
         mask: Tensor | None,
         scale: float | None,
-        dense: Callable[[], Tensor],
-    ) -> Tensor:
-        """Attention of one layer, by its plan or by `dense()`: [B, H, S, D].
+    ) -> Tensor | None:
+        """Attention of one layer by its plan, [B, H, S, D]; None, and counted, where it has to be dense.
 
         Args:
             layer: index into `layer_names`.
             query, key, value: [B, H, S, D] after norms and rotary embedding.
             mask: what the model passes to its own attention.
             scale: factor on the scores, D ** -0.5 if None.
-            dense: the model's own attention of the same inputs.
 
         Raises:
             DenseFallback: the config is strict and this layer cannot run sparse.
@@ -158,7 +130,7 @@ class Session:
         self._rows[layer] += 1
         if (reason := self._policy(layer, query)) is not None:
             self.count_dense(layer, reason)
-            return dense()
+            return None
         if (reason := self._obstacle(query, key, value, mask)) is None:
             key_length = _key_length(mask, query.shape[0])
             plan = self._plan(layer, query, key, value, key_length, scale)
@@ -167,19 +139,11 @@ class Session:
                 return plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
             reason = plan
         self.fall_back(layer, reason)
-        return dense()
-
-    def processor(self, layer: int) -> Any:
-        """The processor that the layer has now."""
-        return getattr(self._modules[layer](), "processor", None)
+        return None
 
     def why_not_reached(self, layer: int) -> str | None:
         """Why no call of this layer comes here; None where they do."""
-        if getattr(self.processor(layer), "_diffsparse_handle", None) is self.handles[layer]:
-            return None
-        if layer in self.refused:
-            return "its processor cannot be made sparse"
-        return "its processor was replaced after enabling"
+        return None
 
     def count_dense(self, layer: int, reason: str) -> None:
         """One more dense call of `layer`, for the report."""
@@ -189,9 +153,7 @@ class Session:
         """A dense call that policy did not ask for."""
         self.count_dense(layer, reason)
         if self.config.strict and reason != _STRATEGY_SAYS_DENSE:
-            raise DenseFallback(
-                f"layer {layer} ({self.layer_names[layer]}) cannot run sparse: {reason}. {_WITHOUT_STRICT}"
-            )
+            raise self.refusal(layer, reason)
 
     def _check_quantization(self, query: Tensor) -> None:
         """Raise now what would otherwise be raised after the dense steps, minutes later."""
@@ -203,33 +165,34 @@ class Session:
                 raise ValueError(f"`quantization` {self.config.quantization!r} cannot be used here: {error}") from error
             self._quantizes_on.add(kind)
 
-    def _resolve_dense_layers(self) -> frozenset[int]:
-        count = len(self.layer_names)
-        for layer in self.config.dense_layers:
-            if not -count <= layer < count:
-                raise ValueError(
-                    f"`dense_layers` names layer {layer}, but {self._model_name} has {count} "
-                    f"self-attention layers: expected {-count} to {count - 1}."
-                )
-        return frozenset(layer % count for layer in self.config.dense_layers)
+    def refusal(self, layer: int, reason: str) -> DenseFallback:
+        """What a strict config raises."""
+        return DenseFallback(
+            f"layer {layer} ({self.layer_names[layer]}) cannot run sparse: {reason}. "
+            f"With strict=False it runs dense and the report counts it."
+        )
 
     def _grid(self, num_tokens: int) -> TokenGrid | None:
         """Where the tokens of a sequence of this length sit, by the layout of the call."""
-        if self._layout is None:
+        if self.layout is None:
             return None
-        *fixed, text_after = self._layout
-        grid = TokenGrid(*fixed)  # type: ignore[arg-type]
+        *size, text_before, text_after = self.layout
+        grid = TokenGrid(*size)  # type: ignore[arg-type]
         # Some layers see the grid without its text.
         if num_tokens == grid.num_video_tokens:
-            return replace(grid, text_before=0)
-        left = max(0, num_tokens - grid.num_tokens) if text_after is None else text_after
-        return replace(grid, text_after=left)
+            return grid
+        left = max(0, num_tokens - grid.num_tokens - (text_before or 0) - (text_after or 0))
+        return replace(
+            grid,
+            text_before=left if text_before is None else text_before,
+            text_after=left if text_after is None else text_after,
+        )
 
     def _policy(self, layer: int, query: Tensor) -> str | None:
         """Why the user's own settings want this call dense."""
         if layer in self._dense_layers:
             return "dense layer"
-        if self._step is not None and self._step.is_within_first(self.config.dense_steps):
+        if self.step is not None and self.step.is_within_first(self.config.dense_steps):
             return "early step"
         if query.shape[2] < (fewest := self.config.fewest_tokens(query.device)):
             return f"fewer than {fewest} tokens"
@@ -237,7 +200,7 @@ class Session:
 
     def _obstacle(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
         """Why this call cannot run sparse."""
-        if self._step is None:
+        if self.step is None:
             return "called outside its transformer"
         grid = self._grid(query.shape[2])
         if grid is None:
@@ -263,60 +226,43 @@ class Session:
     ) -> AttentionPlan | str:
         """The layer's plan, kept or new, or why there is none."""
         grid = self._grid(query.shape[2])
-        assert self._step is not None
+        assert self.step is not None
         assert grid is not None
         made_for = (grid, query.shape, query.dtype, query.device, key_length is None)
         # Guidance branches share a plan: their errors then point the same way, and guidance does not amplify them.
         # A model that attends row by row of the batch calls a layer several times; each row is a video of its own.
-        slot = (layer, self._rows[layer], made_for, None if self._step.branch_is_named else self._step.branch)
+        slot = (layer, self._rows[layer], made_for, None if self.step.branch_is_named else self.step.branch)
         kept = self._plans.get(slot)
-        if kept is None or not kept.serves(self._step.index, self.config.replan_every):
+        if kept is None or not kept.serves(self.step.index, self.config.replan_every):
             if not _is_finite(query, key, value):
                 return "NaN or infinity in query, key or value"
             call = AttentionCall(
                 grid=grid,
                 layer=layer,
                 num_layers=len(self.layer_names),
-                step=self._step.index,
-                num_steps=self._step.total,
+                step=self.step.index,
+                num_steps=self.step.total,
                 key_length=key_length,
                 scale=scale,
             )
             plan = self.config.strategy.plan(query, key, value, call)
             if plan is not None and self.config.quantization is not None:
                 plan = replace(plan, precision=self.config.quantization)
-            kept = self._plans[slot] = _KeptPlan(plan, self._step.index)
+            kept = self._plans[slot] = _KeptPlan(plan, self.step.index)
         return _STRATEGY_SAYS_DENSE if kept.plan is None else kept.plan
 
 
 _STRATEGY_SAYS_DENSE = "the strategy keeps it dense"
-_WITHOUT_STRICT = "With strict=False it runs dense and the report counts it."
-
-_LAYERS: dict[int, tuple[weakref.ref[Session], int]] = {}
-_numbers = itertools.count()
 
 
-def _register(session: Session, layer: int) -> Tensor:
-    """A handle for the layer: a 0-d CPU int64 tensor, which compiled code passes on without looking at it."""
-    number = next(_numbers)
-    _LAYERS[number] = (weakref.ref(session), layer)
-    return torch.tensor(number, device="cpu")
-
-
-def _forget(numbers: tuple[int, ...]) -> None:
-    for number in numbers:
-        _LAYERS.pop(number, None)
-
-
-def find_layer(handle: Tensor) -> tuple[Session, int] | None:
-    """The session and layer of a handle; None once the session is closed."""
-    reference, layer = _LAYERS.get(int(handle), (None, 0))
-    session = reference() if reference is not None else None
-    return None if session is None else (session, layer)
-
-
-def _video_size(layout: tuple[int | None, ...] | None) -> tuple[int | None, ...] | None:
-    return None if layout is None else layout[:3]
+def _resolve_dense_layers(layers: tuple[int, ...], count: int, model_name: str) -> frozenset[int]:
+    for layer in layers:
+        if not -count <= layer < count:
+            raise ValueError(
+                f"`dense_layers` names layer {layer}, but {model_name} has {count} "
+                f"self-attention layers: expected {-count} to {count - 1}."
+            )
+    return frozenset(layer % count for layer in layers)
 
 
 def _hides_keys_only(mask: Tensor) -> bool:

@@ -19,6 +19,7 @@ OPTIONAL_PACKAGES = ("triton", "imageio", "lpips", "matplotlib", "rich", "torchm
 STORY = (
     "enable",
     "processors",
+    "transformer_session",
     "session",
     "config",
     "strategies",

@@ -14,6 +14,8 @@ COMMANDS = {
     "kernels": "what the Triton kernel takes on every architecture, compiled without a GPU",
     "families": "every transformer of diffusers, its family, or why it stays dense",
     "doctor": "what this machine can run, and a self-test of it",
+    "comfyui-install": "show the nodes to a ComfyUI: a small folder in its custom_nodes",
+    "comfyui-uninstall": "take that folder away again, and nothing else",
 }
 EVAL_COMMANDS = {
     "run": "videos of the same prompts and seeds, densely and by each config, in a folder",
@@ -72,6 +74,6 @@ def _add(
     for name, summary in commands.items():
         parser = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if words is None or name in words:
-            module = importlib.import_module(f"diffsparse.eval.{name}")
+            module = importlib.import_module(f"diffsparse.eval.{name.replace('-', '_')}")
             module.add_arguments(parser)
             parser.set_defaults(run=module.run)

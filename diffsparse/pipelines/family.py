@@ -15,14 +15,14 @@ class Layout(NamedTuple):
 
     The grid's tokens come frame by frame, row by row. "Text" is every token that has no place in the grid:
     captions, reference images, registers. A layer whose sequence is as long as the grid sees none of it.
-    `text_after` is None where only the sequence itself shows how many
-    tokens follow the grid, as when the model leaves padded text out.
+    `text_before` or `text_after` is None where only the sequence itself shows how many tokens there are, as when the
+    model leaves padded text out.
     """
 
     frames: int
     height: int
     width: int
-    text_before: int = 0
+    text_before: int | None = 0
     text_after: int | None = 0
 
 

@@ -16,7 +16,20 @@ def fail_with(error, monkeypatch):
     monkeypatch.setattr(doctor, "run", run)
 
 
-@pytest.mark.parametrize("argv", [[], ["demo"], ["bench"], ["doctor"], ["families"], ["eval"], ["eval", "compare"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["demo"],
+        ["bench"],
+        ["doctor"],
+        ["families"],
+        ["comfyui-install"],
+        ["comfyui-uninstall"],
+        ["eval"],
+        ["eval", "compare"],
+    ],
+)
 def test_every_command_has_help(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*argv, "--help"])

@@ -1,0 +1,202 @@
+"""The node that makes a model's attention sparse."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from diffsparse.comfy.dense_blocks import parse_dense_blocks
+from diffsparse.comfy.models import diffusion_model, find_model, unknown_model
+from diffsparse.comfy.patch import Settings, SparsePatch, show_on_node
+from diffsparse.config import SparseAttentionConfig
+from diffsparse.strategies.adaptive import Adaptive
+
+logger = logging.getLogger(__name__)
+
+DENSITIES = {"auto": 0.25, "quality": 0.4, "balanced": 0.25, "fast": 0.15}
+"""What each preset keeps; "custom" goes by the number below it."""
+
+CUSTOM_DENSITY = 0.25
+MIN_TOKENS = 12288
+"""As in ComfyUI's own sparse node: below it, nothing has shown that sparse attention is faster on a GPU."""
+
+
+class DiffSparseAttention:
+    """Gives out the model with sparse self-attention."""
+
+    DESCRIPTION = (
+        "For long videos and large images: computes only the part of self-attention that matters most, found anew for "
+        "every head while the model samples, to save time. Put it between the model loader (and LoRAs) and the "
+        "sampler. Short sequences, where it would not be faster, stay as they are. A line under the node says what "
+        "ran."
+    )
+    CATEGORY = "model/patch"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    SEARCH_ALIASES = ("sparse attention", "speed up video", "faster attention", "sage attention", "radial attention")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """ComfyUI reads the widgets from here."""
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The model that the sampler will use, with its LoRAs."}),
+                "enabled": (
+                    "BOOLEAN",
+                    {"default": True, "tooltip": "Off: the model passes through untouched, to the last bit."},
+                ),
+                "preset": (
+                    (*DENSITIES, "custom"),
+                    {
+                        "default": "auto",
+                        "tooltip": (
+                            "How much of the attention is computed. auto: 25 %, and with 8 steps or fewer at most "
+                            "the first step stays full. quality: 40 %. balanced: 25 %. fast: 15 %. custom: the density "
+                            "below. More is closer to the full result, less is faster."
+                        ),
+                    },
+                ),
+                "start_percent": (
+                    "FLOAT",
+                    {
+                        "default": 0.2,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": (
+                            "Sparse from this point of the sampling on. 0.2 leaves the first fifth full, where the "
+                            "scene takes shape. Lower is faster and changes the composition more."
+                        ),
+                    },
+                ),
+                "end_percent": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Sparse up to this point of the sampling. 0.9 leaves the last tenth full.",
+                    },
+                ),
+            },
+            "optional": {
+                "density": (
+                    "FLOAT",
+                    {
+                        "default": CUSTOM_DENSITY,
+                        "min": 0.02,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "advanced": True,
+                        "tooltip": "Only with preset custom: the share of the attention that is computed, 0.25 for a "
+                        "quarter. 1.0 computes all of it.",
+                    },
+                ),
+                "dense_blocks": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "advanced": True,
+                        "tooltip": "Blocks of the model that stay full, such as 0-2, -1 for the first three and the "
+                        "last one. Empty: none.",
+                    },
+                ),
+                "min_tokens": (
+                    "INT",
+                    {
+                        "default": MIN_TOKENS,
+                        "min": 0,
+                        "max": 1_000_000,
+                        "step": 256,
+                        "advanced": True,
+                        "tooltip": (
+                            "Shorter sequences stay full, where sparse attention would not be faster. 12288 are about "
+                            "29 frames of 832 x 480 in Wan. DiffSparse Token Count tells the tokens of a latent."
+                        ),
+                    },
+                ),
+                "strict": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "advanced": True,
+                        "tooltip": "On: stop with an error where attention cannot be sparse, instead of running it "
+                        "in full and saying so.",
+                    },
+                ),
+                "verbose": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "advanced": True,
+                        "tooltip": "On: write the whole report to the log of ComfyUI.",
+                    },
+                ),
+            },
+            "hidden": {"node_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, dense_blocks: str | None = None) -> bool | str:
+        """ComfyUI shows what this says at the widget, before anything runs. The text may come from another node."""
+        try:
+            parse_dense_blocks(dense_blocks or "")
+        except ValueError as error:
+            return str(error)
+        return True
+
+    def patch(
+        self,
+        model: Any,
+        enabled: bool = True,
+        preset: str = "auto",
+        start_percent: float = 0.2,
+        end_percent: float = 1.0,
+        density: float = CUSTOM_DENSITY,
+        dense_blocks: str = "",
+        min_tokens: int = MIN_TOKENS,
+        strict: bool = False,
+        verbose: bool = False,
+        node_id: str | None = None,
+    ) -> tuple[Any]:
+        """The model with sparse attention, or `model` itself where the node is off or knows nothing of the model.
+
+        Raises:
+            ValueError: `dense_blocks` makes no sense for this model, the window ends before it starts, or the model is
+                of no known kind and `strict` is on.
+        """
+        if not enabled:
+            show_on_node("DiffSparse: off, the model passes through.", node_id)
+            return (model,)
+        module = diffusion_model(model)
+        known = find_model(module)
+        if known is None:
+            message = unknown_model(module)
+            if strict:
+                raise ValueError(message)
+            logger.warning(message)
+            show_on_node(message, node_id)
+            return (model,)
+        if start_percent > end_percent:
+            raise ValueError(
+                f"start_percent {start_percent} is after end_percent {end_percent}, so that nothing would be sparse. "
+                f"To switch the node off, set enabled to false."
+            )
+        blocks = parse_dense_blocks(dense_blocks, len(known.named_blocks(module)))
+        if preset != "custom" and density != CUSTOM_DENSITY:
+            logger.warning(
+                "DiffSparse: density %s has no effect with preset %s, which computes %s. Use preset custom for it.",
+                density,
+                preset,
+                DENSITIES[preset],
+            )
+        config = SparseAttentionConfig(
+            Adaptive(density=DENSITIES.get(preset, density)),
+            dense_steps=0.0,
+            dense_layers=blocks,
+            min_tokens=min_tokens,
+            strict=strict,
+        )
+        settings = Settings(config, start_percent, end_percent, first_step_only=preset == "auto", verbose=verbose)
+        return (SparsePatch(settings, known, node_id).put_on(model),)

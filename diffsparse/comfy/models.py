@@ -1,0 +1,170 @@
+"""The diffusion transformers of ComfyUI: which blocks attend to the video, and where its tokens sit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffsparse.pipelines.family import Layout
+
+
+@dataclass(frozen=True)
+class ComfyModel:
+    """Models of ComfyUI that lay out their tokens alike.
+
+    Attributes:
+        name: what the report calls it.
+        classes: class names of the `diffusion_model`. A subclass has to be named too: it may lay out its tokens anew.
+        blocks: attributes that hold the blocks, in the order they run. The first attention of a block is its
+            self-attention; what else a block attends to (text, audio) stays dense.
+        width: attribute with the channels of its attention, all heads together.
+        layout: given the model and the named arguments of one call of it, where the tokens sit.
+        wrapper: the wrapper of ComfyUI that sees these calls.
+        padding_mask: whether a mask that reaches self-attention hides nothing but padded text.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    blocks: tuple[str, ...]
+    width: str
+    layout: Callable[[Any, Mapping[str, Any]], Layout]
+    wrapper: str = "diffusion_model"
+    padding_mask: bool = False
+
+    def named_blocks(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The blocks of `model` by name, in the order they are numbered."""
+        return {
+            f"{attribute}.{name}": block
+            for attribute in self.blocks
+            if isinstance(holder := getattr(model, attribute, None), nn.Module)
+            for name, block in holder.named_children()
+        }
+
+
+def find_model(model: nn.Module) -> ComfyModel | None:
+    """The entry of `MODELS` that names the class of a `diffusion_model`."""
+    return next((entry for entry in MODELS if type(model).__name__ in entry.classes), None)
+
+
+def diffusion_model(patcher: Any) -> nn.Module:
+    """The model in a ModelPatcher of ComfyUI, under what torch.compile put around it."""
+    module = patcher.get_model_object("diffusion_model")
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner
+
+
+def unknown_model(model: nn.Module) -> str:
+    """What a node says of a model that is not in `MODELS`."""
+    names = ", ".join(known.name for known in MODELS)
+    return (
+        f"DiffSparse: {type(model).__name__} is no diffusion transformer that this node knows ({names}), so the model "
+        f"passes through unchanged and nothing is faster. SD 1.5, SDXL and other U-Nets are none."
+    )
+
+
+def _grid(latents: Tensor, patch: tuple[int, ...], *more_frames: Tensor | None) -> tuple[int, int, int]:
+    """Frames, height and width in tokens.
+
+    Args:
+        latents: [B, C, frames, height, width] or [B, C, height, width]. ComfyUI pads each axis to whole patches.
+        patch: latent pixels a token along frames, height and width.
+        more_frames: latents [B, C, frames, ...] that the model joins to the frames, each padded on its own.
+    """
+    *frames, height, width = latents.shape[2:]
+    clips = [frames[0] if frames else 1, *(clip.shape[2] for clip in more_frames if clip is not None)]
+    return sum(-(-clip // patch[0]) for clip in clips), -(-height // patch[1]), -(-width // patch[2])
+
+
+def _wan(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[reference image | video | what is given in context], each but the video only where there is any."""
+    before = 0
+    if getattr(model, "ref_conv", None) is not None and (reference := call.get("reference_latent")) is not None:
+        before = (reference.shape[-2] // model.patch_size[1]) * (reference.shape[-1] // model.patch_size[2])
+    return Layout(*_grid(call["x"], model.patch_size, call.get("time_dim_concat")), before, None)
+
+
+def _wan_scail(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[reference images as frames, then the video's | pose]."""
+    more = (call.get("time_dim_concat"), call.get("reference_latent"))
+    return Layout(*_grid(call["x"], model.patch_size, *more), 0, None)
+
+
+def _hunyuan_video(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[text, reference image | video]; [video | text] in the ComfyUI whose blocks say so. HunyuanImage is one frame."""
+    patch = tuple(model.patch_size)
+    grid = _grid(call["x"], patch if len(patch) == 3 else (1, *patch))
+    video_first = getattr(next(iter(model.double_blocks), None), "flipped_img_txt", False)
+    return Layout(*grid, 0, None) if video_first else Layout(*grid, None, 0)
+
+
+def _flux(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[text | image | reference images]."""
+    grid = _grid(call["x"], (1, model.patch_size, model.patch_size))
+    return Layout(*grid, call["context"].shape[1], None)
+
+
+def _cogvideox(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[text | video]."""
+    grid = _grid(call["x"], (model.patch_size_t or 1, model.patch_size, model.patch_size))
+    return Layout(*grid, call["context"].shape[1], 0)
+
+
+def _ltx(model: Any, call: Mapping[str, Any]) -> Layout:
+    """The video alone, a token for each latent pixel. LTX-2 has its audio in a sequence of its own."""
+    latents = call["x"][0] if isinstance(call["x"], (list, tuple)) else call["x"]
+    return Layout(*_grid(latents, (1, 1, 1)))
+
+
+def _cosmos(model: Any, call: Mapping[str, Any]) -> Layout:
+    """The video alone."""
+    return Layout(*_grid(call["x"], (model.patch_temporal, model.patch_spatial, model.patch_spatial)))
+
+
+def _kandinsky5(model: Any, call: Mapping[str, Any]) -> Layout:
+    """The video alone."""
+    return Layout(*_grid(call["x"], model.patch_size))
+
+
+def _mochi(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[video | text]."""
+    return Layout(*_grid(call["x"], (1, model.patch_size, model.patch_size)), 0, None)
+
+
+def _lumina(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[text, reference images | image | padding to a multiple], the padding only in Z-Image."""
+    _, height, width = _grid(call["x"], (1, model.patch_size, model.patch_size))
+    multiple = getattr(model, "pad_tokens_multiple", None) or 1
+    return Layout(1, height, width, None, -(height * width) % multiple)
+
+
+def _minimax_h3(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[text, keyframes, references, audio | video], packed."""
+    return Layout(*_grid(call["x"][0], model.patch_size), None, 0)
+
+
+MODELS: tuple[ComfyModel, ...] = (
+    ComfyModel(
+        name="wan",
+        classes=("WanModel", "CameraWanModel", "AnimateWanModel", "WanModel_S2V", "HumoWanModel", "WanDancerModel"),
+        blocks=("blocks",),
+        width="dim",
+        layout=_wan,
+    ),
+    ComfyModel("wan_vace", ("VaceWanModel",), ("blocks", "vace_blocks"), "dim", _wan),
+    ComfyModel("wan_scail", ("SCAILWanModel", "SCAIL2WanModel"), ("blocks",), "dim", _wan_scail),
+    ComfyModel("hunyuan_video", ("HunyuanVideo",), ("double_blocks", "single_blocks"), "hidden_size", _hunyuan_video),
+    ComfyModel("flux", ("Flux",), ("double_blocks", "single_blocks"), "hidden_size", _flux),
+    ComfyModel("chroma", ("Chroma",), ("double_blocks", "single_blocks"), "hidden_size", _flux),
+    ComfyModel("qwen_image", ("QwenImageTransformer2DModel",), ("transformer_blocks",), "inner_dim", _flux),
+    ComfyModel("cogvideox", ("CogVideoXTransformer3DModel",), ("blocks",), "dim", _cogvideox),
+    ComfyModel("ltx", ("LTXVModel", "LTXAVModel"), ("transformer_blocks",), "inner_dim", _ltx),
+    ComfyModel("cosmos", ("GeneralDIT", "MiniTrainDIT", "Anima"), ("blocks",), "model_channels", _cosmos),
+    ComfyModel("kandinsky5", ("Kandinsky5",), ("visual_transformer_blocks",), "model_dim", _kandinsky5),
+    ComfyModel("mochi", ("AsymmDiTJoint",), ("blocks",), "hidden_size_x", _mochi, wrapper="apply_model"),
+    ComfyModel("lumina", ("NextDiT", "NextDiTPixelSpace"), ("layers",), "dim", _lumina),
+    ComfyModel("minimax_h3", ("MiniMaxH3Model",), ("blocks",), "hidden_size", _minimax_h3),
+)
+"""Every model that the node can make sparse, by the class names of ComfyUI 0.3.64 and 0.33."""

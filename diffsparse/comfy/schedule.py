@@ -1,0 +1,68 @@
+"""Which step a call is of, and whether it lies in the share of the sampling that is to be sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# A sigma that a sampler computed may differ from the schedule's in its last bits.
+_SAME_SIGMA = 1e-4
+
+FEW_STEPS = 8
+"""Schedules up to this long are those of distilled models. There the first step alone lays out the scene."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The share of the sampling that is sparse, as ComfyUI's own nodes mean it.
+
+    Attributes:
+        sigma_start, sigma_end: sparse where `sigma_end <= sigma <= sigma_start`.
+        first_step_only: whether, in a schedule of at most `FEW_STEPS` steps, no step but the first stays dense for
+            coming early. A schedule that starts further down has no early step.
+    """
+
+    sigma_start: float
+    sigma_end: float
+    first_step_only: bool
+
+    def why_dense(self, sigma: float, step: int, total: int) -> str | None:
+        """Why a call at this step stays dense; None where it does not."""
+        if sigma < self.sigma_end * (1 - _SAME_SIGMA):
+            return "late step"
+        if sigma <= self.sigma_start * (1 + _SAME_SIGMA):
+            return None
+        return None if self.first_step_only and step > 0 and total <= FEW_STEPS else "early step"
+
+
+def step_of(sigma: float, sigmas: Sequence[float]) -> int:
+    """The step of a schedule `sigmas`, falling to the end of the last step, that `sigma` belongs to.
+
+    Samplers of second order ask for sigmas between those of the schedule: they belong to the step that is under way.
+    """
+    begun = sum(1 for start in sigmas[:-1] if sigma <= start * (1 + _SAME_SIGMA))
+    return max(0, begun - 1)
+
+
+class Branches:
+    """Tells apart the calls of one step by the conditions that they are for.
+
+    Conditions of one kind (prompts of different regions) have plans of their own. The first of each kind share theirs,
+    as guidance branches do: their errors then point the same way, and guidance does not amplify them.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Any, list[Any]] = {}
+
+    def name(self, transformer_options: Mapping[str, Any]) -> Hashable:
+        """A name for the branch of a call, the same at each step. A context window is a branch of its own."""
+        places = []
+        kinds, uuids = transformer_options.get("cond_or_uncond", ()), transformer_options.get("uuids", ())
+        for kind, uuid in zip(kinds, uuids):
+            seen = self._seen.setdefault(kind, [])
+            if uuid not in seen:
+                seen.append(uuid)
+            places.append(seen.index(uuid))
+        window = transformer_options.get("context_window")
+        return tuple(places), tuple(getattr(window, "index_list", ()))

@@ -1,0 +1,76 @@
+"""What ran in one sampling: the line under the node and in ComfyUI's log."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from statistics import mean
+
+from diffsparse.session import Session
+
+
+class RunClock:
+    """Which steps ran, how long each took, and which of them had sparse attention.
+
+    A step ends where the next begins; the last one where the run ends.
+    """
+
+    def __init__(self) -> None:
+        self.total: int | None = None
+        self._begun: dict[int, float] = {}
+        self._seconds: dict[int, float] = {}
+        self._sparse: set[int] = set()
+        self._current: int | None = None
+
+    def tick(self, step: int, total: int) -> None:
+        """A call of the model begins, at this step of so many."""
+        self.total = total
+        if step != self._current:
+            self.stop()
+            self._current = step
+            self._begun[step] = time.perf_counter()
+
+    def mark_sparse(self) -> None:
+        """The step that runs has sparse attention."""
+        if self._current is not None:
+            self._sparse.add(self._current)
+
+    def stop(self) -> None:
+        """The step that runs is over."""
+        if self._current is not None:
+            took = time.perf_counter() - self._begun[self._current]
+            self._seconds[self._current] = self._seconds.get(self._current, 0.0) + took
+        self._current = None
+
+    def describe(self, finished: bool) -> str:
+        """Steps and seconds, as in "14 of 20 steps sparse; 3.20 s a sparse step, 5.10 s a dense one"."""
+        if not self._seconds:
+            return "the model was not called"
+        sparse = [seconds for step, seconds in self._seconds.items() if step in self._sparse]
+        dense = [seconds for step, seconds in self._seconds.items() if step not in self._sparse]
+        ran = len(self._seconds)
+        stopped = "" if finished else f"stopped in step {ran} of {self.total}: "
+        times = [
+            f"{mean(seconds):.2f} s a {name} step"
+            for name, seconds in (("sparse", sparse), ("dense", dense))
+            if seconds
+        ]
+        # The fastest of each, since the first of its kind also loads, compiles or tests.
+        slower = bool(sparse and dense) and min(sparse) > min(dense)
+        hint = " (sparse is slower here: raise min_tokens)" if slower else ""
+        return f"{stopped}{len(sparse)} of {ran} steps sparse; {', '.join(times)}{hint}"
+
+
+def summarize(clock: RunClock, sessions: Iterable[Session], finished: bool) -> str:
+    """One line: steps, seconds, calls, density, and the reasons of dense calls."""
+    tallies = [tally for session in sessions for tally in session.tallies]
+    parts = [f"DiffSparse: {clock.describe(finished)}"]
+    densities = [float(tally.density.mean()) for tally in tallies if tally.density is not None]
+    if sparse_calls := sum(tally.sparse_calls for tally in tallies):
+        parts.append(f"density {100 * sum(densities) / sparse_calls:.0f} % in {sparse_calls} attention calls")
+    reasons: Counter[str] = sum((tally.dense_reasons for tally in tallies), Counter())
+    if reasons:
+        each = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+        parts.append(f"dense in {reasons.total()}: {each}")
+    return "; ".join(parts)

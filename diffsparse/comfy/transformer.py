@@ -1,0 +1,118 @@
+"""One `diffusion_model` while it samples: its layers by their blocks, and the override of its attention."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffsparse.comfy.models import ComfyModel
+from diffsparse.comfy.override_call import AttentionFunction, OverrideCall, read_call
+from diffsparse.config import SparseAttentionConfig
+from diffsparse.pipelines.family import Layout
+from diffsparse.session import Session
+from diffsparse.steps import Step
+
+OUT_OF_MEMORY = "out of memory"
+UNREACHED = "another node has replaced the attention of its block"
+
+# Compiled code runs these as they are, so that step, layer and plan are looked up at each call.
+_never_compiled = torch.compiler.disable
+
+
+class SampledTransformer:
+    """Sends the self-attention of each block to a session, and everything else to the model's own attention.
+
+    Args:
+        module: the `diffusion_model`.
+        model: its entry in the table of models.
+        config: what the user asked for.
+    """
+
+    def __init__(self, module: nn.Module, model: ComfyModel, config: SparseAttentionConfig) -> None:
+        blocks = model.named_blocks(module)
+        self.session = Session(type(module).__name__, model, tuple(blocks), config)
+        self.previous: AttentionFunction | None = None
+        """The override that was there before ours; dense calls go through it."""
+        self.ran_sparse = False
+        """Whether any attention of the last call of the model was sparse."""
+        self._why_dense: str | None = None
+        self._gave_up: str | None = None
+        self._layer: int | None = None
+        self._awaits_attention = False
+        self._hooks = [
+            hook
+            for layer, block in enumerate(blocks.values())
+            for hook in (
+                block.register_forward_pre_hook(functools.partial(self._enter_block, layer)),
+                block.register_forward_hook(self._leave_block),
+            )
+        ]
+
+    @_never_compiled
+    def begin_call(self, step: Step, layout: Layout | None, why_dense: str | None) -> None:
+        """A call of the model begins, at this step and with this layout; it stays dense if there is a reason."""
+        self.session.begin(step, layout)
+        self._why_dense = self._gave_up or why_dense
+        self._layer = None
+        self.ran_sparse = False
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self.session.forget_plans()
+
+    @_never_compiled
+    def override(self, function: AttentionFunction, *args: Any, **kwargs: Any) -> Tensor:
+        """What stands in `transformer_options["optimized_attention_override"]`."""
+        if self._layer is not None and self._awaits_attention:
+            self._awaits_attention = False
+            call = read_call(*args, **kwargs)
+            output = self._attend(self._layer, call)
+            if output is not None:
+                self.ran_sparse = True
+                return call.give_back(output)
+        if self.previous is not None:
+            return self.previous(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    def _attend(self, layer: int, call: OverrideCall) -> Tensor | None:
+        """Sparse attention of a layer, [B, H, S, D]; None, and counted, where it stays dense."""
+        if self._why_dense is not None:
+            self.session.count_dense(layer, self._why_dense)
+            return None
+        if (obstacle := _obstacle(call)) is not None:
+            self.session.fall_back(layer, obstacle)
+            return None
+        query, key, value = call.heads_first()
+        try:
+            return self.session.attend(layer, query, key, value, call.mask, call.scale)
+        except torch.OutOfMemoryError:
+            # The rest of this run stays dense, or the next layer would run out of memory as well.
+            self._why_dense = self._gave_up = OUT_OF_MEMORY
+            self.session.forget_plans()
+            self.session.fall_back(layer, OUT_OF_MEMORY)
+            return None
+
+    @_never_compiled
+    def _enter_block(self, layer: int, block: nn.Module, args: Any) -> None:
+        self._layer = layer
+        self._awaits_attention = True
+
+    @_never_compiled
+    def _leave_block(self, block: nn.Module, args: Any, output: Any) -> None:
+        if self._layer is not None and self._awaits_attention:
+            self.session.fall_back(self._layer, UNREACHED)
+        self._layer = None
+
+
+def _obstacle(call: OverrideCall) -> str | None:
+    """What no session can handle."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value)):
+        return "gradients are required"
+    if not call.low_precision_attention:
+        return "the model asks for exact attention"
+    return None

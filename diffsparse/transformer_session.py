@@ -1,0 +1,118 @@
+"""One enabled transformer of diffusers: its layers by their handles, step and layout by its calls."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffsparse import session
+from diffsparse.config import SparseAttentionConfig
+from diffsparse.session import Session
+from diffsparse.steps import StepClock
+
+
+class Family(session.Family, Protocol):
+    """What the session asks of a model family; the families are described in `diffsparse/pipelines`."""
+
+    @property
+    def timestep(self) -> str: ...  # noqa: D102
+    @property
+    def spreads_mask(self) -> bool: ...  # noqa: D102
+    @property
+    def layout(self) -> Callable[[nn.Module, Mapping[str, Any]], tuple[int | None, ...] | None]: ...  # noqa: D102
+
+
+class TransformerSession(Session):
+    """The state of one enabled transformer, found by its layers through their handles.
+
+    Args:
+        transformer: held weakly.
+        family: how the transformer lays out its tokens.
+        layer_names: its self-attention modules in the order they run.
+        config: what the user asked for.
+        pipeline: what runs the denoising loop; None for a transformer enabled on its own. Held weakly.
+    """
+
+    family: Family
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        family: Family,
+        layer_names: tuple[str, ...],
+        config: SparseAttentionConfig,
+        pipeline: Any = None,
+    ) -> None:
+        super().__init__(type(transformer).__name__, family, layer_names, config)
+        self.clock = StepClock(pipeline)
+        self.refused: set[int] = set()
+        """Layers that could not be given a sparse processor."""
+        self._modules = tuple(weakref.ref(transformer.get_submodule(name)) for name in layer_names)
+        self._argument_names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
+        self.handles = tuple(_register(self, layer) for layer in range(len(layer_names)))
+        self.close = weakref.finalize(self, _forget, tuple(int(handle) for handle in self.handles))
+        """Forget the layers; calls with their handles run dense from now on."""
+
+    def begin_call(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read step and layout off a call of the transformer; its forward pre-hook."""
+        call = dict(zip(self._argument_names, args)) | kwargs
+        step = self.clock.tick(call.get(self.family.timestep))
+        layout = self.family.layout(transformer, call)
+        # Branches may differ in their text, but never in the size of the video.
+        if _video_size(layout) != _video_size(self.layout):
+            self.forget_plans()
+        self.begin(step, layout)
+        if self.config.strict:
+            for layer in range(len(self.layer_names)):
+                if (reason := self.why_not_reached(layer)) is not None:
+                    raise self.refusal(layer, reason)
+
+    def end_call(self) -> None:
+        """Let the plans go with the last call of a generation, so that what decodes its latents has their memory."""
+        if self.step is not None and self.step.is_last_of_generation:
+            self.forget_plans()
+
+    def processor(self, layer: int) -> Any:
+        """The processor that the layer has now."""
+        return getattr(self._modules[layer](), "processor", None)
+
+    def why_not_reached(self, layer: int) -> str | None:
+        """Why no call of this layer comes here; None where they do."""
+        if getattr(self.processor(layer), "_diffsparse_handle", None) is self.handles[layer]:
+            return None
+        if layer in self.refused:
+            return "its processor cannot be made sparse"
+        return "its processor was replaced after enabling"
+
+
+_LAYERS: dict[int, tuple[weakref.ref[TransformerSession], int]] = {}
+_numbers = itertools.count()
+
+
+def _register(session: TransformerSession, layer: int) -> Tensor:
+    """A handle for the layer: a 0-d CPU int64 tensor, which compiled code passes on without looking at it."""
+    number = next(_numbers)
+    _LAYERS[number] = (weakref.ref(session), layer)
+    return torch.tensor(number, device="cpu")
+
+
+def _forget(numbers: tuple[int, ...]) -> None:
+    for number in numbers:
+        _LAYERS.pop(number, None)
+
+
+def find_layer(handle: Tensor) -> tuple[TransformerSession, int] | None:
+    """The session and layer of a handle; None once the session is closed."""
+    reference, layer = _LAYERS.get(int(handle), (None, 0))
+    session = reference() if reference is not None else None
+    return None if session is None else (session, layer)
+
+
+def _video_size(layout: tuple[int | None, ...] | None) -> tuple[int | None, ...] | None:
+    return None if layout is None else layout[:3]

@@ -1,0 +1,92 @@
+"""Layouts for models that have the attributes which those of ComfyUI 0.3.64 and 0.33 have; no model runs here."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from diffsparse.comfy.models import MODELS, find_model
+
+VIDEO = torch.zeros(2, 16, 5, 12, 21)
+IMAGE = torch.zeros(2, 16, 13, 20)
+TEXT = torch.zeros(2, 9, 32)
+
+
+def layout(class_name, module, **call):
+    entry = next(model for model in MODELS if class_name in model.classes)
+    return tuple(entry.layout(SimpleNamespace(**module), call))
+
+
+@pytest.mark.parametrize(
+    ("class_name", "module", "call", "expected"),
+    [
+        ("WanModel", {"patch_size": (1, 2, 2)}, {"x": VIDEO}, (5, 6, 11, 0, None)),
+        (
+            "WanModel",
+            {"patch_size": (1, 2, 2), "ref_conv": nn.Identity()},
+            {"x": VIDEO, "reference_latent": torch.zeros(2, 16, 12, 20), "time_dim_concat": VIDEO[:, :, :2]},
+            (7, 6, 11, 60, None),
+        ),
+        ("HumoWanModel", {"patch_size": (1, 2, 2)}, {"x": VIDEO, "reference_latent": VIDEO}, (5, 6, 11, 0, None)),
+        (
+            "SCAILWanModel",
+            {"patch_size": (1, 2, 2)},
+            {"x": VIDEO, "reference_latent": VIDEO[:, :, :1]},
+            (6, 6, 11, 0, None),
+        ),
+        ("HunyuanVideo", {"patch_size": [1, 2, 2], "double_blocks": [object()]}, {"x": VIDEO}, (5, 6, 11, None, 0)),
+        (
+            "HunyuanVideo",
+            {"patch_size": [1, 2, 2], "double_blocks": [SimpleNamespace(flipped_img_txt=True)]},
+            {"x": VIDEO},
+            (5, 6, 11, 0, None),
+        ),
+        ("HunyuanVideo", {"patch_size": [1, 1], "double_blocks": []}, {"x": IMAGE}, (1, 13, 20, None, 0)),
+        ("Flux", {"patch_size": 2}, {"x": IMAGE, "context": TEXT}, (1, 7, 10, 9, None)),
+        ("Chroma", {"patch_size": 2}, {"x": IMAGE, "context": TEXT}, (1, 7, 10, 9, None)),
+        (
+            "QwenImageTransformer2DModel",
+            {"patch_size": 2},
+            {"x": VIDEO[:, :, :1], "context": TEXT},
+            (1, 6, 11, 9, None),
+        ),
+        (
+            "CogVideoXTransformer3DModel",
+            {"patch_size": 2, "patch_size_t": 2},
+            {"x": VIDEO, "context": TEXT},
+            (3, 6, 11, 9, 0),
+        ),
+        ("LTXVModel", {}, {"x": VIDEO}, (5, 12, 21, 0, 0)),
+        ("LTXAVModel", {}, {"x": [VIDEO, torch.zeros(2, 8, 50, 16)]}, (5, 12, 21, 0, 0)),
+        ("MiniTrainDIT", {"patch_spatial": 2, "patch_temporal": 1}, {"x": VIDEO}, (5, 6, 11, 0, 0)),
+        ("Kandinsky5", {"patch_size": (1, 2, 2)}, {"x": VIDEO}, (5, 6, 11, 0, 0)),
+        ("AsymmDiTJoint", {"patch_size": 2}, {"x": VIDEO}, (5, 6, 11, 0, None)),
+        ("NextDiT", {"patch_size": 2, "pad_tokens_multiple": None}, {"x": IMAGE}, (1, 7, 10, None, 0)),
+        # 70 tokens padded to 96.
+        ("NextDiT", {"patch_size": 2, "pad_tokens_multiple": 32}, {"x": IMAGE}, (1, 7, 10, None, 26)),
+        ("MiniMaxH3Model", {"patch_size": (1, 2, 2)}, {"x": [VIDEO, TEXT]}, (5, 6, 11, None, 0)),
+    ],
+)
+def test_the_layout_is_read_off_the_call(class_name, module, call, expected):
+    assert layout(class_name, module, **call) == expected
+
+
+def test_no_class_is_named_twice():
+    classes = [name for model in MODELS for name in model.classes]
+    assert len(classes) == len(set(classes))
+
+
+def test_a_subclass_that_nobody_named_is_not_known():
+    wan = type("WanModel", (nn.Module,), {})
+    assert find_model(wan()).name == "wan"
+    assert find_model(type("NewWanModel", (wan,), {})()) is None
+
+
+def test_blocks_are_numbered_in_the_order_they_run():
+    flux = type("Flux", (nn.Module,), {})()
+    flux.single_blocks = nn.ModuleList([nn.Identity()])
+    flux.double_blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
+    assert list(find_model(flux).named_blocks(flux)) == ["double_blocks.0", "double_blocks.1", "single_blocks.0"]

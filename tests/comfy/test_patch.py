@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import logging
+
+import comfy_standins as standins
+import pytest
+import torch
+
+from diffsparse.plan import AttentionPlan
+from diffsparse.strategies.adaptive import Adaptive
+
+
+def run(model, **kwargs):
+    """Sample, and give what ran."""
+    standins.sample(model, **kwargs)
+    return model.get_attachment("diffsparse").report().transformers[0]
+
+
+def counting(calls):
+    def override(func, *args, **kwargs):
+        calls.append(args[0].shape)
+        return func(*args, **kwargs)
+
+    return override
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_override_runs_what_is_dense_and_silences_nothing(when):
+    calls: list = []
+    model = standins.patcher()
+    if when == "before":
+        model.model_options["transformer_options"]["optimized_attention_override"] = counting(calls)
+    sparse = standins.patched(model)
+    if when == "after":
+        sparse.model_options["transformer_options"]["optimized_attention_override"] = counting(calls)
+    report = run(sparse)
+    # Of 5 steps one is early. Self-attention of 2 layers: 8 calls sparse, 2 dense; 10 of cross-attention are dense.
+    assert (report.sparse_calls, report.dense_calls) == (8, 2)
+    assert len(calls) == 12
+
+
+def test_options_are_left_as_they_were_after_each_call():
+    model = standins.patched(standins.patcher())
+    guider = standins.Guider(model)
+    texts = {kind: torch.randn(1, 6, 32) for kind in (0, 1)}
+    with torch.no_grad():
+        guider.sample(torch.randn(1, 4, 3, 14, 10), torch.linspace(1, 0, 4), texts)
+    assert len(guider.seen_options) == 3
+    assert not any("optimized_attention_override" in options for options in guider.seen_options)
+
+
+def test_text_is_not_taken_for_video():
+    report = run(standins.patched(standins.patcher(standins.HunyuanVideo), start_percent=0.0))
+    # Two joint layers, five steps; the text refiner counts for nothing.
+    assert (report.sparse_calls, report.dense_calls) == (10, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "reasons"),
+    [
+        ({"start_percent": 0.5}, 10, {"early step": 10}),
+        ({"start_percent": 0.0, "end_percent": 0.8}, 10, {"late step": 2}),
+        ({"preset": "balanced"}, 4, {"early step": 2}),
+        ({"preset": "auto", "start_percent": 0.6}, 5, {"early step": 2}),
+        ({"preset": "auto", "start_percent": 0.6}, 10, {"early step": 12}),
+    ],
+)
+def test_steps_outside_the_window_stay_dense(settings, steps, reasons):
+    assert run(standins.patched(standins.patcher(), **settings), steps=steps).dense_reasons == reasons
+
+
+def test_a_mask_keeps_attention_dense_and_is_counted():
+    report = run(standins.patched(standins.patcher(mask=torch.zeros(400, 400))))
+    assert report.dense_reasons == {"attention mask": 8, "early step": 2}
+
+
+def test_branches_share_a_plan_whether_they_come_together_or_one_by_one(monkeypatch):
+    made = []
+    plan = Adaptive.plan
+    monkeypatch.setattr(Adaptive, "plan", lambda *args: made.append(args) or plan(*args))
+    # 4 sparse steps, replanned every 4: once for each of 2 layers.
+    run(standins.patched(standins.patcher(layers=2)))
+    together = len(made)
+    run(standins.patched(standins.patcher(layers=2)), split=True)
+    assert (together, len(made) - together) == (2, 2)
+
+
+def test_attention_that_another_node_replaced_is_found_and_said(caplog):
+    model = standins.patcher()
+    block = model.diffusion_model.blocks[1]
+    block.self_attn.forward = block.cross_attn.forward = lambda x, *args, **kwargs: x
+    report = run(standins.patched(model, start_percent=0.0))
+    assert report.sparse_calls == 5
+    assert report.dense_reasons == {"another node has replaced the attention of its block": 5}
+    assert "another node has replaced the attention of some blocks" in caplog.text
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(caplog):
+    def stop(step):
+        if step == 2:
+            raise Interrupted
+
+    model = standins.patcher()
+    dense = standins.sample(model)
+    sparse = standins.patched(model)
+    first = standins.sample(sparse)
+    with caplog.at_level(logging.INFO), pytest.raises(Interrupted):
+        standins.sample(sparse, on_step=stop)
+    assert "DiffSparse: stopped in step 3 of 5: 2 of 3 steps sparse" in caplog.text
+    assert torch.equal(standins.sample(model), dense)
+    assert torch.equal(standins.sample(sparse), first)
+
+
+def test_out_of_memory_makes_the_rest_dense_and_is_counted(monkeypatch):
+    tried = []
+
+    def attend(*args, **kwargs):
+        tried.append(args)
+        raise torch.OutOfMemoryError("no memory")
+
+    model = standins.patcher()
+    dense = standins.sample(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(AttentionPlan, "attend", attend)
+        sparse = standins.patched(model)
+        assert torch.equal(standins.sample(sparse), dense)
+        report = sparse.get_attachment("diffsparse").report().transformers[0]
+    assert report.dense_reasons == {"out of memory": 8, "early step": 2}
+    assert len(tried) == 1
+    assert not torch.equal(standins.sample(sparse), dense)
+
+
+def test_one_frame_is_an_image():
+    report = run(standins.patched(standins.patcher(), start_percent=0.0), frames=1)
+    assert report.sparse_calls == 10
+
+
+def test_where_gradients_are_required_attention_stays_dense():
+    model = standins.patched(standins.patcher(), start_percent=0.0)
+    guider, texts = standins.Guider(model), {kind: torch.randn(1, 6, 32) for kind in (0, 1)}
+    guider.sample(torch.randn(1, 4, 3, 14, 10), torch.tensor([1.0, 0.0]), texts).sum().backward()
+    report = model.get_attachment("diffsparse").report().transformers[0]
+    assert report.dense_reasons == {"gradients are required": 2}
+
+
+def test_the_model_may_be_called_outside_a_sampler():
+    model = standins.patched(standins.patcher())
+    before = run(model)
+    options = {"wrappers": model.wrappers, "sigmas": torch.ones(1), "sample_sigmas": torch.tensor([1.0, 0.0])}
+    call = (torch.randn(1, 4, 5, 20, 16), torch.ones(1), torch.randn(1, 6, 32), None)
+    with torch.no_grad():
+        assert torch.equal(model.diffusion_model(*call, options), model.diffusion_model(*call, {}))
+    assert model.get_attachment("diffsparse").report().transformers[0] == before
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_models_run_sparse_too(whole):
+    model = standins.patcher()
+    eager = standins.sample(standins.patched(model, start_percent=0.0))
+    transformer = model.diffusion_model
+    if whole:
+        transformer.compile(backend="eager")
+    else:
+        for layer, block in enumerate(transformer.blocks):
+            transformer.blocks[layer] = torch.compile(block, backend="eager")
+    compiled = standins.patched(model, start_percent=0.0)
+    torch.testing.assert_close(standins.sample(compiled), eager)
+    assert compiled.get_attachment("diffsparse").report().transformers[0].sparse_calls == 10

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from diffsparse.comfy.schedule import Branches, Window, step_of
+
+SIGMAS = [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("sigma", "step"), [(1.0, 0), (0.75, 1), (0.25, 3), (0.6, 1), (0.1, 3), (0.0, 3), (14.6, 0), (0.75000001, 1)]
+)
+def test_a_sigma_belongs_to_the_step_that_it_lies_in(sigma, step):
+    assert step_of(sigma, SIGMAS) == step
+
+
+def test_a_window_is_dense_before_and_after_it():
+    window = Window(sigma_start=0.8, sigma_end=0.2, first_step_only=False)
+    reasons = [window.why_dense(sigma, step, 20) for step, sigma in enumerate((1.0, 0.8, 0.5, 0.2, 0.1))]
+    assert reasons == ["early step", None, None, None, "late step"]
+
+
+def test_few_steps_keep_only_the_first_dense():
+    window = Window(sigma_start=0.2, sigma_end=0.0, first_step_only=True)
+    assert [window.why_dense(0.9, step, 8) for step in range(3)] == ["early step", None, None]
+    assert window.why_dense(0.9, 2, 9) == "early step"
+    # The second expert of a model starts further down.
+    assert window.why_dense(0.15, 0, 4) is None
+
+
+def options(kinds, uuids, window=None):
+    shown = {"cond_or_uncond": kinds, "uuids": uuids}
+    return shown if window is None else shown | {"context_window": SimpleNamespace(index_list=window)}
+
+
+def test_branches_of_guidance_share_a_name_and_regions_do_not():
+    branches = Branches()
+    positive, negative, region = (branches.name(options([k], [u])) for k, u in ((0, "p"), (1, "n"), (0, "region")))
+    assert positive == negative != region
+    assert branches.name(options([0], ["region"])) == region
+
+
+def test_a_context_window_is_a_branch_of_its_own():
+    branches = Branches()
+    first, second = (branches.name(options([0], ["p"], window)) for window in ([0, 1], [1, 2]))
+    assert first != second

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import torch
+
+from diffsparse.comfy import summary
+from diffsparse.comfy.models import MODELS
+from diffsparse.comfy.summary import RunClock, summarize
+from diffsparse.config import SparseAttentionConfig
+from diffsparse.session import Session
+
+FAMILY = MODELS[0]
+
+
+def test_a_line_has_steps_and_seconds(monkeypatch):
+    seconds = iter([0.0, 2.0, 2.0, 3.0, 3.0, 4.5])
+    monkeypatch.setattr(summary.time, "perf_counter", lambda: next(seconds))
+    clock = RunClock()
+    for step in range(3):
+        clock.tick(step, 4)
+        if step:
+            clock.mark_sparse()
+    clock.stop()
+    steps = "2 of 3 steps sparse; 1.25 s a sparse step, 2.00 s a dense step"
+    assert summarize(clock, [], finished=True) == f"DiffSparse: {steps}"
+    assert summarize(clock, [], finished=False) == f"DiffSparse: stopped in step 3 of 4: {steps}"
+
+
+def test_calls_and_reasons_are_summed_over_the_layers():
+    first, second = (Session("Toy", FAMILY, ("a", "b"), SparseAttentionConfig()) for _ in range(2))
+    for session in (first, second):
+        session.tallies[0].sparse_calls = 3
+        session.tallies[0].density = 3 * torch.tensor([0.2, 0.4])
+    first.tallies[1].dense_reasons["early step"] = 5
+    second.tallies[1].dense_reasons |= {"early step": 1, "attention mask": 1}
+    assert summarize(RunClock(), [first, second], finished=True).split("; ")[1:] == [
+        "density 30 % in 6 attention calls",
+        "dense in 7: early step (6), attention mask (1)",
+    ]
+
+
+def test_sparse_steps_that_are_slower_are_said_so(monkeypatch):
+    seconds = iter([0.0, 1.0, 1.0, 9.0, 9.0, 10.5])
+    monkeypatch.setattr(summary.time, "perf_counter", lambda: next(seconds))
+    clock = RunClock()
+    for step in range(3):
+        clock.tick(step, 3)
+        if step:
+            clock.mark_sparse()
+    clock.stop()
+    assert clock.describe(finished=True).endswith("1.00 s a dense step (sparse is slower here: raise min_tokens)")
+
+
+def test_a_step_of_two_calls_is_one_step(monkeypatch):
+    seconds = iter([0.0, 2.0])
+    monkeypatch.setattr(summary.time, "perf_counter", lambda: next(seconds))
+    clock = RunClock()
+    clock.tick(0, 1)
+    clock.tick(0, 1)
+    clock.stop()
+    assert clock.describe(finished=True) == "0 of 1 steps sparse; 2.00 s a dense step"
+
+
+def test_a_run_that_called_no_model_has_a_line():
+    assert RunClock().describe(finished=True) == "the model was not called"

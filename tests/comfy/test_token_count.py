@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import comfy_standins as standins
+import pytest
+import torch
+
+from diffsparse.comfy.models import find_model
+from diffsparse.comfy.token_count import TokenCount, count_tokens
+
+
+def test_operations_are_counted():
+    model = standins.WanModel(layers=2, width=32)
+    count = count_tokens(model, find_model(model), torch.zeros(1, 4, 5, 20, 16), 0.25)
+    tokens = 5 * 10 * 8
+    attention = 2 * 4 * tokens * tokens * 32
+    # Eight projections of 32 by 32 in each of two blocks.
+    other = 2 * tokens * 2 * 8 * 32 * 32
+    assert count.num_tokens == tokens
+    assert count.attention_share == pytest.approx(attention / (attention + other))
+
+
+def test_a_speed_up_is_what_amdahl_says():
+    half = TokenCount(1, 1, 1, attention_share=0.5, density=0.5)
+    assert half.speed_up == pytest.approx(4 / 3)
+    assert TokenCount(1, 1, 1, attention_share=0.9, density=1.0).speed_up == 1
+
+
+def test_the_text_names_the_grid_and_says_that_nothing_was_measured():
+    text = str(TokenCount(21, 30, 52, attention_share=0.61, density=0.25))
+    assert text.splitlines() == [
+        "32,760 tokens: 21 x 30 x 52 (frames, height, width)",
+        "Attention is 61 % of the work of a step.",
+        "Computing 25 % of it makes a sparse step at most 1.84 times as fast (counted, not measured).",
+    ]

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+import comfy_standins as standins
+import pytest
+import torch
+
+from diffsparse.comfy.token_count_node import DiffSparseTokenCount
+
+
+def test_tokens_are_counted_without_running_the_model():
+    model = standins.patcher()
+    out = DiffSparseTokenCount().count(model, {"samples": torch.zeros(1, 4, 5, 20, 16)}, density=0.25)
+    assert out["result"][1] == 5 * 10 * 8
+    with pytest.raises(ValueError, match="UNetModel is no diffusion transformer"):
+        DiffSparseTokenCount().count(standins.patcher(standins.UNetModel), {"samples": torch.zeros(1, 4, 8, 8)})

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import comfy_standins as standins
+import torch
+
+from diffsparse.comfy.models import find_model
+from diffsparse.comfy.transformer import SampledTransformer
+from diffsparse.config import SparseAttentionConfig
+from diffsparse.pipelines.family import Layout
+from diffsparse.steps import Step
+from diffsparse.strategies.adaptive import Adaptive
+
+
+def call(transformer, module, step, size):
+    """One call of the model at a step, for a region of this size."""
+    frames, height, width = size
+    transformer.begin_call(Step(step, 20, "prompt", False), Layout(*size), None)
+    options = {"optimized_attention_override": transformer.override}
+    with torch.no_grad():
+        module(torch.randn(1, 4, frames, 2 * height, 2 * width), torch.ones(1), torch.randn(1, 6, 32), None, options)
+
+
+def test_regions_of_different_size_keep_their_plans(monkeypatch):
+    made = []
+    plan = Adaptive.plan
+    monkeypatch.setattr(Adaptive, "plan", lambda *args: made.append(args) or plan(*args))
+    module = standins.WanModel(layers=2)
+    transformer = SampledTransformer(module, find_model(module), SparseAttentionConfig(dense_steps=0.0, min_tokens=0))
+    for step in range(3):
+        for size in ((3, 7, 5), (3, 6, 6)):
+            call(transformer, module, step, size)
+    # Once for each size and layer.
+    assert len(made) == 4
+    assert sum(tally.sparse_calls for tally in transformer.session.tallies) == 12
+
+
+def test_what_was_put_on_the_blocks_is_taken_away():
+    module = standins.WanModel()
+    transformer = SampledTransformer(module, find_model(module), SparseAttentionConfig())
+    assert all(block._forward_hooks and block._forward_pre_hooks for block in module.blocks)
+    transformer.remove()
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in module.blocks)
