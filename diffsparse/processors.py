@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from diffsparse.key_mask import KeyMask
 from diffsparse.session import Session, find_layer
@@ -61,6 +62,11 @@ class _SparseProcessor:
 
     _diffsparse_handle: Tensor | None = None
     _diffsparse_stock_class: type
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # diffusers looks processors up by their exact class, which is not ours: guiders that skip layers, loaders.
+        return self._diffsparse_stock_class
 
     def _as_stock(self) -> Any:
         stock: Any = object.__new__(self._diffsparse_stock_class)
@@ -229,7 +235,15 @@ def _obstacle(
         return "context parallelism"
     if mask is not None and not isinstance(mask, Tensor):
         return "the model's own block mask"
+    if not torch.compiler.is_compiling() and _is_watched():
+        return "a torch function mode stands in for attention, as in perturbed attention guidance"
     return None
+
+
+def _is_watched() -> bool:
+    """Whether a torch function mode other than a default device sees each call of torch's attention, and not ours."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 def _count_fallback(handle: Tensor, obstacle: str | None) -> None:
