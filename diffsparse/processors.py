@@ -180,10 +180,26 @@ def dispatch_attention_fn(
     if isinstance(attn_mask, KeyMask):
         attn_mask = attn_mask.as_tensor()
     handle = _CURRENT.handle
+    # Gives each rank the whole sequence of some of the heads, and the results back. Private to diffusers.
+    exchange: Any = getattr(attention_dispatch, "_templated_context_parallel_attention", None)
     obstacle = _obstacle((query, key, value), attn_mask, dropout_p, is_causal, enable_gqa, parallel_config)
+    if parallel_config is not None and obstacle is None and exchange is None:
+        obstacle = "context parallelism of this release of diffusers"
     if handle is not None and obstacle is None:
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        return _attend(*heads_first, attn_mask, scale, True, handle)
+        if parallel_config is None:
+            heads_first = (x.transpose(1, 2) for x in (query, key, value))
+            return _attend(*heads_first, attn_mask, scale, True, 1, handle)
+        output: Tensor = exchange(
+            query,
+            key,
+            value,
+            attn_mask,
+            scale=scale,
+            forward_op=_attend_between_exchanges,
+            backward_op=None,
+            _parallel_config=parallel_config,
+        )
+        return output
     if handle is not None:
         _count_fallback(handle, obstacle)
     return attention_dispatch.dispatch_attention_fn(
@@ -215,7 +231,7 @@ def scaled_dot_product_attention(
     handle = _CURRENT.handle
     obstacle = _obstacle((query, key, value), attn_mask, dropout_p, is_causal, enable_gqa, None)
     if handle is not None and obstacle is None:
-        return _attend(query, key, value, attn_mask, scale, False, handle).transpose(1, 2)
+        return _attend(query, key, value, attn_mask, scale, False, 1, handle).transpose(1, 2)
     if handle is not None:
         _count_fallback(handle, obstacle)
     return F.scaled_dot_product_attention(
@@ -231,8 +247,8 @@ def _obstacle(
         return "gradients are required"
     if is_causal or enable_gqa or dropout:
         return "causal attention, grouped queries or dropout"
-    if parallel_config is not None:
-        return "context parallelism"
+    if parallel_config is not None and parallel_config.context_parallel_config.ring_degree > 1:
+        return "context parallelism by a ring"
     if mask is not None and not isinstance(mask, Tensor):
         return "the model's own block mask"
     if not torch.compiler.is_compiling() and _is_watched():
@@ -246,6 +262,28 @@ def _is_watched() -> bool:
     return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
+def _attend_between_exchanges(
+    ctx: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+    _save_ctx: bool = True,
+    _parallel_config: Any = None,
+) -> Tensor:
+    """Attention of the running layer over a whole sequence of this rank's heads: query [B, S, H, D] to [B, S, H, D]."""
+    ranks = _parallel_config.context_parallel_config.ulysses_degree
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    handle = _CURRENT.handle
+    assert handle is not None
+    return _attend(*heads_first, attn_mask, scale, True, ranks, handle)
+
+
 def _count_fallback(handle: Tensor, obstacle: str | None) -> None:
     # Inside compiled code this would run while tracing, not at each call.
     if obstacle is not None and not torch.compiler.is_compiling() and (found := find_layer(handle)) is not None:
@@ -257,8 +295,8 @@ def _count_fallback(handle: Tensor, obstacle: str | None) -> None:
     "diffsparse::attend",
     mutates_args=(),
     tags=(torch.Tag.cudagraph_unsafe,),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool by_dispatch, Tensor handle)"
-    " -> Tensor",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool by_dispatch, int ranks,"
+    " Tensor handle) -> Tensor",
 )
 def _attend(
     query: Tensor,
@@ -267,11 +305,13 @@ def _attend(
     mask: Tensor | None,
     scale: float | None,
     by_dispatch: bool,
+    ranks: int,
     handle: Tensor,
 ) -> Tensor:
     """Attention of the layer of `handle`, query, key, value [B, H, S, D]: [B, S, H, D], contiguous.
 
-    Opaque to torch.compile: layer, step and plan are looked up in here, at each call.
+    Their tokens were put together from what so many `ranks` had. Opaque to torch.compile: layer, step and plan are
+    looked up in here, at each call.
     """
     found = find_layer(handle)
     if found is None:
@@ -279,7 +319,7 @@ def _attend(
     else:
         session, layer = found
         dense = functools.partial(_dense, query, key, value, mask, scale, by_dispatch, _user_backend(session, layer))
-        output = session.attend(layer, query, key, value, mask, scale, dense)
+        output = session.attend(layer, query, key, value, mask, scale, dense, ranks)
     return output.transpose(1, 2).contiguous()
 
 
@@ -291,6 +331,7 @@ def _(
     mask: Tensor | None,
     scale: float | None,
     by_dispatch: bool,
+    ranks: int,
     handle: Tensor,
 ) -> Tensor:
     batch, heads, tokens, _ = query.shape

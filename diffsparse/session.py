@@ -17,6 +17,7 @@ from diffsparse.config import SparseAttentionConfig
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import MAX_HEAD_DIM
 from diffsparse.plan import AttentionPlan
+from diffsparse.rank_order import RankOrder
 from diffsparse.steps import Step, StepClock
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -32,6 +33,8 @@ class Family(Protocol):
     def timestep(self) -> str: ...  # noqa: D102
     @property
     def spreads_mask(self) -> bool: ...  # noqa: D102
+    @property
+    def text_apart(self) -> bool | None: ...  # noqa: D102
     @property
     def layout(self) -> Callable[[nn.Module, Mapping[str, Any]], tuple[int | None, ...] | None]: ...  # noqa: D102
 
@@ -136,6 +139,7 @@ class Session:
         mask: Tensor | None,
         scale: float | None,
         dense: Callable[[], Tensor],
+        ranks: int = 1,
     ) -> Tensor:
         """Attention of one layer, by its plan or by `dense()`: [B, H, S, D].
 
@@ -145,6 +149,7 @@ class Session:
             mask: what the model passes to its own attention.
             scale: factor on the scores, D ** -0.5 if None.
             dense: the model's own attention of the same inputs.
+            ranks: how many ranks the sequence was put together from, see `RankOrder`.
 
         Raises:
             DenseFallback: the config is strict and this layer cannot run sparse.
@@ -154,12 +159,16 @@ class Session:
         if (reason := self._policy(layer, query)) is not None:
             self.count_dense(layer, reason)
             return dense()
-        if (reason := self._obstacle(query, key, value, mask)) is None:
+        if (reason := self._obstacle(query, key, value, mask, ranks)) is None:
             key_length = _key_length(mask, query.shape[0])
+            order = RankOrder(self._parts(query.shape[2]), ranks)
+            query, key, value = (order.undo(x) for x in (query, key, value))
             plan = self._plan(layer, query, key, value, key_length, scale)
             if isinstance(plan, AttentionPlan):
                 self.tallies[layer].count_sparse(plan)
-                return plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
+                return order.apply(
+                    plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
+                )
             reason = plan
         self.fall_back(layer, reason)
         return dense()
@@ -220,7 +229,7 @@ class Session:
             return f"fewer than {self.config.min_tokens} tokens"
         return None
 
-    def _obstacle(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+    def _obstacle(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ranks: int) -> str | None:
         """Why this call cannot run sparse."""
         if self._step is None:
             return "called outside its transformer"
@@ -235,7 +244,18 @@ class Session:
             return f"head dim {query.shape[3]} above {MAX_HEAD_DIM}"
         if mask is not None and not (self.family.padding_mask and _hides_keys_only(mask)):
             return "attention mask"
+        if ranks > 1 and self.family.text_apart is None and grid.num_video_tokens < grid.num_tokens:
+            return "nobody has said how context parallelism cuts the text of this family"
         return None
+
+    def _parts(self, num_tokens: int) -> tuple[int, ...]:
+        """The lengths of the model's tensors that make up a sequence and that context parallelism cuts one by one."""
+        grid = self._grid(num_tokens)
+        assert grid is not None
+        if not self.family.text_apart or grid.num_video_tokens == num_tokens:
+            return (num_tokens,)
+        first = grid.text_before or grid.num_video_tokens
+        return first, num_tokens - first
 
     def _plan(
         self,

@@ -84,4 +84,5 @@ FLUX = Family(
     ),
     layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     layout=layout,
+    text_apart=True,
 )

@@ -34,4 +34,5 @@ QWEN_IMAGE = Family(
     transformers=("QwenImageTransformer2DModel",),
     layers=("transformer_blocks.*.attn",),
     layout=layout,
+    text_apart=True,
 )
