@@ -117,6 +117,7 @@ SCENARIOS = {
         config={"num_attention_heads": 4, "cross_attention_dim": 4 * HEAD_DIM},
     ),
     "helios, nothing divides": Scenario("helios", (3, 7, 5), anything=True, plan=helios_plan),
+    "minimax_h3, nothing divides": Scenario("minimax_h3", (3, 7, 5), anything=True),
     "hunyuan_video": Scenario("hunyuan_video", (2, 4, 4), eight_text_tokens, plan=hunyuan_video_plan),
     "hunyuan_video, padded text": Scenario("hunyuan_video", (2, 4, 4), padded_text, plan=hunyuan_video_plan),
     "flux": Scenario("flux", (1, 8, 6), eight_text_tokens),
