@@ -9,11 +9,12 @@ rotary embedding and everything a new release changes stay diffusers' own.
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 import sys
 import threading
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -97,13 +98,10 @@ def _sparse_class(stock: type, spreads_mask: bool) -> type | None:
     call = stock.__call__
     if not isinstance(call, types.FunctionType) or not ATTENTION_NAMES & set(call.__code__.co_names):
         return None
-    twin = types.FunctionType(
-        call.__code__,
-        _shadow_globals(call.__globals__["__name__"]),
-        call.__name__,
-        call.__defaults__,
-        call.__closure__,
-    )
+    shadow = _shadow_globals(call.__globals__.get("__name__"))
+    if shadow is None or not shadow.rebound & _global_names(call):
+        return None
+    twin = types.FunctionType(call.__code__, shadow.names, call.__name__, call.__defaults__, call.__closure__)
     twin.__kwdefaults__ = call.__kwdefaults__
 
     def __call__(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -122,31 +120,44 @@ def _sparse_class(stock: type, spreads_mask: bool) -> type | None:
     return type(f"Sparse{stock.__name__}", (_SparseProcessor, stock), members)
 
 
-@functools.cache
-def _shadow_globals(module_name: str) -> dict[str, Any]:
-    """The globals of a processor's module, with the attention functions re-bound.
+def _global_names(function: types.FunctionType) -> set[str]:
+    """The globals that a function reads, and no attribute of the same name."""
+    return {step.argval for step in dis.get_instructions(function) if step.opname == "LOAD_GLOBAL"}
+
+
+class _Shadow(NamedTuple):
+    """The globals of a processor's module, and which of them stand for attention there and are bound to ours."""
+
+    names: dict[str, Any]
+    rebound: frozenset[str]
+
+
+def _shadow_globals(module_name: str | None) -> _Shadow | None:
+    """The globals of a processor's module, with the attention functions re-bound; None where there is no such module.
 
     They live in a real module of their own name: torch.compile finds a function's globals through `sys.modules`,
     and would guard the wrong objects otherwise.
     """
-    shadow = _shadow_module(sys.modules[module_name])
-    if hasattr(shadow, "dispatch_attention_fn"):
-        shadow.dispatch_attention_fn = dispatch_attention_fn  # type: ignore[attr-defined]
-    if getattr(shadow, "F", None) is F:
-        functional = _shadow_module(F)
-        functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[attr-defined]
-        shadow.F = functional  # type: ignore[attr-defined]
-    return shadow.__dict__
+    module = sys.modules.get(module_name or "")
+    if module is None:
+        return None
+    shadow = _shadow_module(module)
+    functional = _shadow_module(F)
+    functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[attr-defined]
+    rebound: dict[str, Any] = {name: functional for name, value in vars(module).items() if value is F}
+    if hasattr(module, "dispatch_attention_fn"):
+        rebound["dispatch_attention_fn"] = dispatch_attention_fn
+    vars(shadow).update(rebound)
+    return _Shadow(vars(shadow), frozenset(rebound))
 
 
 def _shadow_module(module: types.ModuleType) -> types.ModuleType:
+    """The shadow of a module, with the names that it has now: those of a notebook grow."""
     name = f"diffsparse._shadow.{module.__name__}"
-    if name not in sys.modules:
-        shadow = types.ModuleType(name)
-        kept = {"__name__", "__spec__", "__loader__"}
-        shadow.__dict__.update({k: v for k, v in module.__dict__.items() if k not in kept})
-        sys.modules[name] = shadow
-    return sys.modules[name]
+    shadow = sys.modules.setdefault(name, types.ModuleType(name))
+    kept = {"__name__", "__spec__", "__loader__"}
+    vars(shadow).update({k: v for k, v in vars(module).items() if k not in kept})
+    return shadow
 
 
 class _Current(threading.local):
