@@ -1,8 +1,11 @@
-"""Configs small enough for tiny models, and what ran: for every test that enables sparse attention."""
+"""Configs small enough for tiny models, a call, and what ran: for every test that enables sparse attention."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 import diffsparse
 from diffsparse import Adaptive, SparseAttentionConfig
@@ -19,6 +22,18 @@ def config(strategy: Any = None, **changes: Any) -> SparseAttentionConfig:
 DENSE = config(Dense())
 FULL = config(Adaptive(density=1.0, query_block_size=16, key_block_size=16))
 SPARSE = config()
+
+
+def run(model: nn.Module, call: dict[str, Any]) -> Tensor:
+    """What the model makes of a call."""
+    with torch.no_grad():
+        return forward(model, call)
+
+
+def forward(model: nn.Module, call: dict[str, Any]) -> Tensor:
+    """The same with gradients."""
+    output = model(**call, return_dict=False)[0]
+    return torch.stack(output) if isinstance(output, list) else output
 
 
 def report_of(model: Any) -> TransformerReport:

@@ -14,7 +14,7 @@ import weakref
 import diffusers
 import pytest
 import torch
-from enabled import DENSE, FULL, SPARSE, config, report_of
+from enabled import DENSE, FULL, SPARSE, config, forward, report_of, run
 from tiny_models import TINY, generate, tiny_wan_pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,16 +23,6 @@ from diffsparse import Adaptive, DenseFallback
 from diffsparse.pipelines.families import find_family
 from diffsparse.pipelines.left_alone import LEFT_ALONE
 from diffsparse.strategies.dense import Dense
-
-
-def run(model, call):
-    with torch.no_grad():
-        return forward(model, call)
-
-
-def forward(model, call):
-    output = model(**call, return_dict=False)[0]
-    return torch.stack(output) if isinstance(output, list) else output
 
 
 def steps(model, call, count=3):

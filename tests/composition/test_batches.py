@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from enabled import FULL, config, report_of
+from enabled import FULL, config, report_of, run
 from tiny_models import TINY, generate, tiny_wan_pipeline
 
 from diffsparse import Adaptive
@@ -22,11 +22,6 @@ STATIC = config(BAND, strict=True)
 # Prompts of other lengths in each row, by a mask or by leaving padding out. Framepack's call names places by tensors
 # that have nothing to do with rows.
 RAGGED = [name for name, tiny in TINY.items() if tiny.text_lengths and name != "framepack"]
-
-
-def run(model, call):
-    with torch.no_grad():
-        return model(**call, return_dict=False)[0]
 
 
 def row_of(call, row):

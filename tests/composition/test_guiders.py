@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import LayerSkipConfig
 from diffusers.hooks import apply_layer_skip
-from enabled import FULL, SPARSE, config, report_of
+from enabled import FULL, SPARSE, config, report_of, run
 from tiny_models import TINY
 from tiny_pipelines import text
 
@@ -98,12 +98,6 @@ def enabled_with_skipped_layer(tiny, skip, chosen, enabled_first):
     if not enabled_first:
         model.enable_sparse_attention(chosen)
     return model
-
-
-def run(model, call):
-    with torch.no_grad():
-        output = model(**call, return_dict=False)[0]
-    return torch.stack(output) if isinstance(output, list) else output
 
 
 @pytest.mark.parametrize("name", ["cogview4", "pixart", "z_image"])

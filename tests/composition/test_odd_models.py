@@ -6,19 +6,13 @@ import types
 import pytest
 import torch
 import torch.nn.functional as functional
-from enabled import FULL, SPARSE, config, report_of
+from enabled import FULL, SPARSE, config, report_of, run
 from tiny_models import TINY
 
 import diffsparse
 from diffsparse import DenseFallback
 
 REFUSED = "its processor cannot be made sparse"
-
-
-def run(model, call):
-    with torch.no_grad():
-        output = model(**call, return_dict=False)[0]
-    return torch.stack(output) if isinstance(output, list) else output
 
 
 class UnknownTransformer(torch.nn.Module):
