@@ -11,7 +11,7 @@ from diffusers import ContextParallelConfig
 from diffusers.hooks import context_parallel
 from diffusers.models import attention_dispatch
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
-from enabled import DENSE, config, report_of
+from enabled import DENSE, config, report_of, run
 from tiny.model import HEAD_DIM, TEXT_CHANNELS, Random
 from tiny_models import TINY
 
@@ -35,6 +35,7 @@ class Scenario:
         anything: sizes and heads that the ranks do not divide.
         plan: model -> how its tensors are cut, where that is not diffusers' own plan.
         family: the user's own description.
+        compiled: whether its blocks are compiled, where ranks are more than one.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Scenario:
     anything: bool = False
     plan: object = None
     family: object = None
+    compiled: bool = False
     config: dict = dataclasses.field(default_factory=lambda: {"num_attention_heads": 4})
 
     def run(self, chosen, ranks=1):
@@ -54,9 +56,9 @@ class Scenario:
             model.enable_parallelism(config=parallel, cp_plan=self.plan and self.plan(model))
         if chosen is not None:
             model.enable_sparse_attention(chosen, family=self.family)
-        with torch.no_grad():
-            output = model(**call, return_dict=False)[0]
-        return output, None if chosen is None else report_of(model)
+        if self.compiled and ranks > 1:
+            model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        return run(model, call), None if chosen is None else report_of(model)
 
 
 def eight_text_tokens(model, call):
@@ -127,6 +129,7 @@ SCENARIOS = {
     "qwen_image, nothing divides": Scenario("qwen_image", (1, 7, 5), anything=True),
 }
 
+COMPILED = Scenario("flux", (1, 8, 6), eight_text_tokens, compiled=True)
 UNKNOWN_CUT = Scenario(
     "hunyuan_video",
     (2, 4, 4),
@@ -153,7 +156,10 @@ def work(rank, ranks, folder):
     torch.distributed.init_process_group("cpu:gloo", init_method=meeting, rank=rank, world_size=ranks)
     results = {}
     runs = [(name, way, SCENARIOS[name], CONFIGS[way]) for name in SCENARIOS for way in CONFIGS]
-    for name, way, scenario, chosen in [*runs, ("unknown cut", "sparse", UNKNOWN_CUT, config(STRATEGY))]:
+    runs.append(("unknown cut", "sparse", UNKNOWN_CUT, config(STRATEGY)))
+    if ranks == 2:
+        runs.append(("compiled", "sparse", COMPILED, CONFIGS["sparse"]))
+    for name, way, scenario, chosen in runs:
         try:
             results[name, way] = scenario.run(chosen, ranks)
         except Exception:
@@ -203,6 +209,14 @@ def test_enabled_but_dense_is_bit_equal_to_stock_on_every_rank(name, results):
     for (stock, _), (dense, report) in zip(results[name, "stock"], results[name, "dense"]):
         assert torch.equal(dense, stock)
         assert report.sparse_calls == 0
+
+
+def test_compiled_blocks_run_sparse_on_every_rank(results):
+    if ("compiled", "sparse") not in results:
+        pytest.skip("it takes seconds; two ranks are enough")
+    for (output, report), (expected, _) in zip(results["compiled", "sparse"], results["flux", "sparse"]):
+        torch.testing.assert_close(output, expected)
+        assert (report.sparse_calls, report.dense_calls) == (report.num_layers, 0)
 
 
 def test_text_that_nobody_knows_how_to_put_in_order_keeps_the_layers_dense(results):
