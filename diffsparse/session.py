@@ -104,6 +104,7 @@ class Session:
         self._argument_names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self._dense_layers = self._resolve_dense_layers()
         self._layout: tuple[int | None, ...] | None = None
+        self._why_no_grid = ""
         self._rows: Counter[int] = Counter()
         self._step: Step | None = None
         self._plans: dict[Hashable, _KeptPlan] = {}
@@ -116,7 +117,7 @@ class Session:
         call = dict(zip(self._argument_names, args)) | kwargs
         self._step = self.clock.tick(call.get(self.family.timestep))
         self._rows.clear()
-        last, self._layout = self._layout, self.family.layout(transformer, call)
+        last, self._layout = self._layout, self._read_layout(transformer, call)
         # Branches may differ in their text, but never in the size of the video.
         if self._step.is_first_of_generation or _video_size(self._layout) != _video_size(last):
             self._plans.clear()
@@ -197,6 +198,18 @@ class Session:
                 f"layer {layer} ({self.layer_names[layer]}) cannot run sparse: {reason}. {_WITHOUT_STRICT}"
             )
 
+    def _read_layout(self, transformer: nn.Module, call: Mapping[str, Any]) -> tuple[int | None, ...] | None:
+        """What the family makes of a call. One that it did not foresee is no reason to lose a generation."""
+        self._why_no_grid = "the call does not say the size of the grid"
+        try:
+            layout = self.family.layout(transformer, call)
+            if layout is not None:
+                TokenGrid(*layout[:4])  # type: ignore[arg-type]
+        except Exception as error:
+            self._why_no_grid = f"the layout of its family raises {type(error).__name__}: {error}"
+            return None
+        return layout
+
     def _resolve_dense_layers(self) -> frozenset[int]:
         count = len(self.layer_names)
         for layer in self.config.dense_layers:
@@ -235,7 +248,7 @@ class Session:
             return "called outside its transformer"
         grid = self._grid(query.shape[2])
         if grid is None:
-            return "the call does not say the size of the grid"
+            return self._why_no_grid
         if query.shape != key.shape or key.shape != value.shape:
             return "query, key and value differ in shape"
         if query.shape[2] != grid.num_tokens:
