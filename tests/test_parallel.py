@@ -35,6 +35,7 @@ class Scenario:
         anything: sizes and heads that the ranks do not divide.
         plan: model -> how its tensors are cut, where that is not diffusers' own plan.
         family: the user's own description.
+        enabled_first: before it is spread over ranks.
         compiled: whether its blocks are compiled, where ranks are more than one.
     """
 
@@ -44,6 +45,7 @@ class Scenario:
     anything: bool = False
     plan: object = None
     family: object = None
+    enabled_first: bool = False
     compiled: bool = False
     config: dict = dataclasses.field(default_factory=lambda: {"num_attention_heads": 4})
 
@@ -51,10 +53,12 @@ class Scenario:
         """Output and report; no report where nothing is chosen."""
         model = TINY[self.model].make(**self.config)
         call = self.change(model, TINY[self.model].call(model, self.grid))
+        if chosen is not None and self.enabled_first:
+            model.enable_sparse_attention(chosen, family=self.family)
         if ranks > 1:
             parallel = ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=self.anything)
             model.enable_parallelism(config=parallel, cp_plan=self.plan and self.plan(model))
-        if chosen is not None:
+        if chosen is not None and not self.enabled_first:
             model.enable_sparse_attention(chosen, family=self.family)
         if self.compiled and ranks > 1:
             model.compile_repeated_blocks(fullgraph=True, backend="eager")
@@ -110,6 +114,7 @@ def helios_plan(model):
 
 SCENARIOS = {
     "wan": Scenario("wan", (3, 4, 4)),
+    "wan, enabled first": Scenario("wan", (3, 4, 4), enabled_first=True),
     "wan, nothing divides": Scenario("wan", (3, 7, 5), anything=True, config={"num_attention_heads": 7}),
     "chronoedit, nothing divides": Scenario("chronoedit", (3, 7, 5), anything=True),
     "ltx": Scenario(
