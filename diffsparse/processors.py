@@ -9,15 +9,17 @@ rotary embedding and everything a new release changes stay diffusers' own.
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 import sys
 import threading
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from diffsparse.key_mask import KeyMask
 from diffsparse.transformer_session import TransformerSession, find_layer
@@ -62,6 +64,11 @@ class _SparseProcessor:
     _diffsparse_handle: Tensor | None = None
     _diffsparse_stock_class: type
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # diffusers looks processors up by their exact class, which is not ours: guiders that skip layers, loaders.
+        return self._diffsparse_stock_class
+
     def _as_stock(self) -> Any:
         stock: Any = object.__new__(self._diffsparse_stock_class)
         stock.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_diffsparse_handle"})
@@ -91,13 +98,10 @@ def _sparse_class(stock: type, spreads_mask: bool) -> type | None:
     call = stock.__call__
     if not isinstance(call, types.FunctionType) or not ATTENTION_NAMES & set(call.__code__.co_names):
         return None
-    twin = types.FunctionType(
-        call.__code__,
-        _shadow_globals(call.__globals__["__name__"]),
-        call.__name__,
-        call.__defaults__,
-        call.__closure__,
-    )
+    shadow = _shadow_globals(call.__globals__.get("__name__"))
+    if shadow is None or not shadow.rebound & _global_names(call):
+        return None
+    twin = types.FunctionType(call.__code__, shadow.names, call.__name__, call.__defaults__, call.__closure__)
     twin.__kwdefaults__ = call.__kwdefaults__
 
     def __call__(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -116,31 +120,44 @@ def _sparse_class(stock: type, spreads_mask: bool) -> type | None:
     return type(f"Sparse{stock.__name__}", (_SparseProcessor, stock), members)
 
 
-@functools.cache
-def _shadow_globals(module_name: str) -> dict[str, Any]:
-    """The globals of a processor's module, with the attention functions re-bound.
+def _global_names(function: types.FunctionType) -> set[str]:
+    """The globals that a function reads, and no attribute of the same name."""
+    return {step.argval for step in dis.get_instructions(function) if step.opname == "LOAD_GLOBAL"}
+
+
+class _Shadow(NamedTuple):
+    """The globals of a processor's module, and which of them stand for attention there and are bound to ours."""
+
+    names: dict[str, Any]
+    rebound: frozenset[str]
+
+
+def _shadow_globals(module_name: str | None) -> _Shadow | None:
+    """The globals of a processor's module, with the attention functions re-bound; None where there is no such module.
 
     They live in a real module of their own name: torch.compile finds a function's globals through `sys.modules`,
     and would guard the wrong objects otherwise.
     """
-    shadow = _shadow_module(sys.modules[module_name])
-    if hasattr(shadow, "dispatch_attention_fn"):
-        shadow.dispatch_attention_fn = dispatch_attention_fn  # type: ignore[attr-defined]
-    if getattr(shadow, "F", None) is F:
-        functional = _shadow_module(F)
-        functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[attr-defined]
-        shadow.F = functional  # type: ignore[attr-defined]
-    return shadow.__dict__
+    module = sys.modules.get(module_name or "")
+    if module is None:
+        return None
+    shadow = _shadow_module(module)
+    functional = _shadow_module(F)
+    functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[attr-defined]
+    rebound: dict[str, Any] = {name: functional for name, value in vars(module).items() if value is F}
+    if hasattr(module, "dispatch_attention_fn"):
+        rebound["dispatch_attention_fn"] = dispatch_attention_fn
+    vars(shadow).update(rebound)
+    return _Shadow(vars(shadow), frozenset(rebound))
 
 
 def _shadow_module(module: types.ModuleType) -> types.ModuleType:
+    """The shadow of a module, with the names that it has now: those of a notebook grow."""
     name = f"diffsparse._shadow.{module.__name__}"
-    if name not in sys.modules:
-        shadow = types.ModuleType(name)
-        kept = {"__name__", "__spec__", "__loader__"}
-        shadow.__dict__.update({k: v for k, v in module.__dict__.items() if k not in kept})
-        sys.modules[name] = shadow
-    return sys.modules[name]
+    shadow = sys.modules.setdefault(name, types.ModuleType(name))
+    kept = {"__name__", "__spec__", "__loader__"}
+    vars(shadow).update({k: v for k, v in vars(module).items() if k not in kept})
+    return shadow
 
 
 class _Current(threading.local):
@@ -174,10 +191,26 @@ def dispatch_attention_fn(
     if isinstance(attn_mask, KeyMask):
         attn_mask = attn_mask.as_tensor()
     handle = _CURRENT.handle
+    # Gives each rank the whole sequence of some of the heads, and the results back. Private to diffusers.
+    exchange: Any = getattr(attention_dispatch, "_templated_context_parallel_attention", None)
     obstacle = _obstacle((query, key, value), attn_mask, dropout_p, is_causal, enable_gqa, parallel_config)
+    if parallel_config is not None and obstacle is None and exchange is None:
+        obstacle = "context parallelism of this release of diffusers"
     if handle is not None and obstacle is None:
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        return _attend(*heads_first, attn_mask, scale, True, handle)
+        if parallel_config is None:
+            heads_first = (x.transpose(1, 2) for x in (query, key, value))
+            return _attend(*heads_first, attn_mask, scale, True, 1, handle)
+        output: Tensor = exchange(
+            query,
+            key,
+            value,
+            attn_mask,
+            scale=scale,
+            forward_op=_attend_between_exchanges,
+            backward_op=None,
+            _parallel_config=parallel_config,
+        )
+        return output
     if handle is not None:
         _count_fallback(handle, obstacle)
     return attention_dispatch.dispatch_attention_fn(
@@ -209,7 +242,7 @@ def scaled_dot_product_attention(
     handle = _CURRENT.handle
     obstacle = _obstacle((query, key, value), attn_mask, dropout_p, is_causal, enable_gqa, None)
     if handle is not None and obstacle is None:
-        return _attend(query, key, value, attn_mask, scale, False, handle).transpose(1, 2)
+        return _attend(query, key, value, attn_mask, scale, False, 1, handle).transpose(1, 2)
     if handle is not None:
         _count_fallback(handle, obstacle)
     return F.scaled_dot_product_attention(
@@ -225,11 +258,41 @@ def _obstacle(
         return "gradients are required"
     if is_causal or enable_gqa or dropout:
         return "causal attention, grouped queries or dropout"
-    if parallel_config is not None:
-        return "context parallelism"
+    if parallel_config is not None and parallel_config.context_parallel_config.ring_degree > 1:
+        return "context parallelism by a ring"
     if mask is not None and not isinstance(mask, Tensor):
         return "the model's own block mask"
+    if not torch.compiler.is_compiling() and _is_watched():
+        return "a torch function mode stands in for attention, as in perturbed attention guidance"
     return None
+
+
+def _is_watched() -> bool:
+    """Whether a torch function mode other than a default device sees each call of torch's attention, and not ours."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
+
+
+def _attend_between_exchanges(
+    ctx: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+    _save_ctx: bool = True,
+    _parallel_config: Any = None,
+) -> Tensor:
+    """Attention of the running layer over a whole sequence of this rank's heads: query [B, S, H, D] to [B, S, H, D]."""
+    ranks = _parallel_config.context_parallel_config.ulysses_degree
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    handle = _CURRENT.handle
+    assert handle is not None
+    return _attend(*heads_first, attn_mask, scale, True, ranks, handle)
 
 
 def _count_fallback(handle: Tensor, obstacle: str | None) -> None:
@@ -243,8 +306,8 @@ def _count_fallback(handle: Tensor, obstacle: str | None) -> None:
     "diffsparse::attend",
     mutates_args=(),
     tags=(torch.Tag.cudagraph_unsafe,),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool by_dispatch, Tensor handle)"
-    " -> Tensor",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool by_dispatch, int ranks,"
+    " Tensor handle) -> Tensor",
 )
 def _attend(
     query: Tensor,
@@ -253,18 +316,20 @@ def _attend(
     mask: Tensor | None,
     scale: float | None,
     by_dispatch: bool,
+    ranks: int,
     handle: Tensor,
 ) -> Tensor:
     """Attention of the layer of `handle`, query, key, value [B, H, S, D]: [B, S, H, D], contiguous.
 
-    Opaque to torch.compile: layer, step and plan are looked up in here, at each call.
+    Their tokens were put together from what so many `ranks` had. Opaque to torch.compile: layer, step and plan are
+    looked up in here, at each call.
     """
     found = find_layer(handle)
     if found is None:
         output = _dense(query, key, value, mask, scale, by_dispatch, None)
     else:
         session, layer = found
-        sparse = session.attend(layer, query, key, value, mask, scale)
+        sparse = session.attend(layer, query, key, value, mask, scale, ranks)
         backend = _user_backend(session, layer)
         output = _dense(query, key, value, mask, scale, by_dispatch, backend) if sparse is None else sparse
     return output.transpose(1, 2).contiguous()
@@ -278,6 +343,7 @@ def _(
     mask: Tensor | None,
     scale: float | None,
     by_dispatch: bool,
+    ranks: int,
     handle: Tensor,
 ) -> Tensor:
     batch, heads, tokens, _ = query.shape

@@ -14,6 +14,7 @@ from diffsparse.config import SparseAttentionConfig
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import MAX_HEAD_DIM, pick_backend
 from diffsparse.plan import AttentionPlan
+from diffsparse.rank_order import RankOrder
 from diffsparse.steps import Step
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -25,6 +26,8 @@ class Family(Protocol):
     def name(self) -> str: ...  # noqa: D102
     @property
     def padding_mask(self) -> bool: ...  # noqa: D102
+    @property
+    def text_apart(self) -> bool | None: ...  # noqa: D102
 
 
 class DenseFallback(RuntimeError):
@@ -82,6 +85,7 @@ class Session:
         self.num_heads = 0
         self._dense_layers = _resolve_dense_layers(config.dense_layers, len(layer_names), model_name)
         self.layout: tuple[int | None, ...] | None = None
+        self.why_no_layout = "the call does not say the size of the grid"
         self._rows: Counter[int] = Counter()
         self.step: Step | None = None
         """That of the call of the transformer that runs, or ran last."""
@@ -112,6 +116,7 @@ class Session:
         value: Tensor,
         mask: Tensor | None,
         scale: float | None,
+        ranks: int = 1,
     ) -> Tensor | None:
         """Attention of one layer by its plan, [B, H, S, D]; None, and counted, where it has to be dense.
 
@@ -120,6 +125,7 @@ class Session:
             query, key, value: [B, H, S, D] after norms and rotary embedding.
             mask: what the model passes to its own attention.
             scale: factor on the scores, D ** -0.5 if None.
+            ranks: how many ranks the sequence was put together from, see `RankOrder`.
 
         Raises:
             DenseFallback: the config is strict and this layer cannot run sparse.
@@ -131,12 +137,16 @@ class Session:
         if (reason := self._policy(layer, query)) is not None:
             self.count_dense(layer, reason)
             return None
-        if (reason := self._obstacle(query, key, value, mask)) is None:
+        if (reason := self._obstacle(query, key, value, mask, ranks)) is None:
             key_length = _key_length(mask, query.shape[0])
+            order = RankOrder(self._parts(query.shape[2]), ranks)
+            query, key, value = (order.undo(x) for x in (query, key, value))
             plan = self._plan(layer, query, key, value, key_length, scale)
             if isinstance(plan, AttentionPlan):
                 self.tallies[layer].count_sparse(plan)
-                return plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
+                return order.apply(
+                    plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
+                )
             reason = plan
         self.fall_back(layer, reason)
         return None
@@ -198,13 +208,13 @@ class Session:
             return f"fewer than {fewest} tokens"
         return None
 
-    def _obstacle(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+    def _obstacle(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ranks: int) -> str | None:
         """Why this call cannot run sparse."""
         if self.step is None:
             return "called outside its transformer"
         grid = self._grid(query.shape[2])
         if grid is None:
-            return "the call does not say the size of the grid"
+            return self.why_no_layout
         if query.shape != key.shape or key.shape != value.shape:
             return "query, key and value differ in shape"
         if query.shape[2] != grid.num_tokens:
@@ -213,7 +223,18 @@ class Session:
             return f"head dim {query.shape[3]} above {MAX_HEAD_DIM}"
         if mask is not None and not (self.family.padding_mask and _hides_keys_only(mask)):
             return "attention mask"
+        if ranks > 1 and self.family.text_apart is None and grid.num_video_tokens < grid.num_tokens:
+            return "nobody has said how context parallelism cuts the text of this family"
         return None
+
+    def _parts(self, num_tokens: int) -> tuple[int, ...]:
+        """The lengths of the model's tensors that make up a sequence and that context parallelism cuts one by one."""
+        grid = self._grid(num_tokens)
+        assert grid is not None
+        if not self.family.text_apart or grid.num_video_tokens == num_tokens:
+            return (num_tokens,)
+        first = grid.text_before or grid.num_video_tokens
+        return first, num_tokens - first
 
     def _plan(
         self,

@@ -64,6 +64,7 @@ class StepClock:
         self._calls_of_step_before: int | None = None
         self._watch = _SchedulerWatch()
         self._schedule: tuple[Any, list[float] | None] = (None, None)
+        self._begun: tuple[Any, int] = (None, 0)
         self._timestep: float | None = None
         self._index_by_timestep = 0
         self._falls = True
@@ -107,12 +108,26 @@ class StepClock:
         scheduler: Any = getattr(pipeline, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not None and hasattr(scheduler, "_step_index"):
-            begin = getattr(scheduler, "_begin_index", None) or 0
-            current = begin if scheduler._step_index is None else scheduler._step_index
+            current = scheduler._step_index
+            if current is None:
+                current = getattr(scheduler, "_begin_index", None)
+            if current is None:
+                current = self._beginning(timestep, timesteps)
             if self._watch.takes_part(timesteps, current, timestep):
                 return current, len(timesteps), name
             timesteps = None
         return *self._by_timestep(_value(timestep), timesteps), name
+
+    def _beginning(self, timestep: Any, timesteps: Any) -> int:
+        """The place in `timesteps` of the first `timestep` since they were made; 0 where it is not among them.
+
+        Some pipelines begin in the middle of the schedule and do not tell the scheduler, which says so after its
+        first step.
+        """
+        if self._begun[0] is not timesteps:
+            values, value = torch.as_tensor(timesteps).tolist(), _value(timestep)
+            self._begun = timesteps, values.index(value) if value in values else 0
+        return self._begun[1]
 
     def _by_timestep(self, value: float | None, timesteps: Any) -> tuple[int, int | None]:
         """Step index and number of steps by the timestep's value: its place in `timesteps`, or counted by its changes.

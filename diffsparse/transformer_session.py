@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffsparse import session
 from diffsparse.config import SparseAttentionConfig
+from diffsparse.grid import TokenGrid
 from diffsparse.session import Session
 from diffsparse.steps import StepClock
 
@@ -63,7 +64,7 @@ class TransformerSession(Session):
         """Read step and layout off a call of the transformer; its forward pre-hook."""
         call = dict(zip(self._argument_names, args)) | kwargs
         step = self.clock.tick(call.get(self.family.timestep))
-        layout = self.family.layout(transformer, call)
+        layout = self._read_layout(transformer, call)
         # Branches may differ in their text, but never in the size of the video.
         if _video_size(layout) != _video_size(self.layout):
             self.forget_plans()
@@ -72,6 +73,18 @@ class TransformerSession(Session):
             for layer in range(len(self.layer_names)):
                 if (reason := self.why_not_reached(layer)) is not None:
                     raise self.refusal(layer, reason)
+
+    def _read_layout(self, transformer: nn.Module, call: Mapping[str, Any]) -> tuple[int | None, ...] | None:
+        """What the family makes of a call. One that it did not foresee is no reason to lose a generation."""
+        self.why_no_layout = "the call does not say the size of the grid"
+        try:
+            layout = self.family.layout(transformer, call)
+            if layout is not None:
+                TokenGrid(*layout[:4])  # type: ignore[arg-type]
+        except Exception as error:
+            self.why_no_layout = f"the layout of its family raises {type(error).__name__}: {error}"
+            return None
+        return layout
 
     def end_call(self) -> None:
         """Let the plans go with the last call of a generation, so that what decodes its latents has their memory."""

@@ -134,6 +134,29 @@ def test_a_layout_of_another_number_of_tokens_is_counted_or_raised(model, call):
 
 
 @pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        (lambda transformer, call: call["nothing"], "KeyError: 'nothing'"),
+        (lambda transformer, call: Layout(1, 0, WIDTH), "ValueError: `height` of a token grid must be"),
+        (lambda transformer, call: (1, WIDTH), "TypeError"),
+    ],
+)
+def test_a_layout_that_fails_costs_no_generation_and_is_counted_or_raised(model, call, layout, reason):
+    stock = model(**call)
+    failing = Family("mine", ("Mine",), MINE.layers, layout)
+    diffsparse.enable_sparse_attention(model, SPARSE, family=failing)
+    assert torch.equal(model(**call), stock)
+    ((text, count),) = report_of(model).dense_reasons.items()
+    assert text.startswith(f"the layout of its family raises {reason}")
+    assert count == 2
+    diffsparse.disable_sparse_attention(model)
+    strict = SparseAttentionConfig(SPARSE.strategy, dense_steps=0.0, min_tokens=0, strict=True)
+    diffsparse.enable_sparse_attention(model, strict, family=failing)
+    with pytest.raises(DenseFallback, match="the layout of its family raises"):
+        model(**call)
+
+
+@pytest.mark.parametrize(
     ("layers", "message"),
     [
         (("transformer_blocks.*.attn",), r"match no module of Mine.*'blocks\.\*\.attn'"),

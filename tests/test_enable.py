@@ -14,35 +14,15 @@ import weakref
 import diffusers
 import pytest
 import torch
+from enabled import DENSE, FULL, SPARSE, config, forward, report_of, run
 from tiny_models import TINY, generate, tiny_wan_pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffsparse
-from diffsparse import Adaptive, DenseFallback, SparseAttentionConfig
+from diffsparse import Adaptive, DenseFallback
 from diffsparse.pipelines.families import find_family
 from diffsparse.pipelines.left_alone import LEFT_ALONE
 from diffsparse.strategies.dense import Dense
-
-
-def config(strategy=None, **changes):
-    """Sparse at any length and from the first step, in blocks small enough for tiny models."""
-    strategy = strategy or Adaptive(density=0.3, query_block_size=16, key_block_size=16)
-    return SparseAttentionConfig(**({"strategy": strategy, "dense_steps": 0.0, "min_tokens": 0} | changes))
-
-
-DENSE = config(Dense())
-FULL = config(Adaptive(density=1.0, query_block_size=16, key_block_size=16))
-SPARSE = config()
-
-
-def run(model, call):
-    with torch.no_grad():
-        return forward(model, call)
-
-
-def forward(model, call):
-    output = model(**call, return_dict=False)[0]
-    return torch.stack(output) if isinstance(output, list) else output
 
 
 def steps(model, call, count=3):
@@ -53,11 +33,6 @@ def steps(model, call, count=3):
 
 def run_steps(model, call, count=3):
     return torch.stack([run(model, each) for each in steps(model, call, count)])
-
-
-def report_of(model):
-    (report,) = diffsparse.sparse_attention_report(model).transformers
-    return report
 
 
 def num_calls(tiny):

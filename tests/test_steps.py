@@ -203,6 +203,21 @@ def test_a_scheduler_without_a_step_index_says_the_step_by_its_timesteps():
     ]
 
 
+def test_a_scheduler_that_is_not_told_where_the_loop_begins_is_asked_for_the_first_timestep():
+    # As video to video of Wan runs it.
+    scheduler = UniPCMultistepScheduler()
+    pipeline = Pipeline(scheduler=scheduler)
+    clock, sample = StepClock(pipeline), torch.zeros(1, 2)
+    for _ in range(2):
+        scheduler.set_timesteps(10)
+        seen = []
+        for timestep in scheduler.timesteps[6:]:
+            seen += ticks(clock, [timestep.item()], calls_per_step=2)
+            sample = scheduler.step(sample, timestep, sample).prev_sample
+        assert [(step.index, step.total) for step in seen] == [(i, 10) for i in range(6, 10) for _ in range(2)]
+        assert [i for i, step in enumerate(seen) if step.is_first_of_generation] == [0]
+
+
 @pytest.mark.parametrize("make", [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler])
 @pytest.mark.parametrize("begin", [0, 2])
 def test_the_last_call_of_the_last_step_is_known(make, begin):

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from tiny.allegro import ALLEGRO
 from tiny.anyflow import ANYFLOW
 from tiny.auraflow import AURAFLOW
+from tiny.bria_fibo2 import BRIA_FIBO2
 from tiny.chroma import CHROMA
 from tiny.chronoedit import CHRONOEDIT
 from tiny.cogvideox import COGVIDEOX
@@ -32,6 +33,7 @@ from tiny.kandinsky6 import KANDINSKY6
 from tiny.ltx import LTX
 from tiny.ltx2 import LTX2
 from tiny.lumina2 import LUMINA2
+from tiny.minimax_h3 import MINIMAX_H3
 from tiny.mochi import MOCHI
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
 from tiny.motif_video import MOTIF_VIDEO
@@ -71,6 +73,7 @@ TINY: dict[str, TinyModel] = {
     "flux": FLUX,
     "bria": BRIA,
     "bria_fibo": BRIA_FIBO,
+    "bria_fibo2": BRIA_FIBO2,
     "ovis_image": OVIS_IMAGE,
     "longcat_image": LONGCAT_IMAGE,
     "chroma": CHROMA,
@@ -93,6 +96,7 @@ TINY: dict[str, TinyModel] = {
     "joyimage_edit": JOYIMAGE_EDIT,
     "joyimage_edit_plus": JOYIMAGE_EDIT_PLUS,
     "mochi": MOCHI,
+    "minimax_h3": MINIMAX_H3,
 }
 """Every test of families and of enabling runs on each of these."""
 

@@ -34,6 +34,11 @@ class ComfyModel:
     wrapper: str = "diffusion_model"
     padding_mask: bool = False
 
+    @property
+    def text_apart(self) -> bool | None:
+        """None: ComfyUI cuts no sequence over ranks."""
+        return None
+
     def named_blocks(self, model: nn.Module) -> dict[str, nn.Module]:
         """The blocks of `model` by name, in the order they are numbered."""
         return {

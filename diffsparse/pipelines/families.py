@@ -7,6 +7,7 @@ from torch import nn
 from diffsparse.pipelines.allegro import ALLEGRO
 from diffsparse.pipelines.anyflow import ANYFLOW
 from diffsparse.pipelines.auraflow import AURAFLOW
+from diffsparse.pipelines.bria_fibo2 import BRIA_FIBO2
 from diffsparse.pipelines.chroma import CHROMA
 from diffsparse.pipelines.cogvideox import COGVIDEOX
 from diffsparse.pipelines.cogview import COGVIEW
@@ -29,6 +30,7 @@ from diffsparse.pipelines.kandinsky6 import KANDINSKY6
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.ltx2 import LTX2
 from diffsparse.pipelines.lumina2 import LUMINA2
+from diffsparse.pipelines.minimax_h3 import MINIMAX_H3
 from diffsparse.pipelines.mochi import MOCHI
 from diffsparse.pipelines.motif_video import MOTIF_VIDEO
 from diffsparse.pipelines.pixart import HUNYUAN_DIT, PIXART
@@ -53,8 +55,10 @@ FAMILIES: tuple[Family, ...] = (
     KANDINSKY5,
     LTX2,
     KANDINSKY6,
+    MINIMAX_H3,
     MOTIF_VIDEO,
     FLUX,
+    BRIA_FIBO2,
     CHROMA,
     FLUX2,
     FLUX3,

@@ -46,6 +46,9 @@ class Family:
             own.
         spreads_mask: the processor is given such a mask as [B, text tokens] and makes a mask of all pairs of tokens
             of it, [B, 1, S, S]; it gets a `KeyMask` in its place.
+        text_apart: whether the text before the grid or, where there is none, the text after it comes to the blocks as
+            a tensor of its own, which context parallelism cuts by itself. False where the sequence is cut as one.
+            None where nobody has said so: a sequence with text then stays dense under context parallelism.
 
     Raises:
         TypeError: a field of another type, with what was expected.
@@ -57,6 +60,7 @@ class Family:
     layout: Callable[[nn.Module, Mapping[str, Any]], Layout | None]
     padding_mask: bool = False
     spreads_mask: bool = False
+    text_apart: bool | None = None
     timestep: str = "timestep"
 
     def __post_init__(self) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from diffsparse.pipelines.family import Family, Layout
+from diffsparse.pipelines.position_ids import read_once
 
 
 def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
@@ -16,7 +16,7 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     latents, text, ids = (call.get(name) for name in ("hidden_states", "encoder_hidden_states", "img_ids"))
     if latents is None or text is None or ids is None or ids.shape[-2] != latents.shape[1]:
         return None
-    size = _read_once(ids)
+    size = read_once(ids, _image_size)
     if size is None:
         return None
     height, width = size
@@ -27,27 +27,6 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
         text_before=text.shape[1],
         text_after=latents.shape[1] - height * width,
     )
-
-
-def _read_once(ids: Tensor) -> tuple[int, int] | None:
-    """`_image_size` of the position ids [S, 3] or [B, S, 3], read from the device once for each object.
-
-    The sizes are nowhere but in the values of a tensor on the device, and reading waits for it. Pipelines
-    make that tensor once and pass the same object at each step, so one wait serves a generation. What was
-    read is kept no longer than the object and not past a change in place. An inference tensor keeps no
-    count of its changes, so it is read at each call.
-    """
-    if ids.is_inference():
-        return _image_size(ids.cpu())
-    version, size = _SIZES.get(ids, (None, None))
-    if version != ids._version:
-        size = _image_size(ids.cpu())
-        _SIZES[ids] = (ids._version, size)
-    return size
-
-
-_SIZES: Any = WeakIdKeyDictionary()
-"""Position ids to their version and what was read off them."""
 
 
 def _image_size(ids: Tensor) -> tuple[int, int] | None:
@@ -84,4 +63,5 @@ FLUX = Family(
     ),
     layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     layout=layout,
+    text_apart=True,
 )

@@ -22,4 +22,5 @@ FLUX2 = Family(
     transformers=("Flux2Transformer2DModel",),
     layers=flux.FLUX.layers,
     layout=layout,
+    text_apart=True,
 )

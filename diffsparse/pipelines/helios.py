@@ -25,4 +25,5 @@ HELIOS = Family(
     transformers=("HeliosTransformer3DModel",),
     layers=("blocks.*.attn1",),
     layout=layout,
+    text_apart=False,
 )

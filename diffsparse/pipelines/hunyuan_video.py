@@ -32,5 +32,6 @@ HUNYUAN_VIDEO = Family(
     transformers=("HunyuanVideoTransformer3DModel",),
     layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     layout=layout,
+    text_apart=True,
     padding_mask=True,
 )

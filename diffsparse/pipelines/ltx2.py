@@ -26,4 +26,5 @@ LTX2 = Family(
     transformers=("LTX2VideoTransformer3DModel",),
     layers=("transformer_blocks.*.attn1",),
     layout=layout,
+    text_apart=False,
 )

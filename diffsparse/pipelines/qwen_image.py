@@ -17,8 +17,10 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     latents, text, rows = (call.get(name) for name in ("hidden_states", "encoder_hidden_states", "img_shapes"))
     if latents is None or latents.ndim != 3 or text is None or not rows:
         return None
-    shapes = [tuple(shape) for shape in rows[0]]
-    if any([tuple(shape) for shape in row] != shapes for row in rows):
+    # A row of the batch says its one image's shape or a list of shapes, and one shape may stand for all rows.
+    rows = [rows] if isinstance(rows[0], int) else rows
+    shapes, *others = ([row] if isinstance(row[0], int) else [tuple(shape) for shape in row] for row in rows)
+    if any(other != shapes for other in others):
         return None
     frames, height, width = shapes[0]
     if transformer.config.use_layer3d_rope:
@@ -34,4 +36,5 @@ QWEN_IMAGE = Family(
     transformers=("QwenImageTransformer2DModel",),
     layers=("transformer_blocks.*.attn",),
     layout=layout,
+    text_apart=True,
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny.flux import image_ids
 
-from diffsparse.pipelines import flux
+from diffsparse.pipelines import flux, position_ids
 
 
 def call_with(ids, tokens=None):
@@ -78,10 +78,10 @@ def test_inference_tensors_are_never_stale():
 
 
 def test_what_was_read_goes_with_the_ids():
-    kept = len(flux._SIZES)
+    kept = len(position_ids._SIZES)
     ids = image_ids(7, 5)
     grid(ids)
-    assert len(flux._SIZES) == kept + 1
+    assert len(position_ids._SIZES) == kept + 1
     del ids
     gc.collect()
-    assert len(flux._SIZES) == kept
+    assert len(position_ids._SIZES) == kept

@@ -3,25 +3,15 @@
 import diffusers
 import pytest
 import torch
-from tiny.model import TEXT_CHANNELS, TEXT_TOKENS
+from tiny.model import TEXT_TOKENS
 from tiny_models import TINY, tiny_wan_pipeline
+from tiny_pipelines import text, without_encoders
 
 import diffsparse
 from diffsparse import Adaptive, SparseAttentionConfig
 from diffsparse.grid import TokenGrid
 
 STEPS = 3
-
-
-def text(tokens=TEXT_TOKENS, channels=TEXT_CHANNELS):
-    return torch.randn(1, tokens, channels, generator=torch.Generator().manual_seed(tokens))
-
-
-def without_encoders(pipeline_class, **parts):
-    """A pipeline that is given its prompt as embeddings."""
-    names = ["vae", *(f"{name}{number}" for name in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))]
-    wanted = pipeline_class.__init__.__code__.co_varnames
-    return pipeline_class(**({name: None for name in names if name in wanted} | parts))
 
 
 def flow_scheduler():

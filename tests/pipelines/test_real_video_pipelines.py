@@ -4,8 +4,9 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from tiny.model import TEXT_CHANNELS, TEXT_TOKENS
+from tiny.model import TEXT_TOKENS
 from tiny_models import TINY, tiny_wan_pipeline
+from tiny_pipelines import text, without_encoders
 
 import diffsparse
 from diffsparse import Adaptive, SparseAttentionConfig
@@ -15,20 +16,9 @@ SIZE = {"height": 48, "width": 80, "num_frames": 9}
 """Three latent frames of 6 x 10 where the VAE compresses by 4 in time and by 8 in space."""
 
 
-def text(tokens=TEXT_TOKENS, channels=TEXT_CHANNELS):
-    return torch.randn(1, tokens, channels, generator=torch.Generator().manual_seed(tokens))
-
-
 def prompts(**values):
     """Values for the prompt and for the negative one."""
     return values | {f"negative_{name}": value for name, value in values.items()}
-
-
-def without_encoders(pipeline_class, **parts):
-    """A pipeline that is given its prompt as embeddings."""
-    names = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    wanted = pipeline_class.__init__.__code__.co_varnames
-    return pipeline_class(**({name: None for name in names if name in wanted} | parts))
 
 
 def wan_vace():

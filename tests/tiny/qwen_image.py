@@ -45,6 +45,14 @@ def edit(call: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def one_shape_a_row(call: dict[str, Any]) -> dict[str, Any]:
+    return {"img_shapes": [row[0] for row in call["img_shapes"]]}
+
+
+def one_shape(call: dict[str, Any]) -> dict[str, Any]:
+    return {"img_shapes": call["img_shapes"][0][0]}
+
+
 QWEN_IMAGE = TinyModel(
     make,
     call,
@@ -54,6 +62,8 @@ QWEN_IMAGE = TinyModel(
     prompt=range(TEXT_TOKENS),
     latent_axes="bsc",
     variants={
+        "one shape a row": Variant(call=one_shape_a_row),
+        "one shape": Variant(call=one_shape),
         "edit": Variant(call=edit, text_after=4 * 3 + 2 * 2),
         "edit with a time of its own": Variant({"zero_cond_t": True}, edit, text_after=4 * 3 + 2 * 2),
     },

@@ -1,0 +1,158 @@
+"""Guiders of modular pipelines, and the layers that some of them skip."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import LayerSkipConfig
+from diffusers.hooks import apply_layer_skip
+from enabled import FULL, SPARSE, config, report_of, run
+from tiny_models import TINY
+from tiny_pipelines import text
+
+from diffsparse import DenseFallback
+
+STEPS, LAYERS = 3, 2
+PERTURBED = "a torch function mode stands in for attention, as in perturbed attention guidance"
+
+
+def modular_pipeline(guider=None):
+    blocks = diffusers.WanBlocks()
+    for name in ("text_encoder", "decode"):
+        blocks.sub_blocks.pop(name)
+    pipeline = blocks.init_pipeline()
+    transformer = TINY["wan"].make(in_channels=16, out_channels=16, num_layers=LAYERS)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline.update_components(transformer=transformer, scheduler=scheduler)
+    if guider is not None:
+        pipeline.update_components(guider=guider)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generate(pipeline):
+    return pipeline(
+        prompt_embeds=text(),
+        negative_prompt_embeds=-text(),
+        num_inference_steps=STEPS,
+        num_frames=5,
+        height=48,
+        width=80,
+        generator=torch.Generator().manual_seed(0),
+        output="latents",
+    )
+
+
+def first_layer_skipped():
+    return LayerSkipConfig(indices=[0])
+
+
+# Each with the calls of the two layers that it makes in the first step, and in a later one.
+GUIDERS = {
+    "unguided": (lambda: diffusers.ClassifierFreeGuidance(guidance_scale=1.0), 2, 2),
+    "classifier-free": (lambda: diffusers.ClassifierFreeGuidance(guidance_scale=5.0), 4, 4),
+    "adaptive projected": (lambda: diffusers.AdaptiveProjectedGuidance(), 4, 4),
+    "zero star": (lambda: diffusers.ClassifierFreeZeroStarGuidance(), 4, 4),
+    "tangential": (lambda: diffusers.TangentialClassifierFreeGuidance(), 4, 4),
+    "auto": (lambda: diffusers.AutoGuidance(auto_guidance_config=first_layer_skipped()), 3, 3),
+    # These two leave the first step alone.
+    "smoothed energy": (
+        lambda: diffusers.SmoothedEnergyGuidance(seg_guidance_layers=[0], seg_guidance_start=0, seg_guidance_stop=1),
+        4,
+        6,
+    ),
+    "skip layer": (
+        lambda: diffusers.SkipLayerGuidance(
+            skip_layer_config=first_layer_skipped(), skip_layer_guidance_start=0, skip_layer_guidance_stop=1
+        ),
+        4,
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GUIDERS)
+def test_sparse_attention_runs_in_every_branch_of_a_guider(name):
+    guider, first_calls, later_calls = GUIDERS[name]
+    pipeline = modular_pipeline(guider())
+    stock = generate(pipeline)
+    pipeline.enable_sparse_attention(FULL)
+    torch.testing.assert_close(generate(pipeline), stock)
+    report = report_of(pipeline)
+    assert (report.sparse_calls, report.dense_calls) == (first_calls + (STEPS - 1) * later_calls, 0)
+    pipeline.disable_sparse_attention()
+    # The guider says which step it is.
+    pipeline.enable_sparse_attention(config(dense_steps=1 / STEPS))
+    generate(pipeline)
+    assert report_of(pipeline).dense_reasons == {"early step": first_calls}
+    assert report_of(pipeline).sparse_calls == (STEPS - 1) * later_calls
+
+
+ENABLED_FIRST = pytest.mark.parametrize("enabled_first", [True, False])
+
+
+def enabled_with_skipped_layer(tiny, skip, chosen, enabled_first):
+    model = tiny.make()
+    if enabled_first:
+        model.enable_sparse_attention(chosen)
+    apply_layer_skip(model, skip)
+    if not enabled_first:
+        model.enable_sparse_attention(chosen)
+    return model
+
+
+@pytest.mark.parametrize("name", ["cogview4", "pixart", "z_image"])
+@ENABLED_FIRST
+def test_a_layer_whose_attention_is_skipped_makes_no_call(name, enabled_first):
+    tiny = TINY[name]
+    call = tiny.call(tiny.make(), tiny.grid, batch=2)
+
+    def skip():
+        return LayerSkipConfig(indices=[1], skip_attention=True, skip_ff=False)
+
+    stock = tiny.make()
+    apply_layer_skip(stock, skip())
+    model = enabled_with_skipped_layer(tiny, skip(), FULL, enabled_first)
+    torch.testing.assert_close(run(model, call), run(stock, call))
+    assert (report_of(model).sparse_calls, report_of(model).dense_calls) == (len(tiny.layers) - 1, 0)
+
+
+@pytest.mark.parametrize("name", ["cogview4", "pixart", "qwen_image"])
+@ENABLED_FIRST
+def test_perturbed_attention_stays_perturbed_and_is_counted_dense(name, enabled_first):
+    # What PAG does: values take the place of attention's output, by a torch function mode.
+    tiny = TINY[name]
+    call = tiny.call(tiny.make(), tiny.grid, batch=2)
+
+    def skip():
+        return LayerSkipConfig(indices=[1], skip_attention=False, skip_attention_scores=True, skip_ff=False)
+
+    stock = tiny.make()
+    plain = run(stock, call)
+    apply_layer_skip(stock, skip())
+    perturbed = run(stock, call)
+    model = enabled_with_skipped_layer(tiny, skip(), FULL, enabled_first)
+    torch.testing.assert_close(run(model, call), perturbed)
+    assert not torch.allclose(perturbed, plain, atol=1e-3)
+    assert report_of(model).dense_reasons == {PERTURBED: 1}
+    assert report_of(model).sparse_calls == len(tiny.layers) - 1
+
+    strict = enabled_with_skipped_layer(tiny, skip(), config(strict=True), enabled_first)
+    with pytest.raises(DenseFallback, match="torch function mode"):
+        run(strict, call)
+
+
+def test_a_default_device_is_no_reason_to_go_dense():
+    tiny = TINY["wan"]
+    model = tiny.make()
+    call = tiny.call(model, tiny.grid)
+    model.enable_sparse_attention(SPARSE)
+    with torch.device("cpu"):
+        run(model, call)
+    assert report_of(model).dense_calls == 0
+
+
+def test_a_processor_is_known_to_guiders_and_loaders_by_its_own_class():
+    model = TINY["flux"].make()
+    names = [type(processor) for processor in model.attn_processors.values()]
+    model.enable_sparse_attention(SPARSE)
+    assert [processor.__class__ for processor in model.attn_processors.values()] == names

@@ -1,0 +1,99 @@
+"""Schedulers of first and second order, and generations that begin in the middle of the schedule."""
+
+import diffusers
+import pytest
+import torch
+from enabled import FULL, config, report_of
+from PIL import Image
+from tiny_models import generate, tiny_wan_pipeline
+from tiny_pipelines import generate_image, text, tiny_flux_pipeline
+
+LAYERS, BRANCHES = 2, 2
+
+
+def flow(scheduler):
+    return scheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+
+
+# Each with the evaluations that it makes of the transformer in five steps.
+SCHEDULERS = {
+    "Euler": (lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), 5),
+    "UniPC": (lambda: flow(diffusers.UniPCMultistepScheduler), 5),
+    "DPM-Solver++, multistep": (lambda: flow(diffusers.DPMSolverMultistepScheduler), 5),
+    "DPM-Solver++, singlestep": (lambda: flow(diffusers.DPMSolverSinglestepScheduler), 5),
+    "Heun": (lambda: diffusers.FlowMatchHeunDiscreteScheduler(), 2 * 5 - 1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_an_evaluation_of_the_transformer_is_a_step_whatever_the_order_of_the_scheduler(name):
+    scheduler, evaluations = SCHEDULERS[name]
+    pipeline = tiny_wan_pipeline()
+    pipeline.scheduler = scheduler()
+    stock = generate(pipeline, steps=5)
+    pipeline.enable_sparse_attention(FULL)
+    torch.testing.assert_close(generate(pipeline, steps=5), stock)
+    assert report_of(pipeline).sparse_calls == evaluations * BRANCHES * LAYERS
+    pipeline.disable_sparse_attention()
+    pipeline.enable_sparse_attention(config(dense_steps=0.4))
+    for generations in (1, 2):
+        generate(pipeline, steps=5)
+        early = round(0.4 * evaluations)
+        assert report_of(pipeline).dense_reasons == {"early step": generations * early * BRANCHES * LAYERS}
+        assert report_of(pipeline).sparse_calls == generations * (evaluations - early) * BRANCHES * LAYERS
+
+
+def video_to_video(strength):
+    parts = tiny_wan_pipeline().components
+    names = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+    pipeline = diffusers.WanVideoToVideoPipeline(**{name: parts[name] for name in names})
+    pipeline.scheduler = flow(diffusers.UniPCMultistepScheduler)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run():
+        return pipeline(
+            video=[Image.new("RGB", (80, 48), "red")] * 5,
+            prompt_embeds=text(),
+            negative_prompt_embeds=-text(),
+            height=48,
+            width=80,
+            num_inference_steps=10,
+            strength=strength,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        ).frames
+
+    return pipeline, run, BRANCHES * LAYERS
+
+
+def image_to_image(strength):
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+        latent_channels=1,
+        shift_factor=0.0,
+    )
+    pipeline = tiny_flux_pipeline(diffusers.FluxImg2ImgPipeline, vae=vae)
+
+    def run():
+        return generate_image(pipeline, steps=10, strength=strength, image=Image.new("RGB", (80, 112), "red"))
+
+    return pipeline, run, 4
+
+
+@pytest.mark.parametrize("make", [video_to_video, image_to_image])
+@pytest.mark.parametrize(("strength", "early"), [(0.5, 0), (0.9, 2)])
+def test_early_steps_are_those_of_the_whole_schedule(make, strength, early):
+    pipeline, run, calls_per_step = make(strength)
+    stock = run()
+    pipeline.enable_sparse_attention(FULL)
+    torch.testing.assert_close(run(), stock)
+    assert report_of(pipeline).sparse_calls == round(10 * strength) * calls_per_step
+    pipeline.disable_sparse_attention()
+    # Of ten steps the first three are dense, and the generation begins with the second or the sixth.
+    pipeline.enable_sparse_attention(config(dense_steps=0.3))
+    run()
+    assert report_of(pipeline).dense_calls == early * calls_per_step
+    assert report_of(pipeline).sparse_calls == (round(10 * strength) - early) * calls_per_step
