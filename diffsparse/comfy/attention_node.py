@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 DENSITIES = {"auto": 0.25, "quality": 0.4, "balanced": 0.25, "fast": 0.15}
 """What each preset keeps; "custom" goes by the number below it."""
 
+QUANTIZE = ("off", "int8", "int8_fp8", "fp8")
 CUSTOM_DENSITY = 0.25
 MIN_TOKENS = 12288
 """As in ComfyUI's own sparse node: below it, nothing has shown that sparse attention is faster on a GPU."""
@@ -133,6 +134,19 @@ class DiffSparseAttention:
                         "tooltip": "On: write the whole report to the log of ComfyUI.",
                     },
                 ),
+                # Last, since saved workflows name widgets by their place.
+                "quantize": (
+                    QUANTIZE,
+                    {
+                        "default": "off",
+                        "advanced": True,
+                        "tooltip": (
+                            "Compute sparse attention in 8 bits, which is faster and a little less exact. int8: any "
+                            "GPU of the RTX 30 series or newer. int8_fp8 and fp8: RTX 40 series or newer, an error "
+                            "elsewhere."
+                        ),
+                    },
+                ),
             },
             "hidden": {"node_id": "UNIQUE_ID"},
         }
@@ -158,6 +172,7 @@ class DiffSparseAttention:
         min_tokens: int = MIN_TOKENS,
         strict: bool = False,
         verbose: bool = False,
+        quantize: str = "off",
         node_id: str | None = None,
     ) -> tuple[Any]:
         """The model with sparse attention, or `model` itself where the node is off or knows nothing of the model.
@@ -197,6 +212,7 @@ class DiffSparseAttention:
             dense_layers=blocks,
             min_tokens=min_tokens,
             strict=strict,
+            quantization=None if quantize == "off" else quantize,
         )
         settings = Settings(config, start_percent, end_percent, first_step_only=preset == "auto", verbose=verbose)
         return (SparsePatch(settings, known, node_id).put_on(model),)

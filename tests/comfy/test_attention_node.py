@@ -29,6 +29,15 @@ def test_more_density_comes_closer_to_dense(model_class):
     assert all_of_it < 1e-5 < more
 
 
+def test_eight_bits_cost_less_than_half_of_the_blocks_do():
+    model = standins.patcher()
+    native, quantized = (
+        standins.sample(standins.patched(model, density=0.6, strict=True, quantize=quantize))
+        for quantize in ("off", "int8")
+    )
+    assert 0 < distance(quantized, native) < distance(native, standins.sample(model))
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_the_same_seed_gives_the_same_latents(split):
     model = standins.patched(standins.patcher())
