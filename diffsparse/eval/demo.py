@@ -94,8 +94,10 @@ def run(args: argparse.Namespace) -> int:
         markup=False,
     )
     _warn_of_cut_prompt(pipe, prompt, sampling, console)
-    # A GPU would leave so short a sequence dense.
-    config = dataclasses.replace(as_config(args.preset), min_tokens=MIN_TOKENS_ON_CPU)
+    config = as_config(args.preset)
+    if config.min_tokens is None:
+        # A GPU would leave so short a sequence dense.
+        config = dataclasses.replace(config, min_tokens=MIN_TOKENS_ON_CPU)
     dense, sparse, attention = _generate_both(pipe, prompt, args.seed, sampling, config, console)
     comparison = compare([(dense.frames, sparse.frames)], lpips)
     demo = Demo(prompt, config, sampling, dense, sparse, comparison, attention, load_seconds)
