@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from diffsparse.enable import sparse_attention_report as sparse_attention_report
     from diffsparse.pipelines.family import Family as Family
     from diffsparse.pipelines.family import Layout as Layout
+    from diffsparse.predict import SparseAttentionPrediction as SparseAttentionPrediction
+    from diffsparse.predict import predict_sparse_attention as predict_sparse_attention
     from diffsparse.report import SparseAttentionReport as SparseAttentionReport
     from diffsparse.report import TransformerReport as TransformerReport
     from diffsparse.session import DenseFallback as DenseFallback
@@ -57,6 +59,8 @@ _HOMES = {
     "sparse_attention_report": "enable",
     "Family": "pipelines.family",
     "Layout": "pipelines.family",
+    "SparseAttentionPrediction": "predict",
+    "predict_sparse_attention": "predict",
     "SparseAttentionReport": "report",
     "TransformerReport": "report",
     "DenseFallback": "session",

@@ -83,7 +83,7 @@ class Session:
         self.layer_names = layer_names
         self.tallies = [LayerTally() for _ in layer_names]
         self.num_heads = 0
-        self._dense_layers = _resolve_dense_layers(config.dense_layers, len(layer_names), model_name)
+        self._dense_layers = resolve_dense_layers(config.dense_layers, len(layer_names), model_name)
         self.layout: tuple[int | None, ...] | None = None
         self.why_no_layout = "the call does not say the size of the grid"
         self._rows: Counter[int] = Counter()
@@ -276,7 +276,8 @@ class Session:
 _STRATEGY_SAYS_DENSE = "the strategy keeps it dense"
 
 
-def _resolve_dense_layers(layers: tuple[int, ...], count: int, model_name: str) -> frozenset[int]:
+def resolve_dense_layers(layers: tuple[int, ...], count: int, model_name: str) -> frozenset[int]:
+    """The layers of `count` that indices name, negative ones from the end."""
     for layer in layers:
         if not -count <= layer < count:
             raise ValueError(

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 COMMANDS = {
     "demo": "make one video densely and sparsely with the embedded model, and compare the two",
     "bench": "time sparse attention against dense attention on this machine",
+    "plan": "what sparse attention is expected to save, without weights or GPU",
     "kernels": "what the Triton kernel takes on every architecture, compiled without a GPU",
     "families": "every transformer of diffusers, its family, or why it stays dense",
     "doctor": "what this machine can run, and a self-test of it",

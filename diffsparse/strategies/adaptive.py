@@ -130,6 +130,16 @@ class Adaptive:
         """The plan of a layer, each head judged on its own; see `Strategy.plan`."""
         return self._sized(call.grid)._plan(query, key, value, call)
 
+    def executed_density(self, grid: TokenGrid) -> float:
+        """Share of key blocks that a plan computes exactly on this grid, text included, whatever query and key are."""
+        return float(_layout(grid, self._sized(grid), torch.device("cpu")).band.float().mean())
+
+    def plan_bytes(self, grid: TokenGrid, num_heads: int) -> int:
+        """Bytes of the lists of key blocks that a layer's plan keeps for a batch of one: int32, with their lengths."""
+        layout = _layout(grid, self._sized(grid), torch.device("cpu"))
+        query_blocks, key_blocks = layout.band.shape
+        return 4 * num_heads * query_blocks * (1 + (key_blocks if layout.has_text else layout.budget))
+
     def _sized(self, grid: TokenGrid) -> _Sized:
         """These options with the block sizes for a grid."""
         query_block_size = LARGE_QUERY_BLOCK if grid.num_tokens >= MANY_TOKENS else BLOCK_SIZE

@@ -22,6 +22,7 @@ def fail_with(error, monkeypatch):
         [],
         ["demo"],
         ["bench"],
+        ["plan"],
         ["doctor"],
         ["families"],
         ["comfyui-install"],

@@ -60,6 +60,15 @@ def test_text_is_exact_and_the_budget_is_kept(grid, density):
     assert (video_rows.sum(-1) == min(keys, max(round(density * keys), least))).all()
 
 
+@pytest.mark.parametrize("grid", [GRID, TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20)])
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_density_and_size_of_a_plan_are_known_beforehand(grid, density):
+    adaptive = Adaptive(density=density, **SMALL)
+    mask = adaptive.plan(*random_qkv(grid), AttentionCall(grid)).mask
+    assert adaptive.executed_density(grid) == pytest.approx(mask.density.mean().item())
+    assert adaptive.plan_bytes(grid, 3) == mask.key_blocks.nbytes + mask.counts.nbytes
+
+
 def test_every_query_block_sees_itself():
     visible = Adaptive(density=0.05, **SMALL).plan(*random_qkv(GRID), AttentionCall(GRID)).mask.visible()
     assert visible.diagonal(dim1=-2, dim2=-1).all()

@@ -1,0 +1,305 @@
+"""What sparse attention is expected to save, before anything runs: from shapes and from what was measured elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffsparse.call_flops import CallFlops
+from diffsparse.config import SparseAttentionConfig, as_config
+from diffsparse.grid import TokenGrid
+from diffsparse.pipelines.families import find_family
+from diffsparse.published_models import make_call
+from diffsparse.session import resolve_dense_layers
+from diffsparse.strategies.adaptive import Adaptive
+
+
+@dataclass(frozen=True)
+class KernelSpeed:
+    """How fast sparse attention is beside dense attention.
+
+    Attributes:
+        efficiency: by density, the speed-up of a sparse call over the fastest dense one, times the density.
+        planning: seconds of making one plan, as a share of a dense call.
+        permuting: seconds of permuting the tokens of one call, as a share of a dense call.
+        source: where that is from.
+    """
+
+    efficiency: Mapping[float, float]
+    planning: float
+    permuting: float
+    source: str
+
+    def at(self, density: float) -> float:
+        """The efficiency at a density, between measured ones by a straight line, beyond them as at the last."""
+        known = sorted(self.efficiency)
+        lower = max((d for d in known if d <= density), default=known[0])
+        upper = min((d for d in known if d >= density), default=known[-1])
+        part = (density - lower) / (upper - lower) if upper > lower else 0.0
+        return self.efficiency[lower] * (1 - part) + self.efficiency[upper] * part
+
+
+MEASURED = {
+    ("H200", "bfloat16"): KernelSpeed(
+        {0.1: 0.93, 0.2: 0.96, 0.25: 0.96, 0.3: 0.98, 0.5: 1.0, 1.0: 1.03},
+        planning=0.63,
+        permuting=0.01,
+        source="measured on an H200 in bfloat16 at head dim 128 on 2026-11-26, the slower of two sizes "
+        "(docs/benchmarks.md); planning has been mended since and not measured again",
+    )
+}
+"""By a part of the GPU's name and what attention computes in. Of docs/benchmarks/h200.json, which a test holds."""
+
+ASSUMED_EFFICIENCY = 0.9
+
+
+@dataclass(frozen=True)
+class SparseAttentionPrediction:
+    """What is expected of sparse attention in one transformer; no number in it was measured on this model.
+
+    Flops are those of one dense call of the transformer for a batch of one; guidance doubles all alike.
+
+    Attributes:
+        transformer: its class.
+        grid: the tokens of one self-attention call.
+        num_heads, head_dim, num_layers: of self-attention.
+        num_sparse_layers: those that are sparse in the sparse steps; 0 where `why_dense` says why.
+        num_steps, num_dense_steps: denoising steps, and how many of them are dense.
+        attention_flops: 4 S^2 D H of every self-attention layer.
+        other_flops: linear layers, convolutions and other attention; no norms, activations or rotary embedding.
+        density: expected share of key blocks that sparse calls compute exactly.
+        plan_bytes: that the plans of all layers keep; None for strategies that do not say.
+        num_plans: how often each layer is planned in a generation.
+        efficiency: speed-up of the kernel over dense attention, times the density.
+        planning, permuting: of one plan and of one call, as a share of a dense call.
+        source: where these three are from.
+        why_dense: why no step is sparse; None where some are.
+    """
+
+    transformer: str
+    grid: TokenGrid
+    num_heads: int
+    head_dim: int
+    num_layers: int
+    num_sparse_layers: int
+    num_steps: int
+    num_dense_steps: int
+    attention_flops: int
+    other_flops: int
+    density: float
+    plan_bytes: int | None
+    num_plans: int
+    efficiency: float
+    planning: float
+    permuting: float
+    source: str
+    why_dense: str | None
+
+    @property
+    def attention_share(self) -> float:
+        """Share of self-attention in the flops of a dense step."""
+        return self.attention_flops / self.dense_flops
+
+    @property
+    def dense_flops(self) -> int:
+        """Of a dense step."""
+        return self.attention_flops + self.other_flops
+
+    @property
+    def sparse_flops(self) -> float:
+        """Of a sparse step, without those of planning."""
+        return self.dense_flops - self._sparse_part * (1 - self.density)
+
+    @property
+    def overall_density(self) -> float:
+        """Density over all steps and layers, dense ones counted as 1."""
+        sparse = self.num_sparse_layers / self.num_layers * self._num_sparse_steps / self.num_steps
+        return 1 - sparse * (1 - self.density)
+
+    @property
+    def step_speed_up(self) -> float:
+        """Of a mean sparse step over a dense one, planning and permuting included; 1 where no step is sparse."""
+        if not self._num_sparse_steps:
+            return 1.0
+        call = self.density / self.efficiency + self.permuting + self.planning * self.num_plans / self._num_sparse_steps
+        return self.dense_flops / (self.dense_flops + self._sparse_part * (call - 1))
+
+    @property
+    def speed_up(self) -> float:
+        """Of all denoising steps together, by Amdahl's law. Text encoder and VAE are not in it."""
+        return self.num_steps / (self.num_dense_steps + self._num_sparse_steps / self.step_speed_up)
+
+    @property
+    def _num_sparse_steps(self) -> int:
+        return self.num_steps - self.num_dense_steps
+
+    @property
+    def _sparse_part(self) -> float:
+        """Dense flops of the layers that become sparse."""
+        return self.attention_flops * self.num_sparse_layers / self.num_layers
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fields and figures as plain dicts and numbers."""
+        names = ("attention_share", "dense_flops", "sparse_flops", "overall_density", "step_speed_up", "speed_up")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        grid, text = self.grid, self.grid.text_before + self.grid.text_after
+        rows = {
+            "tokens": f"{grid.num_tokens:,}: {grid.frames} x {grid.height} x {grid.width}, {text} text",
+            "self-attention": f"{self.num_layers} layers, {self.num_heads} heads x {self.head_dim}",
+            "FLOPs of a dense step": f"{self.dense_flops / 1e12:,.1f} T, {self.attention_share:.0%} self-attention",
+        }
+        if self.why_dense is not None:
+            rows["speed-up"] = f"none, all stays dense: {self.why_dense}"
+        else:
+            plans = "not known for this strategy" if self.plan_bytes is None else f"{self.plan_bytes / 1e6:,.0f} MB"
+            rows |= {
+                "FLOPs of a sparse step": f"{self.sparse_flops / 1e12:,.1f} T",
+                "steps": f"{self.num_steps}, the first {self.num_dense_steps} dense",
+                "density": f"{self.density:.1%} of sparse calls, {self.overall_density:.1%} of all",
+                "memory of plans": f"{plans}, {self.num_sparse_layers} layers",
+                "speed-up of a sparse step": f"{self.step_speed_up:.2f}x",
+                "speed-up of all steps": f"{self.speed_up:.2f}x, without text encoder and VAE",
+            }
+        lines = [f"{name:<26}{value}" for name, value in rows.items()]
+        lines.append(
+            f"This is a prediction, not a measurement. Kernel at {self.efficiency:.0%} of linear against the fastest "
+            f"dense attention, a plan {self.planning:.0%} and permuting {self.permuting:.0%} of a dense call: "
+            f"{self.source}. Linear layers are taken to reach as many FLOP/s as dense attention, and the rest of a "
+            f"step to take no time."
+        )
+        return "\n".join((f"{self.transformer}, predicted", *lines))
+
+
+def predict_sparse_attention(
+    model: Any,
+    *,
+    height: int,
+    width: int,
+    num_frames: int = 1,
+    num_inference_steps: int = 50,
+    config: SparseAttentionConfig | str | None = None,
+    density: float | None = None,
+    gpu: str | None = None,
+    efficiency: float | None = None,
+) -> SparseAttentionPrediction:
+    """What sparse attention is expected to save a pipeline or a transformer; neither is called, nor its weights read.
+
+    Args:
+        model: a diffusers pipeline, whose `transformer` counts, or a transformer.
+        height, width, num_frames: of the video or image, in pixels and frames.
+        num_inference_steps: denoising steps.
+        config: as for `enable_sparse_attention`.
+        density: in place of that of `Adaptive`; of other strategies the one you expect, which must be said.
+        gpu: whose measured speed is taken, "H200"; None for the GPU of this machine.
+        efficiency: speed-up of the kernel over dense attention times the density, where you know it better.
+
+    Raises:
+        ValueError: a size that the model cannot make, a model whose sizes are not known, or a number out of its range.
+        TypeError: `model` is neither a pipeline with a transformer nor a transformer.
+    """
+    transformer = model if isinstance(model, nn.Module) else getattr(model, "transformer", None)
+    transformer = getattr(transformer, "_orig_mod", transformer)
+    if not isinstance(transformer, nn.Module):
+        raise TypeError(f"`model` must be a pipeline with a transformer, or a transformer, got {type(model).__name__}.")
+    _check_positive(num_inference_steps=num_inference_steps, density=density, efficiency=efficiency)
+    if density is not None and density > 1:
+        raise ValueError(f"`density` must be at most 1, got {density}. For 25 % say 0.25.")
+    chosen = as_config(config)
+    call = make_call(transformer, height, width, num_frames, _vae(model))
+    family = find_family(transformer)
+    layout = family.layout(transformer, call) if family is not None else None
+    assert family is not None
+    assert layout is not None
+    grid = TokenGrid(*layout)  # type: ignore[arg-type]
+    names = family.layer_names(transformer)
+    flops = CallFlops.of(transformer, names, call)
+    (_, num_heads, num_tokens, head_dim), _ = flops.attention[0]
+    assert (num_tokens, len(flops.attention)) == (grid.num_tokens, len(names))
+
+    dense_layers = resolve_dense_layers(chosen.dense_layers, len(names), type(transformer).__name__)
+    num_dense_steps = round(chosen.dense_steps * num_inference_steps)
+    fewest = chosen.fewest_tokens(torch.device("cuda"))
+    why_dense = None
+    if grid.num_tokens < fewest:
+        why_dense = f"fewer than {fewest:,} tokens, the config's `min_tokens`"
+    elif num_dense_steps == num_inference_steps:
+        why_dense = "all steps are dense steps"
+    if why_dense is not None:
+        num_dense_steps = num_inference_steps
+    num_sparse_layers = 0 if why_dense is not None else len(names) - len(dense_layers)
+
+    strategy = chosen.strategy
+    if isinstance(strategy, Adaptive) and density is not None:
+        strategy = dataclasses.replace(strategy, density=density)
+    if isinstance(strategy, Adaptive):
+        density = strategy.executed_density(grid)
+    elif density is None:
+        raise ValueError(
+            f"what {type(strategy).__name__} computes depends on the video: say `density`, as a report of it shows."
+        )
+    speed = _kernel_speed(gpu, chosen.quantization, efficiency)
+    return SparseAttentionPrediction(
+        transformer=type(transformer).__name__,
+        grid=grid,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        num_layers=len(names),
+        num_sparse_layers=num_sparse_layers,
+        num_steps=num_inference_steps,
+        num_dense_steps=num_dense_steps,
+        attention_flops=sum(each for _, each in flops.attention),
+        other_flops=flops.other,
+        density=density,
+        plan_bytes=num_sparse_layers * strategy.plan_bytes(grid, num_heads) if isinstance(strategy, Adaptive) else None,
+        num_plans=-(-(num_inference_steps - num_dense_steps) // chosen.replan_every),
+        efficiency=speed.at(density),
+        planning=speed.planning,
+        permuting=speed.permuting,
+        source=speed.source,
+        why_dense=why_dense,
+    )
+
+
+def _vae(pipeline: Any) -> tuple[int, int] | None:
+    """How many frames and pixels a side the VAE of a pipeline makes one of; None where it does not say."""
+    for names in (
+        ("vae_scale_factor_temporal", "vae_scale_factor_spatial"),
+        ("vae_temporal_compression_ratio", "vae_spatial_compression_ratio"),
+    ):
+        if all(hasattr(pipeline, name) for name in names):
+            frames, pixels = (int(getattr(pipeline, name)) for name in names)
+            return frames, pixels
+    return None
+
+
+def _kernel_speed(gpu: str | None, quantization: str | None, efficiency: float | None) -> KernelSpeed:
+    """What is known of the GPU, with the user's efficiency in place of the measured one."""
+    if gpu is None:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU here"
+    computes_in = quantization or "bfloat16"
+    known = next((s for (part, kind), s in MEASURED.items() if part in gpu and kind == computes_in), None)
+    if known is not None and efficiency is None:
+        return known
+    closest = known or MEASURED["H200", "bfloat16"]
+    planning = "planning and permuting as on an H200, before planning was mended"
+    if efficiency is not None:
+        return dataclasses.replace(closest, efficiency={1.0: efficiency}, source=f"efficiency as you said, {planning}")
+    return dataclasses.replace(
+        closest,
+        efficiency={1.0: ASSUMED_EFFICIENCY},
+        source=f"unknown hardware ({gpu}, {computes_in}): kernel efficiency assumed {ASSUMED_EFFICIENCY}, say "
+        f"--efficiency or --gpu H200; {planning}",
+    )
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"`{name}` must be above 0, got {value}.")

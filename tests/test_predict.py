@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from tiny_models import TINY, tiny_wan_pipeline
+
+import diffsparse
+from diffsparse import SVG2, Adaptive, SparseAttentionConfig, predict_sparse_attention
+from diffsparse.predict import MEASURED
+from diffsparse.published_models import published_transformer
+
+H200 = MEASURED["H200", "bfloat16"]
+
+
+@pytest.fixture(scope="module")
+def wan():
+    """Wan 2.1 14B, of which four layers are enough where ratios are looked at."""
+    with torch.device("meta"):
+        return WanTransformer3DModel(ffn_dim=13824, num_layers=4)
+
+
+def predict(model, **options):
+    size = {"height": 720, "width": 1280, "num_frames": 81, "gpu": "NVIDIA H200"}
+    return predict_sparse_attention(model, **(size | options))
+
+
+def test_wan_720p_by_hand():
+    found = predict(published_transformer("wan"))
+    assert str(found.grid) == "21 x 45 x 80 tokens"
+    assert (found.num_layers, found.num_heads, found.head_dim) == (40, 40, 128)
+    assert found.attention_flops == 40 * 4 * 75600**2 * 128 * 40
+    # Each token goes through four square projections of self-attention, two of cross-attention and a feed-forward
+    # network; 512 text tokens, their cross-attention, embeddings and the output add less than a hundredth.
+    linear = 40 * 2 * 75600 * (6 * 5120**2 + 2 * 5120 * 13824)
+    assert found.other_flops == pytest.approx(linear, rel=0.02)
+    assert found.other_flops > linear
+    assert found.attention_share == pytest.approx(1 / (1 + linear / found.attention_flops), abs=0.005)
+
+
+def test_amdahl_by_hand(wan):
+    found = predict(wan, config="balanced", num_inference_steps=50)
+    # 10 of 50 steps dense; 40 sparse ones, planned 10 times, with 296 of 1,182 key blocks each.
+    assert (found.num_dense_steps, found.num_plans) == (10, 10)
+    assert found.density == pytest.approx(296 / 1182)
+    share = found.attention_flops / (found.attention_flops + found.other_flops)
+    seconds_of_sparse = 40 * (1 - share + share * (found.density / found.efficiency + 0.01)) + 10 * share * 0.63
+    assert found.step_speed_up == pytest.approx(40 / seconds_of_sparse)
+    assert found.speed_up == pytest.approx(50 / (10 + seconds_of_sparse))
+    assert found.overall_density == pytest.approx(0.2 + 0.8 * 296 / 1182)
+    assert found.sparse_flops == pytest.approx(found.other_flops + found.attention_flops * 296 / 1182)
+    # Lists of int32 of 591 query blocks, each with its length.
+    assert found.plan_bytes == 4 * 40 * 591 * (296 + 1) * 4
+
+
+def test_less_density_is_never_slower(wan):
+    found = [predict(wan, density=density) for density in (0.05, 0.1, 0.15, 0.25, 0.4, 0.7, 1.0)]
+    for name, falls in (("speed_up", True), ("step_speed_up", True), ("sparse_flops", False), ("plan_bytes", False)):
+        values = [getattr(each, name) for each in found]
+        assert values == sorted(values, reverse=falls)
+
+
+def test_what_stays_dense_is_predicted_dense(wan):
+    half = SparseAttentionConfig(dense_layers=(0, -1))
+    assert predict(wan, config=half).num_sparse_layers == 2
+    assert predict(wan, config=half).overall_density == pytest.approx((1 + predict(wan).overall_density) / 2)
+    with pytest.raises(ValueError, match="`dense_layers` names layer 4,"):
+        predict(wan, config=SparseAttentionConfig(dense_layers=(4,)))
+    for config, size, reason in (
+        (SparseAttentionConfig(dense_steps=1.0), 720, "all steps are dense steps"),
+        (SparseAttentionConfig(), 64, "fewer than 16,384 tokens"),
+    ):
+        found = predict(wan, config=config, height=size)
+        assert reason in found.why_dense
+        assert reason in str(found)
+        assert (found.speed_up, found.step_speed_up, found.overall_density, found.plan_bytes) == (1, 1, 1, 0)
+
+
+def test_the_table_is_that_of_the_published_benchmark():
+    published = json.loads((Path(__file__).parents[1] / "docs" / "benchmarks" / "h200.json").read_text())
+    sizes = published["attention"].values()
+    for density, efficiency in H200.efficiency.items():
+        calls = [size["calls"][f"native {density:g}"] for size in sizes]
+        assert efficiency == pytest.approx(min(call["speed_up"] * call["density"] for call in calls), abs=0.006)
+    planning = [size["planning"] for size in sizes]
+    assert H200.planning == pytest.approx(max(p["plan_seconds"] / p["dense_seconds"] for p in planning), abs=0.01)
+    assert H200.permuting == pytest.approx(max(p["permute_seconds"] / p["dense_seconds"] for p in planning), abs=0.002)
+
+
+def test_efficiency_is_a_straight_line_between_measurements():
+    assert H200.at(0.4) == pytest.approx((H200.efficiency[0.3] + H200.efficiency[0.5]) / 2)
+    assert (H200.at(0.01), H200.at(0.2), H200.at(1.0)) == (0.93, 0.96, 1.03)
+
+
+def test_what_was_not_measured_is_said(wan, monkeypatch):
+    assert "This is a prediction, not a measurement" in str(predict(wan))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options in ({"gpu": None}, {"gpu": "RTX 4090"}, {"config": SparseAttentionConfig(quantization="int8")}):
+        found = predict(wan, **options)
+        assert found.efficiency == 0.9
+        assert "kernel efficiency assumed 0.9, say --efficiency" in str(found)
+    assert predict(wan, efficiency=0.5).efficiency == 0.5
+    assert predict(wan, efficiency=0.5).speed_up < predict(wan).speed_up
+
+
+def test_other_strategies_need_a_density(wan):
+    config = SparseAttentionConfig(SVG2())
+    with pytest.raises(ValueError, match="SVG2 computes depends on the video: say `density`"):
+        predict(wan, config=config)
+    found = predict(wan, config=config, density=0.2)
+    assert (found.density, found.plan_bytes) == (0.2, None)
+
+
+def test_a_pipeline_is_predicted_by_its_own_vae():
+    pipeline = tiny_wan_pipeline()
+    pipeline.vae_scale_factor_temporal, pipeline.vae_scale_factor_spatial = 2, 16
+    size = {"height": 64, "width": 96, "num_frames": 9}
+    config = SparseAttentionConfig(Adaptive(density=0.5), min_tokens=0)
+    found = predict(pipeline, config=config, **size)
+    assert (found.grid.frames, found.grid.height, found.grid.width) == (8 // 2 + 1, 64 // 32, 96 // 32)
+    assert json.loads(json.dumps(found.as_dict()))["speed_up"] == found.speed_up
+
+
+def test_fewer_steps_than_a_plan_lasts_pay_for_one(wan):
+    four = replace(diffsparse.PRESETS["balanced"](), dense_steps=0.25)
+    assert predict(wan, config=four, num_inference_steps=4).num_plans == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 25.0}, "`density` must be at most 1, got 25.0"),
+        ({"density": 0.0}, "`density` must be above 0, got 0.0"),
+        ({"efficiency": -1.0}, "`efficiency` must be above 0, got -1.0"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be above 0, got 0"),
+        ({"config": "slow"}, "names no preset"),
+    ],
+)
+def test_numbers_out_of_range_are_errors(wan, options, message):
+    with pytest.raises(ValueError, match=message):
+        predict(wan, **options)
+
+
+def test_what_is_no_transformer_is_an_error():
+    with pytest.raises(TypeError, match="`model` must be a pipeline with a transformer, or a transformer, got str"):
+        predict("wan")
+    with pytest.raises(ValueError, match="MochiTransformer3DModel are not known"):
+        predict(TINY["mochi"].make())
