@@ -27,8 +27,8 @@ class Tuning:
 
 # By compute capability's major number, head dim as padded, and precision, for query blocks of 128.
 MEASURED: dict[tuple[int, int, str], Tuning] = {
-    # One H200, torch 2.11, triton 3.6: the fastest of 3 to 10 each, at 75,600 (head dim 64: 45,106) tokens, 25 %. In INT8
-    # at head dim 128, four warps and tiles of 64 were faster still without options, and spill much with them.
+    # One H200, torch 2.11, triton 3.6: the fastest of 3 to 10 each, at 75,600 (head dim 64: 45,106) tokens, 25 %.
+    # In INT8 at head dim 128, four warps and tiles of 64 were faster still without options, and spill much with them.
     (9, 128, "native"): Tuning(128, 8, 3, descriptors=True),
     (9, 128, "int8"): Tuning(128, 8, 3, descriptors=True),
     (9, 128, "int4"): Tuning(128, 8, 3, descriptors=True),
