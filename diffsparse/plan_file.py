@@ -26,6 +26,7 @@ from diffsparse.whole_file import whole_file
 
 SCHEMA = 1
 KEY = "diffsparse"
+LONGEST_TEXT = 10_000
 SETTINGS = ("dense_steps", "dense_layers", "min_tokens", "replan_every", "quantization")
 """Fields of `SparseAttentionConfig` that say when plans are made and used."""
 
@@ -177,8 +178,11 @@ class _Checked:
         return int(value)
 
     def _string(self, name: str) -> str:
-        _expect(isinstance(self._text[name], str), name, self._text[name], "text")
-        return str(self._text[name])
+        value = self._text[name]
+        # Errors and reports print it.
+        right = isinstance(value, str) and value.isprintable() and len(value) <= LONGEST_TEXT
+        _expect(right, name, value, f"text of at most {LONGEST_TEXT} printable characters")
+        return str(value)
 
     def _grid(self) -> TokenGrid:
         sizes = self._text["grid"]

@@ -101,12 +101,8 @@ class PlanRecorder:
         """What was planned since the last prompt counts from now on."""
         for place, vote in self._of_this_prompt:
             self._votes.setdefault(place, []).append(vote)
-        self.forget_prompt()
-        self.num_prompts += 1
-
-    def forget_prompt(self) -> None:
-        """Drop what was planned since the last prompt."""
         self._of_this_prompt.clear()
+        self.num_prompts += 1
 
     def calibration(self, strategy: str, settings: dict[str, Any], library_version: str) -> Calibration:
         """What the prompts so far agree on.

@@ -164,14 +164,13 @@ def test_the_experts_of_a_pipeline_share_a_file(tmp_path):
     assert len(reports) == 2
 
 
-def test_what_was_forgotten_does_not_count():
+def test_a_prompt_counts_when_it_has_ended():
     recorder = PlanRecorder(Given([plan_of(every_row(0)), plan_of(every_row(1))]))
     qkv = [torch.zeros(1, 1, GRID.num_tokens, 8)] * 3
     recorder.plan(*qkv, AttentionCall(GRID))
-    recorder.forget_prompt()
-    recorder.plan(*qkv, AttentionCall(GRID))
     recorder.end_prompt()
-    assert rows_of(recorder.calibration("", {}, "")) == every_row(1)
+    recorder.plan(*qkv, AttentionCall(GRID, layer=1))
+    assert [entry.layer for entry in recorder.calibration("", {}, "").entries] == [0]
 
 
 @pytest.mark.parametrize("plans", [[], [None]])
