@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from diffsparse.report import TransformerReport as TransformerReport
     from diffsparse.session import DenseFallback as DenseFallback
     from diffsparse.strategies.adaptive import Adaptive as Adaptive
+    from diffsparse.strategies.calibrated import Calibrated as Calibrated
     from diffsparse.strategies.dense import Dense as Dense
     from diffsparse.strategies.draft_attention import DraftAttention as DraftAttention
     from diffsparse.strategies.flex_prefill import FlexPrefill as FlexPrefill
@@ -65,6 +66,7 @@ _HOMES = {
     "TransformerReport": "report",
     "DenseFallback": "session",
     "Adaptive": "strategies.adaptive",
+    "Calibrated": "strategies.calibrated",
     "Dense": "strategies.dense",
     "DraftAttention": "strategies.draft_attention",
     "FlexPrefill": "strategies.flex_prefill",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ import torch
 from diffsparse.kernels.block_sparse import BACKENDS
 from diffsparse.kernels.quantization import QUANTIZED
 from diffsparse.strategies.adaptive import Adaptive
+from diffsparse.strategies.calibrated import Calibrated
 from diffsparse.strategies.strategy import Strategy
 
 MIN_TOKENS_ON_CPU = 4096
 MIN_TOKENS_ON_GPU = 16384
+PLAN_FILE_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -95,23 +98,38 @@ PRESETS: dict[str, Callable[[], SparseAttentionConfig]] = {
 
 
 def as_config(config: Any) -> SparseAttentionConfig:
-    """The config that a user's argument stands for: None is the preset "balanced".
+    """The config that a user's argument stands for: None is the preset "balanced", a *.safetensors file its plans.
 
     Raises:
-        ValueError: the name of no preset.
-        TypeError: neither None, a name, nor a config.
+        ValueError: the name of no preset, or a plan file that cannot be used.
+        TypeError: neither None, a name, a path, nor a config.
     """
     if isinstance(config, SparseAttentionConfig):
         return config
+    if isinstance(config, Path) or (isinstance(config, str) and config.endswith(PLAN_FILE_SUFFIX)):
+        return _config_of_file(Path(config))
     if config is not None and not isinstance(config, str):
         raise TypeError(
-            f"`config` must be None, the name of a preset or a SparseAttentionConfig, got {config!r}. "
+            f"`config` must be None, the name of a preset, a plan file or a SparseAttentionConfig, got {config!r}. "
             f"A strategy goes into a config: SparseAttentionConfig({config!r})."
         )
     name = config or "balanced"
     if name not in PRESETS:
-        raise ValueError(f"`config` names no preset: got {name!r}, expected one of {', '.join(map(repr, PRESETS))}.")
+        raise ValueError(
+            f"`config` names no preset: got {name!r}, expected one of {', '.join(map(repr, PRESETS))}, or the name of "
+            f"a plan file, which ends in {PLAN_FILE_SUFFIX}."
+        )
     return PRESETS[name]()
+
+
+def _config_of_file(path: Path) -> SparseAttentionConfig:
+    strategy = Calibrated.from_file(path)
+    try:
+        return SparseAttentionConfig(strategy, **strategy.calibration.settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be used: {error} Fetch it again, or make it anew with `diffsparse calibrate`."
+        ) from error
 
 
 def _is_integer(value: Any) -> bool:

@@ -7,6 +7,7 @@ import logging
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ _ENABLED: weakref.WeakKeyDictionary[nn.Module, _Enabled] = weakref.WeakKeyDictio
 
 
 def enable_sparse_attention(
-    model: Any, config: SparseAttentionConfig | str | None = None, family: Family | None = None
+    model: Any, config: SparseAttentionConfig | str | Path | None = None, family: Family | None = None
 ) -> None:
     """Make the self-attention of a pipeline's transformers sparse, until `disable_sparse_attention`.
 
@@ -49,13 +50,13 @@ def enable_sparse_attention(
 
     Args:
         model: a diffusers pipeline, a modular pipeline, or a transformer.
-        config: None or the name of a preset, "quality", "balanced" (the default) or "fast", or a
-            `SparseAttentionConfig`.
+        config: None or the name of a preset, "quality", "balanced" (the default) or "fast", a plan file of
+            `diffsparse calibrate`, *.safetensors, or a `SparseAttentionConfig`.
         family: your own description of transformers, which goes before the known families.
 
     Raises:
-        ValueError: sparse attention is enabled already, the config is wrong, there is no transformer, or `family`
-            names none of them or other modules than attention.
+        ValueError: sparse attention is enabled already, the config is wrong, its plans are for another model, there is
+            no transformer, or `family` names none of them or other modules than attention.
         TypeError: `config`, `model` or `family` is of another type.
     """
     chosen = as_config(config)

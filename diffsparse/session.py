@@ -16,6 +16,7 @@ from diffsparse.kernels.block_sparse import MAX_HEAD_DIM, pick_backend
 from diffsparse.plan import AttentionPlan
 from diffsparse.rank_order import RankOrder
 from diffsparse.steps import Step
+from diffsparse.strategies.calibrated import Calibrated
 from diffsparse.strategies.strategy import AttentionCall
 
 
@@ -73,11 +74,17 @@ class Session:
         family: what its attention is like.
         layer_names: its self-attention layers in the order they run.
         config: what the user asked for.
+
+    Raises:
+        ValueError: the config names a layer that is not there, or its plans are for another model.
     """
 
     def __init__(
         self, model_name: str, family: Family, layer_names: tuple[str, ...], config: SparseAttentionConfig
     ) -> None:
+        if layer_names and isinstance(config.strategy, Calibrated):
+            config.strategy.check_model(model_name, len(layer_names))
+        self.model_name = model_name
         self.family = family
         self.config = config
         self.layer_names = layer_names
@@ -129,9 +136,11 @@ class Session:
 
         Raises:
             DenseFallback: the config is strict and this layer cannot run sparse.
-            ValueError: the backend cannot compute in the precision that the config asks for.
+            ValueError: the backend cannot compute in the precision that the config asks for, or the config's plans are
+                for another grid or number of heads.
         """
         self._check_quantization(query)
+        self._check_calibration(layer, query)
         self.num_heads = query.shape[1]
         self._rows[layer] += 1
         if (reason := self._policy(layer, query)) is not None:
@@ -174,6 +183,13 @@ class Session:
             except ValueError as error:
                 raise ValueError(f"`quantization` {self.config.quantization!r} cannot be used here: {error}") from error
             self._quantizes_on.add(kind)
+
+    def _check_calibration(self, layer: int, query: Tensor) -> None:
+        """As early as `_check_quantization`, and for the same reason."""
+        if isinstance(self.config.strategy, Calibrated) and layer not in self._dense_layers and self.step is not None:
+            grid = self._grid(query.shape[2])
+            if grid is not None:
+                self.config.strategy.check_call(grid, query.shape[1])
 
     def refusal(self, layer: int, reason: str) -> DenseFallback:
         """What a strict config raises."""
@@ -265,6 +281,7 @@ class Session:
                 num_steps=self.step.total,
                 key_length=key_length,
                 scale=scale,
+                model=self.model_name,
             )
             plan = self.config.strategy.plan(query, key, value, call)
             if plan is not None and self.config.quantization is not None:

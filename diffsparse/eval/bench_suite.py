@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from diffsparse.eval.bench_transformer import SUBJECTS, bench_transformer
 from diffsparse.eval.dense_attention import EXACT, dense_candidates
 from diffsparse.eval.timing import seconds_in_rounds
 from diffsparse.grid import TokenGrid
+from diffsparse.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str]
     for geometry in SUITES[name]:
         if geometry.name not in record["attention"]:
             record["attention"][geometry.name] = asdict(geometry) | measure(geometry, device, rounds, say)
-            write_atomically(record, output)
+            _write(record, output)
     for geometry in SUITES[name]:
         subject = SUBJECTS.get(geometry.name)
         if subject is None:
@@ -88,7 +88,7 @@ def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str]
             if preset not in results:
                 results[preset] = bench_transformer(subject, device, preset, max(1, rounds // 2))
                 say(f"{geometry.name}: {preset}: {results[preset]['speed_up']:.2f}x a step")
-                write_atomically(record, output)
+                _write(record, output)
 
 
 def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -214,11 +214,9 @@ def extra_memory(call: Callable[[], object], device: torch.device) -> int | None
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def write_atomically(record: Mapping[str, Any], path: Path) -> None:
-    """The whole file or the old one."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(part, path)
+def _write(record: Mapping[str, Any], path: Path) -> None:
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _sparse(

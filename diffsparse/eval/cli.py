@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 # Each names a module with add_arguments(parser) and run(args) -> exit code, which imports what is heavy only in run.
 COMMANDS = {
     "demo": "make one video densely and sparsely with the embedded model, and compare the two",
+    "calibrate": "what a strategy plans on a few prompts, as a file that any run can use",
     "bench": "time sparse attention against dense attention on this machine",
     "plan": "what sparse attention is expected to save, without weights or GPU",
     "kernels": "what the Triton kernel takes on every architecture, compiled without a GPU",

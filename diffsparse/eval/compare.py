@@ -16,7 +16,8 @@ import numpy as np
 from diffsparse.eval.flicker import Flicker
 from diffsparse.eval.lpips_metric import SMALLEST_SIDE, Lpips, lpips_or_reason
 from diffsparse.eval.metrics import MS_SSIM_SMALLEST_SIDE, Frames, FrameScores, ms_ssim, psnr_db, ssim
-from diffsparse.eval.video_io import read_frames, whole_file
+from diffsparse.eval.video_io import read_frames
+from diffsparse.whole_file import whole_file
 
 # Frames held at once of each video: bounds the memory, whatever their number.
 WINDOW = 8

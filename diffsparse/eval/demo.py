@@ -19,7 +19,8 @@ from diffsparse.eval.generate import Generation, Sampling, choose_device, genera
 from diffsparse.eval.head_picture import draw_head_classes
 from diffsparse.eval.lpips_metric import lpips_or_reason
 from diffsparse.eval.side_by_side import side_by_side
-from diffsparse.eval.video_io import whole_file, write_video
+from diffsparse.eval.video_io import write_video
+from diffsparse.whole_file import whole_file
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from diffsparse.eval.recorded_calls import RecordedCall, density_of, error_of
-from diffsparse.eval.video_io import whole_file
 from diffsparse.eval.with_tail import with_tail
 from diffsparse.strategies.strategy import Strategy
+from diffsparse.whole_file import whole_file
 
 LEAST, MOST = 0.005, 1.0
 """The ends of every dial."""

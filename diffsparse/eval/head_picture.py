@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsparse.eval.video_io import whole_file
+from diffsparse.whole_file import whole_file
 
 if TYPE_CHECKING:
     from diffsparse.report import SparseAttentionReport, TransformerReport

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffsparse
-from diffsparse.config import PRESETS, SparseAttentionConfig
+from diffsparse.config import PLAN_FILE_SUFFIX, PRESETS, SparseAttentionConfig, as_config
 
 DENSE = "dense"
 """The name of what every config is compared with."""
@@ -49,7 +49,8 @@ def read_configs(texts: list[str]) -> list[NamedConfig]:
 
 
 def read_config(text: str) -> NamedConfig:
-    """The config of NAME or NAME:OPTION=VALUE,…, where NAME is a preset or a strategy that diffsparse exports.
+    """The config of NAME or NAME:OPTION=VALUE,…, where NAME is a preset, a strategy that diffsparse exports, or a file
+    of plans.
 
     An option is a field of the strategy or of `SparseAttentionConfig`, a value is written as in Python; quotes around
     a word may be left out.
@@ -59,8 +60,8 @@ def read_config(text: str) -> NamedConfig:
     """
     name, _, options = text.strip().partition(":")
     strategies = exported_strategies()
-    if name in PRESETS:
-        config = PRESETS[name]()
+    if name in PRESETS or name.endswith(PLAN_FILE_SUFFIX):
+        config = as_config(name)
     elif name.lower() in strategies:
         config = SparseAttentionConfig(_made(text, strategies[name.lower()], {}))
     else:
@@ -89,7 +90,11 @@ def exported_strategies() -> dict[str, type]:
 
 
 def _is_strategy(cls: type) -> bool:
-    return dataclasses.is_dataclass(cls) and hasattr(cls, "plan")
+    if not dataclasses.is_dataclass(cls) or not hasattr(cls, "plan"):
+        return False
+    # One that has no defaults, as that of a plan file, is not said by its name.
+    missing = dataclasses.MISSING
+    return all(f.default is not missing or f.default_factory is not missing for f in dataclasses.fields(cls))
 
 
 def _read_options(text: str, options: str) -> dict[str, Any]:

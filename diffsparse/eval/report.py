@@ -16,8 +16,8 @@ from diffsparse.eval.report_data import collect
 from diffsparse.eval.report_markdown import as_markdown
 from diffsparse.eval.report_page import as_page
 from diffsparse.eval.report_tables import headline, label, notes
-from diffsparse.eval.video_io import whole_file
 from diffsparse.report import SparseAttentionReport, TransformerReport
+from diffsparse.whole_file import whole_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from diffsparse.eval.video_io import whole_file, write_images
+from diffsparse.eval.video_io import write_images
+from diffsparse.whole_file import whole_file
 
 MANIFEST = "manifest.json"
 

@@ -9,7 +9,7 @@ from diffsparse.eval.pareto_plot import Point, unbeaten
 from diffsparse.eval.strategies_table import TableRow, table_rows
 from diffsparse.eval.strategy_rows import REFERENCE
 from diffsparse.eval.sweep_results import SweepResults
-from diffsparse.eval.video_io import whole_file
+from diffsparse.whole_file import whole_file
 
 MARKERS = "osD^v<>pP*XhHd"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffsparse.eval.metrics import as_json
 from diffsparse.eval.report_data import as_number
-from diffsparse.eval.video_io import whole_file
+from diffsparse.whole_file import whole_file
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffsparse.whole_file import unfinished_name, whole_file
+
 Image = NDArray[np.uint8]
 """One picture [H, W, 3]."""
 
@@ -77,7 +79,7 @@ def write_images(folder: Path, frames: NDArray[Any]) -> None:
 
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: name another folder, or remove it.")
-    unfinished = _unfinished_name(folder)
+    unfinished = unfinished_name(folder)
     unfinished.mkdir(parents=True)
     try:
         for index, frame in enumerate(as_bytes(frames)):
@@ -93,22 +95,6 @@ def as_bytes(frames: NDArray[Any]) -> Image:
     if frames.dtype == np.uint8:
         return frames
     return np.rint(np.clip(np.nan_to_num(frames), 0, 1) * 255).astype(np.uint8)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; the file takes its real name when all is written, and vanishes if that fails."""
-    unfinished = _unfinished_name(path)
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _unfinished_name(path: Path) -> Path:
-    # Hidden, beside the real one (os.replace cannot cross disks), and of the same suffix: writers look at it.
-    return path.with_name(f".{path.stem}.{os.getpid()}.unfinished{path.suffix}")
 
 
 def _read_folder(folder: Path) -> Iterator[Image]:

@@ -21,6 +21,7 @@ class AttentionCall:
         step: index of the denoising step, 0 first; `num_steps`, how many there are, None when nothing says so.
         key_length: [B] int32, keys at or beyond it do not exist; None when all do.
         scale: factor on the scores, D ** -0.5 if None.
+        model: the transformer's class; empty where nothing says so.
     """
 
     grid: TokenGrid
@@ -30,6 +31,7 @@ class AttentionCall:
     num_steps: int | None = None
     key_length: Tensor | None = None
     scale: float | None = None
+    model: str = ""
 
 
 @runtime_checkable

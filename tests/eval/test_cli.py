@@ -21,6 +21,7 @@ def fail_with(error, monkeypatch):
     [
         [],
         ["demo"],
+        ["calibrate"],
         ["bench"],
         ["plan"],
         ["doctor"],

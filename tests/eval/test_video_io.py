@@ -6,7 +6,7 @@ import imageio.v3
 import numpy as np
 import pytest
 
-from diffsparse.eval.video_io import as_bytes, read_frames, whole_file, write_images, write_video
+from diffsparse.eval.video_io import as_bytes, read_frames, write_images, write_video
 
 
 def moving_square(frames=7, height=32, width=48):
@@ -103,22 +103,6 @@ def test_a_variable_frame_rate_repeats_and_drops_nothing(tmp_path):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(tmp_path / "even.mp4"), *retimed]
     subprocess.run([*command, str(tmp_path / "uneven.mp4")], check=True)
     assert sum(1 for _ in read_frames(tmp_path / "uneven.mp4")) == 7
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-
-    def write_half():
-        with whole_file(path) as unfinished:
-            unfinished.write_text("half of the n")
-            raise error
-
-    with pytest.raises(error):
-        write_half()
-    assert path.read_text() == "old"
-    assert names_in(tmp_path) == ["a.json"]
 
 
 def test_an_interrupted_video_leaves_nothing(tmp_path, monkeypatch):

@@ -1,0 +1,124 @@
+"""`diffsparse calibrate`: what a strategy plans on a few prompts, as a file that any run can use."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import diffsparse
+from diffsparse.config import PLAN_FILE_SUFFIX
+from diffsparse.eval.demo import LARGEST_SEED, make_writable
+from diffsparse.eval.generate import choose_device, generate
+from diffsparse.eval.model_choice import EMBEDDED, choose_model
+from diffsparse.eval.named_config import NamedConfig, read_config
+from diffsparse.eval.plan_recorder import PlanRecorder
+from diffsparse.eval.prompts import read_prompts
+from diffsparse.plan_file import SETTINGS, save_plans
+
+OUTPUT = Path("plan.safetensors")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """By which strategy, on which model and prompts, and where the file goes."""
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED,
+        help="folder of a pipeline, or its name on the hub (default: demo, the embedded model)",
+    )
+    parser.add_argument("--prompts", type=int, default=3, metavar="N", help="how many prompts (default: 3)")
+    parser.add_argument(
+        "--prompt-file",
+        metavar="SET|FILE",
+        help="demo or general, or a text, CSV (column prompt) or JSONL (key prompt) file, of which the first N are "
+        "taken (default: demo for models with a demo.json, else general)",
+    )
+    parser.add_argument(
+        "--strategy",
+        default="balanced",
+        metavar="NAME:OPTIONS",
+        help="a preset or a strategy, with options: sparsed:density=0.2,dense_steps=0.1 (default: balanced)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="such as 1280x720 (default: the model's)")
+    parser.add_argument("--frames", type=int, help="frames a video, 1 for images (default: the model's)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the best one here)")
+    parser.add_argument("--offload", action="store_true", help="keep on the GPU only the part that computes")
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, metavar="FILE", help=f"where the plans go (default: {OUTPUT})"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the videos, and after each one write the file anew. What is wrong is found before the first."""
+    from rich.console import Console
+
+    from diffsparse.eval.run_progress import RunProgress
+
+    console = Console(highlight=False)
+    named = _config(args.strategy)
+    model = choose_model(args.model, args.size, args.frames, args.steps)
+    prompts = _prompts(args, model.knows_its_sampling)
+    if not 0 <= args.seed <= LARGEST_SEED:
+        raise ValueError(f"--seed must be between 0 and {LARGEST_SEED}, got {args.seed}.")
+    output: Path = args.output
+    if output.suffix != PLAN_FILE_SUFFIX or output.is_dir():
+        raise ValueError(f"--output must be a file that ends in {PLAN_FILE_SUFFIX}, got {output}.")
+    device = choose_device(args.device)
+    make_writable(output.parent)
+
+    recorder = PlanRecorder(named.config.strategy)
+    pipe = model.load(device, args.offload)
+    diffsparse.enable_sparse_attention(pipe, dataclasses.replace(named.config, strategy=recorder))
+    try:
+        with RunProgress(console, len(prompts), model.sampling.num_inference_steps) as progress:
+            for prompt in prompts:
+                progress.start(f"prompt {recorder.num_prompts + 1}")
+                made = generate(pipe, prompt, args.seed, model.sampling, progress.step)
+                recorder.end_prompt()
+                _save(output, recorder, named)
+                progress.end(f"“{prompt}”", f"{made.total_seconds:.1f} s")
+    except KeyboardInterrupt:
+        if recorder.num_prompts:
+            console.print(
+                f"{output} has the plans of the first {recorder.num_prompts} of {len(prompts)} prompts.", markup=False
+            )
+        raise
+    finally:
+        diffsparse.disable_sparse_attention(pipe)
+    console.print(
+        f"{output}: {output.stat().st_size / 1e3:,.0f} kB. "
+        f'Use it: pipe.enable_sparse_attention("{output}"), for this model and size.',
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _config(text: str) -> NamedConfig:
+    try:
+        return read_config(text)
+    except ValueError as error:
+        # The same texts are --config elsewhere.
+        raise ValueError(str(error).replace("--config", "--strategy", 1)) from error
+
+
+def _prompts(args: argparse.Namespace, knows_its_sampling: bool) -> list[str]:
+    prompts = read_prompts(args.prompt_file or ("demo" if knows_its_sampling else "general"))
+    if not 1 <= args.prompts <= len(prompts):
+        raise ValueError(f"--prompts must be 1 to {len(prompts)}, the prompts there are; got {args.prompts}.")
+    return prompts[: args.prompts]
+
+
+def _save(output: Path, recorder: PlanRecorder, named: NamedConfig) -> None:
+    settings: dict[str, Any] = {name: getattr(named.config, name) for name in SETTINGS}
+    try:
+        calibration = recorder.calibration(repr(named.config.strategy), settings, diffsparse.__version__)
+    except ValueError as error:
+        raise ValueError(
+            f"--strategy {named.text} leaves nothing to write: {error}. Short videos are dense unless min_tokens=0 is "
+            f"among its options, and so are the first dense_steps."
+        ) from error
+    save_plans(output, calibration)

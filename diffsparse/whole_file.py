@@ -1,0 +1,25 @@
+"""Writing a file whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to; the file takes its real name when all is written, and vanishes if that fails."""
+    unfinished = unfinished_name(path)
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def unfinished_name(path: Path) -> Path:
+    """The name that a file or folder has until all of it is written."""
+    # Hidden, beside the real one (os.replace cannot cross disks), and of the same suffix: writers look at it.
+    return path.with_name(f".{path.stem}.{os.getpid()}.unfinished{path.suffix}")

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import pytest
+
+from diffsparse.whole_file import whole_file
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def write_half():
+        with whole_file(path) as unfinished:
+            unfinished.write_text("half of the n")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
