@@ -162,15 +162,20 @@ def test_other_keys_are_none_of_ours():
     assert ran(attn_fn) == (1, {})
 
 
-def test_compiled_code_does_not_fix_the_step():
+def test_compiled_code_has_no_step_in_it():
     attn_fn = make_attn_fn()
     layer = standins.Dispatcher(attn_fn, density=0.4, min_tokens=0)
-    compiled = torch.compile(lambda *args: 2 * layer.forward(*args), backend="eager")
+    graphs, graphs_of_step = [], []
+    compiled = torch.compile(
+        lambda *args: 2 * layer.forward(*args), backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
     qkv = inputs()
     for step in range(6):
         output = compiled(*qkv, STATE | {"denoise_step_idx": torch.tensor([step])})
+        graphs_of_step.append(len(graphs))
     assert torch.equal(output, 2 * planned(*qkv, density=0.4, step=5))
     assert ran(attn_fn) == (2, {"early step": 4})
+    assert set(graphs_of_step) == {graphs_of_step[0]}
 
 
 @pytest.mark.parametrize("kind", [torch.tensor, lambda rows: rows, lambda rows: tuple(rows[0])])

@@ -28,12 +28,12 @@ def engine(request, monkeypatch):
     elif find_spec("vllm_omni") is None or find_spec("vllm") is None:
         pytest.skip("vLLM-Omni is not installed")
     else:
-        state = types.SimpleNamespace(context=None, config=None)
+        state = types.SimpleNamespace(config=None)
     monkeypatch.delitem(sys.modules, BACKEND, raising=False)
     state.backend = importlib.import_module(BACKEND)
     if request.param == "installed":
-        monkeypatch.setattr(state.backend, "get_forward_context", lambda: state.context)
-        monkeypatch.setattr(state.backend, "is_forward_context_available", lambda: state.context is not None)
+        state.context_module = importlib.import_module("vllm_omni.diffusion.forward_context")
+        monkeypatch.setattr(state.context_module, "_forward_context", None)
         monkeypatch.setattr(state.backend, "get_current_diffusion_config_or_none", lambda: state.config)
     state.abstract = importlib.import_module("vllm_omni.diffusion.attention.backends.abstract")
     monkeypatch.setattr(state.backend, "attn_fn", vllm_omni.make_attn_fn())
@@ -69,7 +69,12 @@ def metadata(engine, mask=None, **layout):
 
 
 def at(engine, step, total=20):
-    engine.context = types.SimpleNamespace(denoise_step_idx=step, total_denoise_steps=total)
+    if hasattr(engine, "context_module"):
+        context = engine.context_module.create_forward_context(denoise_step_idx=step)
+        engine.context_module._forward_context = context
+        engine.context_module.set_forward_context_denoise_total_steps(total)
+    else:
+        engine.context = types.SimpleNamespace(denoise_step_idx=step, total_denoise_steps=total)
 
 
 def dense(query, key, value, mask=None):
