@@ -79,9 +79,9 @@ def others(name: str, on_loading: bool = False) -> set[str]:
 
 
 def folder(name: str) -> str:
-    """The part of the house that a module belongs to: "kernels", "pipelines", "eval", "comfy", or "core"."""
+    """The part of the house that a module belongs to, by its folder; the "core" has none."""
     part = name.split(".")[1] if "." in name else ""
-    return part if part in {*FOLDERS_WITH_LINKS, "comfy"} else "core"
+    return part if part in {*FOLDERS_WITH_LINKS, "comfy", "integrations"} else "core"
 
 
 def test_the_reader_sees_imports():
@@ -102,6 +102,7 @@ def test_imports_run_one_way(name):
         "core": {"core", "kernels", "pipelines"},
         "eval": {"eval", "core", "kernels", "pipelines"},
         "comfy": {"comfy", "core", "kernels", "pipelines"},
+        "integrations": {"integrations", "core", "kernels", "pipelines"},
     }[folder(name)]
     assert {imported for imported in ours(name) if folder(imported) not in allowed} == set()
 
@@ -133,6 +134,11 @@ def test_leaves_import_torch_only(name):
 @pytest.mark.parametrize("name", [name for name in SOURCES if folder(name) == "core"])
 def test_core_loads_with_torch_only(name):
     assert others(name, on_loading=True) <= {"torch"}
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if folder(name) == "integrations"])
+def test_integrations_import_torch_and_their_engine(name):
+    assert others(name) <= {"torch", "vllm", "vllm_omni"}
 
 
 def test_triton_is_imported_where_it_is_launched():
