@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.first_use import is_right
 from diffsparse.kernels.pooling import block_means, block_token_counts
 
 
@@ -149,16 +150,20 @@ _LEAST = torch.finfo(torch.float32).min
 @functools.cache
 def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
     """The Triton kernel for `BlockSums.of`, where it runs and is right on a small input; None elsewhere."""
-    try:
+
+    def check() -> bool:
         from diffsparse.kernels.block_sums_triton import block_sums
 
         query, key, value = (torch.randn(1, 2, tokens, 32) for tokens in (5, 70, 70))
         expected = BlockSums.of(query, key, value, block_means(key, 32)[0], 32)
         actual = BlockSums(*block_sums(query.to(device), key.to(device), value.to(device), 32, None))
-        right = torch.allclose(actual.exact().cpu(), expected.exact(), rtol=1e-3, atol=1e-3)
-        return block_sums if right else None
-    except Exception:  # a compiler or a driver may raise anything; torch can do it too
+        return torch.allclose(actual.exact().cpu(), expected.exact(), rtol=1e-3, atol=1e-3)
+
+    if not is_right("judging candidate masks", check):
         return None
+    from diffsparse.kernels.block_sums_triton import block_sums
+
+    return block_sums
 
 
 def head_errors(output: Tensor, exact: Tensor) -> Tensor:

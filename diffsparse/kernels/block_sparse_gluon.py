@@ -43,7 +43,7 @@ ROWS = gl.constexpr(64)
 NO_PEAK = gl.constexpr(-1e30)
 # Keys taken at a time: one key block or two.
 TILE = gl.constexpr(128)
-# Whether it computes in INT8 and FP8. It did on an H200, right and at 800 TFLOP/s, in some 250 calls. But two of two
+# Whether it computes in INT8 and FP8. It did on an H200, right and at 800 TFLOP/s, in some 200 calls. But two of two
 # processes that shared the GPU with fourteen others died of «operation not supported on global/shared address space» at
 # their first call, and why is not known. Until it is, the Triton kernel takes these calls.
 QUANTIZES = False

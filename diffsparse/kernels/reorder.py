@@ -9,6 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from diffsparse.kernels.first_use import is_right
+
 
 def gather_tokens(x: Tensor, order: Tensor) -> Tensor:
     """The tokens of x [B, H, S, D] in the order [H|1, S] int64 of each head: [B, H, S, D] contiguous."""
@@ -60,12 +62,13 @@ def _kernels(device: torch.device) -> ModuleType | None:
     """The Triton kernels where they run and do what they should, seen on a small tensor; None elsewhere."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
-    try:
+
+    def check() -> bool:
         module = import_module("diffsparse.kernels.reorder_triton")
         x = torch.arange(2 * 3 * 70 * 8, device=device, dtype=torch.float32).view(2, 70, 3, 8).transpose(1, 2)
         order = torch.stack([torch.randperm(70) for _ in range(3)]).to(device)
         there = module.gather_tokens(x, order)
         right = torch.equal(there, x.gather(2, order[None, :, :, None].expand_as(x)))
-        return module if right and torch.equal(module.scatter_tokens(there, order), x) else None
-    except Exception:  # a compiler or a driver may raise anything; torch can do it too
-        return None
+        return right and torch.equal(module.scatter_tokens(there, order), x)
+
+    return import_module("diffsparse.kernels.reorder_triton") if is_right("reordering tokens", check) else None
