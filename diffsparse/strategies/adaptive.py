@@ -72,8 +72,8 @@ class Adaptive:
 
     Args:
         density: share of the key blocks that a query block sees, 0–1.
-        query_block_size, key_block_size: tokens a block; None for 64, and for 128 queries from 16,384 tokens on, where
-            larger blocks cost less time than they lose.
+        query_block_size, key_block_size: tokens a block; None for 64, but for 128 queries from 16,384 tokens on: that
+            is what the Hopper kernel takes, and planning is cheaper.
         tile: frames, height, width of the tiles of the third order, in tokens; None for a cube of 64 tokens, or for
             a square where there is one frame.
         sampled_rows: query rows a head that are computed exactly to judge the candidates.
