@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -27,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from diffsparse.kernels import block_sparse_triton
-from diffsparse.kernels.pooling import block_means, block_token_counts
+from diffsparse.kernels.pooling import block_means, tail_sizes
 
 LOG2_E = 1.4426950408889634
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -177,9 +176,11 @@ def launch(
     out = torch.empty(query.shape, dtype=dtype, device=query.device)
     lse = out.new_empty((batch, heads, num_queries) if return_lse else 0, dtype=torch.float32)
     key_blocks, counts = key_blocks.expand(batch, heads, -1, -1), counts.expand(batch, heads, -1)
-    tail_sizes = pooled_key = pooled_value = has_tail = None
+    sizes = pooled_key = pooled_value = has_tail = None
     if means is not None:
-        tail_sizes = _tail_sizes(key_blocks, counts, num_keys, key_block_size, key_length)
+        # Whole tiles of them, and one at least that belongs to no block.
+        num_padded = ((num_keys // key_block_size + 1) // TILE.value + 1) * TILE.value
+        sizes = tail_sizes(key_blocks, counts, num_keys, key_block_size, key_length, num_padded)
         pooled_key, pooled_value = (_descriptor(x, TILE.value, head_dim) for x in means[:2])
         has_tail = means[2]
     value_tile = (key_block_size, head_dim) if operands.value_scale is None else (head_dim, key_block_size)
@@ -199,7 +200,7 @@ def launch(
             operands.key_scale,
             operands.value_scale,
             has_tail,
-            tail_sizes,
+            sizes,
             *key_blocks.stride(),
             *counts.stride(),
             heads,
@@ -212,19 +213,6 @@ def launch(
             num_warps=4,
         )
     return out, lse
-
-
-def _tail_sizes(
-    key_blocks: Tensor, counts: Tensor, num_keys: int, key_block_size: int, key_length: Tensor | None
-) -> Tensor:
-    """How many tokens each block's mean stands for, [B, H, Q, K'] uint8: 0 where the block is listed, or is none."""
-    sizes = block_token_counts(num_keys, key_block_size, key_length, key_blocks.device)
-    # Whole tiles of them, and one at least that belongs to no block: entries beyond a count go there.
-    num_padded = ((num_keys // key_block_size + 1) // TILE.value + 1) * TILE.value
-    sizes = F.pad(sizes, (0, num_padded - sizes.shape[1])).to(torch.uint8)
-    is_listed = torch.arange(key_blocks.shape[-1], device=counts.device) < counts[..., None]
-    index = key_blocks.where(is_listed, num_padded - 1).long()
-    return sizes[:, None, None].repeat(len(counts) // len(sizes), *counts.shape[1:], 1).scatter_(-1, index, 0)
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def block_means(x: Tensor, block_size: int, key_length: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -35,3 +36,23 @@ def block_token_counts(
     if key_length is None:
         return (num_tokens - starts).clamp(max=block_size)[None]
     return (key_length.long().clamp(max=num_tokens)[:, None] - starts).clamp(min=0, max=block_size)
+
+
+def tail_sizes(
+    key_blocks: Tensor,
+    counts: Tensor,
+    num_keys: int,
+    key_block_size: int,
+    key_length: Tensor | None,
+    num_padded: int,
+) -> Tensor:
+    """How many tokens each block's mean stands for, [B, H, Q, num_padded] uint8: 0 where a block is listed, or is none.
+
+    `key_blocks` [B, H, Q, C], `counts` [B, H, Q]. `num_padded` is above the number of blocks: entries beyond a count
+    go to the last place, which belongs to no block. Blocks are of at most 255 tokens.
+    """
+    sizes = block_token_counts(num_keys, key_block_size, key_length, key_blocks.device)
+    sizes = F.pad(sizes, (0, num_padded - sizes.shape[1])).to(torch.uint8)
+    is_listed = torch.arange(key_blocks.shape[-1], device=counts.device) < counts[..., None]
+    index = key_blocks.where(is_listed, num_padded - 1).long()
+    return sizes[:, None, None].repeat(len(counts) // len(sizes), *counts.shape[1:], 1).scatter_(-1, index, 0)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 
@@ -71,24 +70,6 @@ def test_values_beyond_the_length_are_zeros_to_the_kernel(gluon, monkeypatch):
     options = {"query_block_size": 128, "key_block_size": 64, "scale": 1.0, "return_lse": False, "tail": None}
     value, _ = gluon.attend(x, x, x, *lists, key_length=torch.tensor([70, 128]), **options)
     assert torch.equal(value, x.nan_to_num(0.0))
-
-
-@pytest.mark.parametrize("num_blocks", [3, 127, 128, 130])
-@pytest.mark.parametrize("lengths", [None, (40, 17)])
-def test_means_stand_for_the_tokens_of_blocks_that_are_not_listed(gluon, num_blocks, lengths):
-    num_keys = 16 * num_blocks - 5
-    key_blocks = torch.rand(2, 3, 4, num_blocks).argsort(-1).int()
-    counts = torch.randint(1, num_blocks + 1, (2, 3, 4)).int()
-    key_length = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-    sizes = gluon._tail_sizes(key_blocks, counts, num_keys, 16, key_length)
-    assert sizes.shape[-1] % 128 == 0
-    for b, h, q in itertools.product(range(2), range(3), range(4)):
-        tokens = [0] * sizes.shape[-1]
-        for token in range(min(num_keys, 10**9 if lengths is None else lengths[b])):
-            tokens[token // 16] += 1
-        for block in key_blocks[b, h, q, : counts[b, h, q]].tolist():
-            tokens[block] = 0
-        assert sizes[b, h, q].tolist() == tokens
 
 
 def test_fp8_values_lie_in_the_order_of_the_weights_that_a_thread_holds(gluon):

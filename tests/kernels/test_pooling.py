@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffsparse.kernels.pooling import block_means, block_token_counts
+from diffsparse.kernels.pooling import block_means, block_token_counts, tail_sizes
 
 
 @pytest.mark.parametrize("num_tokens", [64, 65, 105, 7])
@@ -45,6 +47,23 @@ def test_half_precision_is_summed_in_fp32():
 
 def test_counts_without_a_key_length_are_one_row():
     assert block_token_counts(105, 32).tolist() == [[32, 32, 32, 9]]
+
+
+@pytest.mark.parametrize(("num_blocks", "num_padded"), [(3, 16), (3, 4), (127, 128), (130, 256)])
+@pytest.mark.parametrize("lengths", [None, (40, 17)])
+def test_means_stand_for_the_tokens_of_blocks_that_are_not_listed(num_blocks, num_padded, lengths):
+    num_keys = 16 * num_blocks - 5
+    key_blocks = torch.rand(2, 3, 4, num_blocks).argsort(-1).int()
+    counts = torch.randint(1, num_blocks + 1, (2, 3, 4)).int()
+    key_length = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    sizes = tail_sizes(key_blocks, counts, num_keys, 16, key_length, num_padded)
+    for b, h, q in itertools.product(range(2), range(3), range(4)):
+        tokens = [0] * num_padded
+        for token in range(min(num_keys, 10**9 if lengths is None else lengths[b])):
+            tokens[token // 16] += 1
+        for block in key_blocks[b, h, q, : counts[b, h, q]].tolist():
+            tokens[block] = 0
+        assert sizes[b, h, q].tolist() == tokens
 
 
 def test_everything_is_made_on_the_device_of_the_input():
