@@ -34,7 +34,7 @@ def test_presets_go_from_quality_to_fast():
         ({"min_tokens": 1.5}, ValueError, "`min_tokens`"),
         ({"replan_every": 0}, ValueError, "`replan_every`"),
         ({"strict": "yes"}, TypeError, "`strict`"),
-        ({"backend": "tritn"}, ValueError, "`backend` must be None or one of gluon, triton, eager, got 'tritn'"),
+        ({"backend": "tritn"}, ValueError, "`backend` must be None or one of gluon, triton, eager, flex, got 'tritn'"),
         (
             {"quantization": "fp4"},
             ValueError,

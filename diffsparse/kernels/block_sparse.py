@@ -17,10 +17,12 @@ from torch import Tensor
 from diffsparse.kernels.quantization import PRECISIONS
 
 # Name and module, the fastest first. Imported when asked for: what a module needs may be missing here.
+# "eager" runs anywhere, so that what stands after it is taken only by its name.
 BACKENDS = {
     "gluon": "diffsparse.kernels.block_sparse_gluon",
     "triton": "diffsparse.kernels.block_sparse_triton",
     "eager": "diffsparse.kernels.block_sparse_eager",
+    "flex": "diffsparse.kernels.block_sparse_flex",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256

@@ -117,7 +117,7 @@ def test_queries_and_keys_may_differ_in_number():
             ValueError,
             r"`tail` must be \[B\|1, H\|1\].*\(2, 3\), got the shape \(3, 3\)",
         ),
-        ({"backend": "cuda"}, ValueError, "`backend` must be one of gluon, triton, eager, got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "`backend` must be one of gluon, triton, eager, flex, got 'cuda'"),
         (
             {"precision": "fp4"},
             ValueError,
