@@ -90,9 +90,10 @@ def attend(
     """The output [B, H, S, D] in query's dtype, and the logsumexp [B, H, S] fp32 (empty if not asked for).
 
     What the kernel does not compute goes to the Triton kernel: scales that are not positive, other precisions unless
-    `QUANTIZES`, and of these blocks of 64 keys.
+    `QUANTIZES`, and of these INT4 and blocks of 64 keys.
     """
-    if scale <= 0 or (precision != "native" and not (QUANTIZES and key_block_size == TILE.value)):
+    takes = precision == "native" or (QUANTIZES and key_block_size == TILE.value and precision != "int4")
+    if scale <= 0 or not takes:
         return block_sparse_triton.attend(
             query,
             key,

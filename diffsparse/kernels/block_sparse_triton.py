@@ -96,7 +96,7 @@ def attend(
     keys, values = operands.key, operands.value
     descriptors = chosen.descriptors and _suits_descriptor(keys) and _suits_descriptor(values)
     if descriptors:
-        keys = _descriptor(keys, [chosen.key_tile, padded_dim])
+        keys = _descriptor(keys, [chosen.key_tile, padded_dim // (2 if keys.dtype == torch.uint8 else 1)])
         tile = [padded_dim, chosen.key_tile] if operands.value_scale is not None else [chosen.key_tile, padded_dim]
         values = _descriptor(values, tile)
     with _on(query.device):
@@ -145,7 +145,9 @@ def attend(
 
 @dataclass(frozen=True, eq=False)
 class _Operands:
-    """What the kernel multiplies: query and key [B, H, S, D]; value [B, H, S, D], or in FP8 [B, H, D, S'].
+    """What the kernel multiplies: query and key [B, H, S, D], in INT4 [B, H, S, ceil(D / 2)] as `pack_int4` packs them.
+
+    Value is [B, H, S, D], or in FP8 [B, H, D, S'].
 
     The scales and `key_mean` are those of `quantization.py`, None where nothing is quantized.
     """
@@ -172,13 +174,8 @@ def _operands(
         return _Operands(query, key, value)
     formats = quantization.PRECISIONS[precision]
     mean = quantization.key_mean(key, key_length)
-    if formats.scores == "int4":
-        # The kernel reads bytes: nothing is packed.
-        query, query_scale = quantization.quantize_blocks(query, query_block_size, 4)
-        key, key_scale = quantization.quantize_blocks(key.float() - mean, key_block_size, 4, key_length)
-    else:
-        query, query_scale, _ = quantize_blocks(query, query_block_size, formats.scores)
-        key, key_scale, _ = quantize_blocks(key, key_block_size, formats.scores, mean=mean, key_length=key_length)
+    query, query_scale, _ = quantize_blocks(query, query_block_size, formats.scores)
+    key, key_scale, _ = quantize_blocks(key, key_block_size, formats.scores, mean=mean, key_length=key_length)
     value_scale = None
     if formats.values == "fp8":
         value, value_scale, _ = quantize_values(value, key_block_size, key_length=key_length)
@@ -250,8 +247,12 @@ def attention_kernel(
 
     first_query = row * QUERY_BLOCK
     query_ptr += b * query_stride_b + h * query_stride_h + first_query.to(tl.int64) * query_stride_s
+    PACKED: tl.constexpr = query_ptr.dtype.element_ty == tl.uint8
     # [QUERY_BLOCK, PADDED_DIM]
-    query = _load_rows(query_ptr, num_queries - first_query, query_stride_s, QUERY_BLOCK, HEAD_DIM, PADDED_DIM)
+    if PACKED:
+        query = _load_packed(query_ptr, num_queries - first_query, query_stride_s, QUERY_BLOCK, HEAD_DIM, PADDED_DIM)
+    else:
+        query = _load_rows(query_ptr, num_queries - first_query, query_stride_s, QUERY_BLOCK, HEAD_DIM, PADDED_DIM)
     query_scale = logit_scale
     if query_scale_ptr is not None:
         query_scale *= tl.load(query_scale_ptr + head_of_batch * tl.num_programs(0) + row)
@@ -292,6 +293,7 @@ def attention_kernel(
                     HEAD_DIM,
                     PADDED_DIM,
                     DESCRIPTORS,
+                    PACKED,
                     True,
                     FP8_VALUES,
                     PRECISION,
@@ -321,6 +323,7 @@ def attention_kernel(
             HEAD_DIM,
             PADDED_DIM,
             DESCRIPTORS,
+            PACKED,
             MASKED,
             FP8_VALUES,
             PRECISION,
@@ -342,7 +345,10 @@ def attention_kernel(
             remaining = num_blocks - first
             key_tile_ptr, value_tile_ptr = pooled_key_ptr + first * HEAD_DIM, pooled_value_ptr + first * HEAD_DIM
             # [TAIL_TILE, PADDED_DIM]
-            key = _load_rows(key_tile_ptr, remaining, HEAD_DIM, TAIL_TILE, HEAD_DIM, PADDED_DIM)
+            if PACKED:
+                key = _load_in_halves(key_tile_ptr, remaining, TAIL_TILE, HEAD_DIM, PADDED_DIM)
+            else:
+                key = _load_rows(key_tile_ptr, remaining, HEAD_DIM, TAIL_TILE, HEAD_DIM, PADDED_DIM)
             value = _load_rows(value_tile_ptr, remaining, HEAD_DIM, TAIL_TILE, HEAD_DIM, PADDED_DIM)
             means = first + tl.arange(0, TAIL_TILE)
             is_listed = tl.load(listed_ptr + means, mask=means < num_blocks, other=1)
@@ -389,6 +395,7 @@ def _take_tile(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
     MASKED: tl.constexpr,
     FP8_VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -397,12 +404,16 @@ def _take_tile(
     exists = tl.arange(0, KEY_TILE) < length - first_key
     # [KEY_TILE, PADDED_DIM]
     if DESCRIPTORS:
-        key = keys.load([b.to(tl.int32), h.to(tl.int32), first_key, 0]).reshape(KEY_TILE, PADDED_DIM)
+        key = keys.load([b.to(tl.int32), h.to(tl.int32), first_key, 0])
+        key = _unpacked(key.reshape(KEY_TILE, PADDED_DIM // 2)) if PACKED else key.reshape(KEY_TILE, PADDED_DIM)
     else:
         # Only where a tile starts needs 64 bits; offsets within it cost half the registers.
         tile_ptr = keys + first_key.to(tl.int64) * key_stride_s
         remaining = length - first_key if MASKED else KEY_TILE
-        key = _load_rows(tile_ptr, remaining, key_stride_s, KEY_TILE, HEAD_DIM, PADDED_DIM, MASKED)
+        if PACKED:
+            key = _load_packed(tile_ptr, remaining, key_stride_s, KEY_TILE, HEAD_DIM, PADDED_DIM, MASKED)
+        else:
+            key = _load_rows(tile_ptr, remaining, key_stride_s, KEY_TILE, HEAD_DIM, PADDED_DIM, MASKED)
     # [QUERY_BLOCK, KEY_TILE]
     if key.dtype == tl.int8:
         logits = tl.dot(query, key.T).to(tl.float32)
@@ -493,6 +504,41 @@ def _load_rows(
     else:
         rows_of_it = tl.load(ptr + rows * stride + dims)
     return rows_of_it
+
+
+@triton.jit
+def _load_packed(
+    ptr,
+    num_rows,
+    stride,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    MASKED: tl.constexpr = True,
+):
+    """The same of rows of INT4, two a byte."""
+    return _unpacked(_load_rows(ptr, num_rows, stride, ROWS, (HEAD_DIM + 1) // 2, PADDED_DIM // 2, MASKED))
+
+
+@triton.jit
+def _unpacked(packed):
+    """INT4 two a byte [n, w] as int8 [n, 2 w]. Queries and keys alike: any order of their dims gives the same product.
+
+    The two of a byte stay next to each other, so that no number goes to another thread.
+    """
+    lower = (packed << 4).to(tl.int8, bitcast=True) >> 4
+    upper = packed.to(tl.int8, bitcast=True) >> 4
+    return tl.join(lower, upper).reshape(packed.shape[0], 2 * packed.shape[1])
+
+
+@triton.jit
+def _load_in_halves(ptr, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """Contiguous rows [ROWS, PADDED_DIM] of numbers that are not packed, their dims in the order of `_unpacked`."""
+    WIDTH: tl.constexpr = (HEAD_DIM + 1) // 2
+    rows, places = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED_DIM)[None, :]
+    dims = places % 2 * WIDTH + places // 2
+    mask = (rows < num_rows) & (places // 2 < WIDTH) & (dims < HEAD_DIM)
+    return tl.load(ptr + rows * HEAD_DIM + dims, mask=mask, other=0.0)
 
 
 def _descriptor(x: Tensor, tile: list[int]) -> TensorDescriptor:

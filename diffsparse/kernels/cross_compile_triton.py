@@ -56,7 +56,7 @@ def compile_attention(
 
     kernel = block_sparse_triton.attention_kernel
     formats = PRECISIONS[precision]
-    scores = {"native": dtype, "int8": "i8", "int4": "i8", "fp8": "fp8e4nv"}[formats.scores]
+    scores = {"native": dtype, "int8": "i8", "int4": "u8", "fp8": "fp8e4nv"}[formats.scores]
     fp8_values = formats.values == "fp8"
     values = "fp8e4nv" if fp8_values else dtype
     padded_dim = block_sparse_triton.padded(head_dim, precision)
@@ -71,7 +71,8 @@ def compile_attention(
         "counts_ptr": "*i32",
     }
     if chosen.descriptors:
-        inputs["keys"] = f"tensordesc<{scores}[1, 1, {chosen.key_tile}, {padded_dim}]>"
+        width = padded_dim // (2 if formats.scores == "int4" else 1)
+        inputs["keys"] = f"tensordesc<{scores}[1, 1, {chosen.key_tile}, {width}]>"
         tile = (padded_dim, chosen.key_tile) if fp8_values else (chosen.key_tile, padded_dim)
         inputs["values"] = f"tensordesc<{values}[1, 1, {tile[0]}, {tile[1]}]>"
     if "lse" in options:

@@ -134,9 +134,15 @@ def test_precisions(precision, lengths, tail):
     check_precision(make_inputs(lengths=lengths, tail=tail, key_block_size=32, dtype=torch.float16), precision)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
-def test_precisions_by_descriptor(by_descriptor, precision):
-    check_precision(make_inputs(head_dim=48, key_block_size=32, dtype=torch.float16), precision)
+@pytest.mark.parametrize(("precision", "head_dim"), [("int8", 48), ("int8_fp8", 48), ("int4", 96)])
+def test_precisions_by_descriptor(by_descriptor, precision, head_dim):
+    check_precision(make_inputs(heads=1, head_dim=head_dim, key_block_size=32, dtype=torch.float16), precision)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize(("head_dim", "lengths"), [(33, None), (80, [50]), (128, None)])
+def test_packed_halves_of_every_head_dim(head_dim, lengths):
+    check_precision(make_inputs(heads=1, head_dim=head_dim, lengths=lengths, tail=[[True]], key_block_size=32), "int4")
 
 
 def check_precision(inputs, precision):

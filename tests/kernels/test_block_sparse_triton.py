@@ -58,6 +58,7 @@ CONFIGURATIONS = [
     (80, "bf16", (128, 64), (), "native"),
     (256, "bf16", (64, 64), ALL, "native"),
     (128, "bf16", (128, 128), ("lse", "tail"), "int8"),
+    (128, "bf16", (128, 64), ("lse", "tail"), "int4"),
     (128, "bf16", (128, 128), (), "int8_fp8"),
     (64, "bf16", (128, 64), (), "fp8"),
 ]
@@ -76,7 +77,7 @@ def test_it_compiles_for_every_architecture(capability, configuration):
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
     if capability == 90:
         assert "wgmma" in compiled.asm["ptx"]
-    if capability in (80, 90) and formats.scores == "int8":
+    if capability in (80, 90) and formats.scores in ("int8", "int4"):
         assert INTEGER_PRODUCTS.search(compiled.asm["ptx"])
     if capability in (89, 90) and formats.values == "fp8":
         assert FP8_PRODUCTS.search(compiled.asm["ptx"])
