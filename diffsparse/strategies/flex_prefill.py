@@ -11,7 +11,7 @@ from diffsparse.kernels.pooling import block_means
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
 from diffsparse.strategies.fixed_masks import sampled_rows
-from diffsparse.strategies.option_checks import check_integers, check_number
+from diffsparse.strategies.option_checks import check_integers, check_sampling, check_shares
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.pooled_scores import pooled_scores
 from diffsparse.strategies.smallest_set import smallest_set
@@ -51,10 +51,9 @@ class FlexPrefill:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_number("mass", self.mass, 0, 1)
-        check_number("threshold", self.threshold, 0, 1)
-        check_integers(1, sampled_rows=self.sampled_rows, block_size=self.block_size)
-        check_integers(0, seed=self.seed)
+        check_shares(mass=self.mass, threshold=self.threshold)
+        check_sampling(self.sampled_rows, self.seed)
+        check_integers(1, block_size=self.block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

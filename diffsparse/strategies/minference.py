@@ -12,7 +12,7 @@ from diffsparse.kernels.pooling import block_means
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
 from diffsparse.strategies.fixed_masks import sampled_rows
-from diffsparse.strategies.option_checks import check_density, check_integers, check_number
+from diffsparse.strategies.option_checks import check_density, check_integers, check_sampling, check_shares
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.pooled_scores import pooled_scores
 from diffsparse.strategies.strategy import AttentionCall
@@ -60,9 +60,9 @@ class MInference:
                 f"For one candidate say (0.5,), for none ()."
             )
         for share in self.column_shares:
-            check_number("column_shares", share, 0, 1)
-        check_integers(1, sampled_rows=self.sampled_rows, block_size=self.block_size)
-        check_integers(0, seed=self.seed)
+            check_shares(column_shares=share)
+        check_sampling(self.sampled_rows, self.seed)
+        check_integers(1, block_size=self.block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

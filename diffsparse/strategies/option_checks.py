@@ -21,11 +21,23 @@ def check_number(name: str, value: object, least: float, most: float) -> None:
         raise ValueError(f"`{name}` must be a number from {least} to {most}, got {value!r}.")
 
 
+def check_shares(**options: object) -> None:
+    """Each of the named options is a number from 0 to 1."""
+    for name, value in options.items():
+        check_number(name, value, 0, 1)
+
+
 def check_integers(least: int, **options: object) -> None:
     """Each of the named options is an integer of at least `least`."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+
+
+def check_sampling(sampled_rows: object, seed: object) -> None:
+    """How many rows of queries to sample, and the seed that says which."""
+    check_integers(1, sampled_rows=sampled_rows)
+    check_integers(0, seed=seed)
 
 
 def check_bools(**options: object) -> None:

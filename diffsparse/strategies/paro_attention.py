@@ -15,7 +15,7 @@ from diffsparse.kernels.pooling import block_token_counts
 from diffsparse.permutation import Permutation, axis_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks
-from diffsparse.strategies.option_checks import check_density, check_integers, check_number
+from diffsparse.strategies.option_checks import check_density, check_integers, check_shares
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -80,8 +80,8 @@ class PAROAttention:
 
     def __post_init__(self) -> None:
         check_density(self.density)
-        for name in ("alpha", "negligible", "empty_share", "shared_from"):
-            check_number(name, getattr(self, name), 0, 1)
+        check_shares(alpha=self.alpha, negligible=self.negligible)
+        check_shares(empty_share=self.empty_share, shared_from=self.shared_from)
         check_integers(
             1,
             sampled_blocks=self.sampled_blocks,

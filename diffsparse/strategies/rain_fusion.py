@@ -15,7 +15,7 @@ from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks, first_exact_place, first_frame_last
 from diffsparse.strategies.bands import band
 from diffsparse.strategies.fixed_masks import FixedMasks
-from diffsparse.strategies.option_checks import check_bools, check_choice, check_density, check_integers, check_number
+from diffsparse.strategies.option_checks import check_bools, check_choice, check_density, check_integers, check_shares
 from diffsparse.strategies.strategy import AttentionCall
 
 RULES = ("three-way", "two-way")
@@ -74,7 +74,7 @@ class RainFusion:
     def __post_init__(self) -> None:
         check_density(self.density)
         check_choice("rule", self.rule, RULES)
-        check_number("alpha", self.alpha, 0, 1)
+        check_shares(alpha=self.alpha)
         check_bools(alternate=self.alternate)
         check_integers(
             1,
@@ -89,7 +89,7 @@ class RainFusion:
         if not isinstance(self.bandwidths, tuple) or not self.bandwidths:
             raise ValueError(f"`bandwidths` must be None or a tuple like (0.125, 0.25, 0.5), got {self.bandwidths!r}.")
         for bandwidth in self.bandwidths:
-            check_number("bandwidths", bandwidth, 0, 1)
+            check_shares(bandwidths=bandwidth)
         if self.rule == "two-way":
             raise ValueError(
                 f"`bandwidths` must be None for the rule 'two-way', which always takes a band, got {self.bandwidths}. "

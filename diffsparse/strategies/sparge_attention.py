@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsparse.kernels.pooling import block_means
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.option_checks import check_density, check_integers, check_number
+from diffsparse.strategies.option_checks import check_density, check_integers, check_number, check_shares
 from diffsparse.strategies.pooled_scores import pooled_scores
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
@@ -47,7 +47,7 @@ class SpargeAttention:
     key_block_size: int = 64
 
     def __post_init__(self) -> None:
-        check_number("mass", self.mass, 0, 1)
+        check_shares(mass=self.mass)
         if self.density is not None:
             check_density(self.density)
         check_number("similarity", self.similarity, -1, 1)

@@ -14,7 +14,7 @@ from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
 from diffsparse.strategies.fixed_masks import sampled_rows
 from diffsparse.strategies.k_means import k_means
-from diffsparse.strategies.option_checks import check_integers, check_number
+from diffsparse.strategies.option_checks import check_integers, check_shares
 from diffsparse.strategies.planning_memory import slices
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
@@ -66,8 +66,7 @@ class SVG2:
     def __post_init__(self) -> None:
         check_integers(1, query_clusters=self.query_clusters, key_clusters=self.key_clusters)
         check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
-        check_number("mass", self.mass, 0, 1)
-        check_number("least", self.least, 0, 1)
+        check_shares(mass=self.mass, least=self.least)
         check_integers(0, iterations=self.iterations, seed=self.seed)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:

@@ -16,7 +16,7 @@ from diffsparse.permutation import Permutation, tile_of_token, tile_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks
 from diffsparse.strategies.chunk_selection import best_by_number, best_by_threshold
-from diffsparse.strategies.option_checks import check_choice, check_integers, check_number
+from diffsparse.strategies.option_checks import check_choice, check_integers, check_shares
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -81,7 +81,7 @@ class VMoBA:
         check_choice("select", self.select, ("threshold", "top-k"))
         check_choice("scope", self.scope, ("query-head", "head-global"))
         check_choice("routing", self.routing, ("mean", "union"))
-        check_number("threshold", self.threshold, 0, 1)
+        check_shares(threshold=self.threshold)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsparse.block_mask import num_blocks
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.option_checks import check_integers, check_number
+from diffsparse.strategies.option_checks import check_integers, check_shares
 from diffsparse.strategies.planning_memory import slices
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
@@ -44,7 +44,7 @@ class XAttention:
     key_block_size: int = 128
 
     def __post_init__(self) -> None:
-        check_number("mass", self.mass, 0, 1)
+        check_shares(mass=self.mass)
         blocks = {"query_block_size": self.query_block_size, "key_block_size": self.key_block_size}
         check_integers(1, stride=self.stride, **blocks)
         for name, size in blocks.items():
