@@ -1,0 +1,254 @@
+"""A computing warpgroup of the Hopper kernel: attention of one half of a query block."""
+
+# mypy: allow-untyped-defs
+# (what Triton compiles has no Python types)
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from diffsparse.kernels.hopper_lists_gluon import TILE, block_of, existing, sizes_of
+from diffsparse.kernels.hopper_products_gluon import (
+    INT_OFFSET,
+    ROWS,
+    as_float,
+    as_operand,
+    online_softmax,
+    product_layout,
+    scaled,
+    start_logits,
+    start_product,
+)
+
+LN_2 = gl.constexpr(0.6931471805599453)
+# The least a row's largest logit is taken for, in base 2: -inf - -inf, where nothing is seen, is not a number.
+NO_PEAK = gl.constexpr(-1e30)
+# FP8 weights are taken times 2 ** 8: `quantization.py`, WEIGHT_SCALE.
+FP8_BOOST = gl.constexpr(8.0)
+
+
+@gluon.jit
+def attend_half(
+    queries,
+    keys,
+    values,
+    means,
+    lists,
+    tail,
+    softmax,
+    scales,
+    place,
+    results,
+    KEY_BLOCK: gl.constexpr,
+    PART: gl.constexpr,
+):
+    """Attention of one half of the query block. Runs in one warpgroup.
+
+    The product of a tile's weights and values runs together with the next tile's softmax.
+    """
+    query_tiles, query_ready, out_tiles = queries
+    key_tiles, key_ready, key_free = keys
+    value_tiles, value_ready, value_free = values
+    num_tiles, num_missing = lists[2], lists[3]
+    num_tail_tiles, tail_sizes_ptr, value_scale_ptr = tail
+    logit_scale, first_size, key_length = softmax
+    query_scale, key_scale_ptr = scales
+    b, h, row = place
+    out_desc, lse_ptr, head_of_batch, num_queries = results
+    STAGES: gl.constexpr = key_tiles.shape[0]
+    HEAD_DIM: gl.constexpr = key_tiles.shape[2]
+    QUANTIZED: gl.constexpr = key_scale_ptr is not None
+    FP8_VALUES: gl.constexpr = value_tiles.dtype == gl.float8e4nv
+    BOOST: gl.constexpr = FP8_BOOST if FP8_VALUES else 0.0
+    OFFSET: gl.constexpr = INT_OFFSET if key_tiles.dtype == gl.int8 else 0.0
+    logits_layout: gl.constexpr = product_layout(TILE, key_tiles.dtype)
+    out_layout: gl.constexpr = product_layout(HEAD_DIM, value_tiles.dtype)
+    out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+
+    query = query_tiles.index(PART)  # [ROWS, HEAD_DIM]
+    numerator = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
+    columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, logits_layout))
+    peak = gl.full([ROWS], NO_PEAK, gl.float32, gl.SliceLayout(1, logits_layout))
+    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, logits_layout))
+
+    second_size = KEY_BLOCK
+    if key_length is not None:
+        first_size, second_size = sizes_of(0, lists, key_length, KEY_BLOCK)
+    scale = logit_scale
+    if QUANTIZED:
+        # The scale of a tile is read a tile ahead, and where it is to be read two tiles ahead.
+        scale *= query_scale * gl.load(key_scale_ptr + block_of(0, lists))
+        next_scale = gl.load(key_scale_ptr + block_of(1, lists))
+        next_block = block_of(2, lists)
+    mbarrier.wait(query_ready, 0)
+    mbarrier.wait(key_ready.index(0), 0)
+    # [ROWS, TILE]
+    logits = warpgroup_mma_wait(0, deps=[start_logits(query, key_tiles.index(0))])
+    mbarrier.arrive(key_free.index(0), count=1)
+    exists = existing(columns, first_size, gl.where(num_missing == 0, second_size, 0), KEY_BLOCK)
+    logits = gl.where(exists[None, :], as_float(logits), -float("inf"))
+    peak, fade, weights, total = online_softmax(logits, scale, peak, total, OFFSET, BOOST)
+    weights = as_operand(weights, value_tiles.dtype, out_layout)
+    mbarrier.wait(value_ready.index(0), 0)
+
+    for tile in range(1, num_tiles):
+        sizes = None
+        if key_length is not None:
+            sizes = sizes_of(tile, lists, key_length, KEY_BLOCK)
+        if QUANTIZED:
+            scale = logit_scale * query_scale * next_scale
+            next_scale = gl.load(key_scale_ptr + next_block)
+            next_block = block_of(tile + 2, lists)
+        weights, numerator, fade, peak, total = _take_tile(
+            tile, query, keys, values, weights, numerator, fade, peak, total, scale, columns, sizes, None, KEY_BLOCK
+        )
+    last_tile = num_tiles - 1
+    if tail_sizes_ptr is not None and not QUANTIZED:
+        for i in range(num_tail_tiles):
+            means_ptr = tail_sizes_ptr + i * TILE
+            weights, numerator, fade, peak, total = _take_tile(
+                num_tiles + i,
+                query,
+                keys,
+                values,
+                weights,
+                numerator,
+                fade,
+                peak,
+                total,
+                scale,
+                columns,
+                None,
+                means_ptr,
+                KEY_BLOCK,
+            )
+        last_tile += num_tail_tiles
+
+    product = warpgroup_mma_wait(0, deps=[start_product(weights, value_tiles.index(last_tile % STAGES), numerator)])
+    numerator = numerator * gl.convert_layout(fade, out_rows)[:, None] + product if FP8_VALUES else product
+    if value_scale_ptr is not None:
+        value_scale = gl.load(value_scale_ptr + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, out_layout)))
+        numerator = numerator * value_scale[None, :]
+    if tail_sizes_ptr is not None and QUANTIZED:
+        # Means are not quantized, and meet the query that the listed keys have met.
+        if num_tail_tiles > 0:
+            out_tiles.index(PART).store(scaled(query, query_scale, out_desc.dtype))
+            fence_async_shared()
+        # Arriving waits for the other warps, whose rows of the query the products take too.
+        mbarrier.arrive(value_free.index(last_tile % STAGES), count=1)
+        mean_layout: gl.constexpr = product_layout(HEAD_DIM, out_desc.dtype)
+        mean_rows: gl.constexpr = gl.SliceLayout(1, product_layout(TILE, out_desc.dtype))
+        numerator = gl.convert_layout(numerator, mean_layout)
+        peak, total = gl.convert_layout(peak, mean_rows), gl.convert_layout(total, mean_rows)
+        for i in range(num_tail_tiles):
+            numerator, peak, total = _take_means(
+                i, out_tiles.index(PART), means, numerator, peak, total, logit_scale, tail_sizes_ptr + i * TILE, BOOST
+            )
+        numerator = gl.convert_layout(numerator, out_layout)
+        peak, total = (
+            gl.convert_layout(peak, gl.SliceLayout(1, logits_layout)),
+            gl.convert_layout(total, gl.SliceLayout(1, logits_layout)),
+        )
+    # Where nothing is seen the numerator is 0, and stays it.
+    share = gl.where(total > 0, 1.0 / total, 1.0)
+    out = numerator * gl.convert_layout(share, out_rows)[:, None]
+    # The queries have been used for the last time, and make room. Rows beyond the last query are not written.
+    first_query = (2 * row + PART) * ROWS
+    out_tiles.index(PART).store(out.to(out_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [b, h, first_query, 0], out_tiles.index(PART))
+    if lse_ptr is not None:
+        rows = first_query + gl.arange(0, ROWS, layout=gl.SliceLayout(1, logits_layout))
+        lse = (peak + gl.log2(total) - BOOST) * LN_2
+        gl.store(lse_ptr + head_of_batch.to(gl.int64) * num_queries + rows, lse, mask=rows < num_queries)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _take_tile(
+    tile,
+    query,
+    keys,
+    values,
+    weights,
+    numerator,
+    fade,
+    peak,
+    total,
+    scale,
+    columns,
+    sizes,
+    means_ptr,
+    KEY_BLOCK: gl.constexpr,
+):
+    """Take the last tile's weights [ROWS, TILE] into the numerator, this tile's into the total.
+
+    `sizes` is how many keys of each of the tile's blocks exist, None if all do. At `means_ptr` is how many tokens
+    each key is the mean of, None if none is one.
+
+    The tensor cores of Hopper keep sums of FP8 products to 14 bits: those of a tile are added in fp32, with the
+    numerator one `fade` behind, so that both take one instruction.
+    """
+    key_tiles, key_ready, key_free = keys
+    value_tiles, value_ready, value_free = values
+    STAGES: gl.constexpr = key_tiles.shape[0]
+    FP8_VALUES: gl.constexpr = value_tiles.dtype == gl.float8e4nv
+    BOOST: gl.constexpr = FP8_BOOST if FP8_VALUES else 0.0
+    OFFSET: gl.constexpr = INT_OFFSET if key_tiles.dtype == gl.int8 else 0.0
+    out_layout: gl.constexpr = numerator.type.layout
+    stage, phase, last_stage = tile % STAGES, (tile // STAGES) & 1, (tile - 1) % STAGES
+    mbarrier.wait(key_ready.index(stage), phase)
+    logits = start_logits(query, key_tiles.index(stage))
+    product = start_product(weights, value_tiles.index(last_stage), numerator)
+    if means_ptr is not None:
+        num_tokens = gl.load(means_ptr + columns)
+    logits = warpgroup_mma_wait(1, deps=[logits])
+    mbarrier.arrive(key_free.index(stage), count=1)
+    logits = as_float(logits)
+    if sizes is not None:  # noqa: SIM102 (the compiler would look at both halves)
+        if gl.minimum(sizes[0], sizes[1]) < KEY_BLOCK:
+            logits = gl.where(existing(columns, sizes[0], sizes[1], KEY_BLOCK)[None, :], logits, -float("inf"))
+    if means_ptr is not None:
+        logits = logits * scale + gl.log2(num_tokens.to(gl.float32))[None, :]
+        scale = 1.0
+    peak, new_fade, new_weights, total = online_softmax(logits, scale, peak, total, OFFSET, BOOST)
+    # Waiting for the values here and not in the next round keeps ptxas from moving the softmax behind what follows.
+    mbarrier.wait(value_ready.index(stage), phase)
+    product = warpgroup_mma_wait(0, deps=[product])
+    mbarrier.arrive(value_free.index(last_stage), count=1)
+    weights = as_operand(new_weights, value_tiles.dtype, out_layout)
+    if FP8_VALUES:
+        numerator = numerator * gl.convert_layout(fade, gl.SliceLayout(1, out_layout))[:, None] + product
+    else:
+        numerator = product * gl.convert_layout(new_fade, gl.SliceLayout(1, out_layout))[:, None]
+    return weights, numerator, new_fade, peak, total
+
+
+@gluon.jit
+def _take_means(tile, query, means, numerator, peak, total, scale, means_ptr, BOOST: gl.constexpr):
+    """Take a tile of block means into the sums. At `means_ptr` is how many tokens each is the mean of."""
+    mean_keys, mean_values, ready, free = means
+    STAGES: gl.constexpr = mean_keys.shape[0]
+    stage, phase = tile % STAGES, (tile // STAGES) & 1
+    mbarrier.wait(ready.index(stage), phase)
+    layout: gl.constexpr = numerator.type.layout
+    logits_layout: gl.constexpr = product_layout(TILE, mean_keys.dtype)
+    logits = start_logits(query, mean_keys.index(stage))
+    num_tokens = gl.load(means_ptr + gl.arange(0, TILE, layout=gl.SliceLayout(0, logits_layout)))
+    logits = warpgroup_mma_wait(0, deps=[logits])
+    logits = logits * scale + gl.log2(num_tokens.to(gl.float32))[None, :]
+    peak, fade, weights, total = online_softmax(logits, 1.0, peak, total, 0.0, BOOST)
+    weights = as_operand(weights, mean_values.dtype, layout)
+    numerator = numerator * gl.convert_layout(fade, gl.SliceLayout(1, layout))[:, None]
+    numerator = warpgroup_mma(weights, mean_values.index(stage), numerator, is_async=True)
+    numerator = warpgroup_mma_wait(0, deps=[numerator])
+    mbarrier.arrive(free.index(stage), count=1)
+    return numerator, peak, total
