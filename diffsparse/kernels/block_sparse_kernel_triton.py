@@ -1,0 +1,322 @@
+"""The Triton kernel of block-sparse attention: online softmax over the listed key blocks, then over the pooled tail.
+
+One program a query block. It is held to `block_sparse_eager.py`, which is the specification. The online softmax is
+that of FlashAttention-2 (arXiv:2307.08691), in base 2 with the scale folded into the exponent. Keys and values come
+through the tensor memory accelerator where `tuning.py` says that it pays, by pointers elsewhere.
+"""
+
+# mypy: allow-untyped-defs
+# (what Triton compiles has no Python types)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from diffsparse.kernels.rows_triton import load_in_halves, load_packed, load_rows, unpacked
+
+LN_2 = tl.constexpr(0.6931471805599453)
+LIST_CHUNK = tl.constexpr(128)
+# Weights, at most 1, are taken times 2 ** 8 before they are rounded to FP8, whose largest number is 448.
+FP8_BOOST = tl.constexpr(8.0)
+
+
+@triton.jit
+def attention_kernel(
+    query_ptr,
+    keys,
+    values,
+    out_ptr,
+    lse_ptr,
+    key_blocks_ptr,
+    counts_ptr,
+    key_length_ptr,
+    query_scale_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
+    has_tail_ptr,
+    listed_ptr,
+    pooled_key_ptr,
+    pooled_value_ptr,
+    query_stride_b,
+    query_stride_h,
+    query_stride_s,
+    key_stride_b,
+    key_stride_h,
+    key_stride_s,
+    value_stride_b,
+    value_stride_h,
+    value_stride,
+    lists_stride_b,
+    lists_stride_h,
+    lists_stride_q,
+    lists_stride_c,
+    counts_stride_b,
+    counts_stride_h,
+    counts_stride_q,
+    heads,
+    num_queries,
+    num_keys,
+    num_blocks,
+    logit_scale,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    TAIL_TILE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    FP8_VALUES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One query block of one head. The optional pointers are None where there is nothing to point to.
+
+    `keys` and `values` are descriptors or pointers. Values in FP8 lie transposed, [B, H, D, S], as the matrix
+    instructions want them. The scales of query and key are per block, [B, H, blocks]; that of value is [B, H, D].
+    """
+    row = tl.program_id(0)
+    head_of_batch = tl.program_id(1).to(tl.int64)
+    b, h = head_of_batch // heads, head_of_batch % heads
+    if not DESCRIPTORS:
+        keys += b * key_stride_b + h * key_stride_h
+        values += b * value_stride_b + h * value_stride_h
+    length = num_keys
+    if key_length_ptr is not None:
+        length = tl.minimum(tl.load(key_length_ptr + b), num_keys)
+
+    first_query = row * QUERY_BLOCK
+    query_ptr += b * query_stride_b + h * query_stride_h + first_query.to(tl.int64) * query_stride_s
+    PACKED: tl.constexpr = query_ptr.dtype.element_ty == tl.uint8
+    # [QUERY_BLOCK, PADDED_DIM]
+    if PACKED:
+        query = load_packed(query_ptr, num_queries - first_query, query_stride_s, QUERY_BLOCK, HEAD_DIM, PADDED_DIM)
+    else:
+        query = load_rows(query_ptr, num_queries - first_query, query_stride_s, QUERY_BLOCK, HEAD_DIM, PADDED_DIM)
+    query_scale = logit_scale
+    if query_scale_ptr is not None:
+        query_scale *= tl.load(query_scale_ptr + head_of_batch * tl.num_programs(0) + row)
+        key_scale_ptr += head_of_batch * num_blocks
+    peak = tl.full([QUERY_BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([QUERY_BLOCK], tl.float32)
+    numerator = tl.zeros([QUERY_BLOCK, PADDED_DIM], tl.float32)
+
+    TILES: tl.constexpr = KEY_BLOCK // KEY_TILE
+    count = tl.load(counts_ptr + b * counts_stride_b + h * counts_stride_h + row * counts_stride_q)
+    lists_ptr = key_blocks_ptr + b * lists_stride_b + h * lists_stride_h + row * lists_stride_q
+    # Where all keys exist, only a ragged last block needs a mask: it is taken first, and the others without one.
+    MASKED: tl.constexpr = key_length_ptr is not None
+    skipped = count
+    if not MASKED:
+        last = num_keys // KEY_BLOCK
+        skipped = _find(lists_ptr, lists_stride_c, count, last)
+        if skipped < count:
+            scale = query_scale
+            if key_scale_ptr is not None:
+                scale *= tl.load(key_scale_ptr + last)
+            for tile in range(TILES):
+                peak, total, numerator = _take_tile(
+                    query,
+                    keys,
+                    values,
+                    b,
+                    h,
+                    last * KEY_BLOCK + tile * KEY_TILE,
+                    length,
+                    key_stride_s,
+                    value_stride,
+                    scale,
+                    peak,
+                    total,
+                    numerator,
+                    KEY_TILE,
+                    HEAD_DIM,
+                    PADDED_DIM,
+                    DESCRIPTORS,
+                    PACKED,
+                    True,
+                    FP8_VALUES,
+                    PRECISION,
+                )
+    num_others = count - (skipped < count).to(tl.int32)
+    # The next entry is read a tile ahead: what waits for it would stop the copies of keys and values.
+    block, key_scale = _entry(lists_ptr, lists_stride_c, key_scale_ptr, 0, skipped, count)
+    for i in range(num_others * TILES):
+        first_key = block * KEY_BLOCK + (i % TILES) * KEY_TILE
+        scale = query_scale * key_scale
+        block, key_scale = _entry(lists_ptr, lists_stride_c, key_scale_ptr, (i + 1) // TILES, skipped, count)
+        peak, total, numerator = _take_tile(
+            query,
+            keys,
+            values,
+            b,
+            h,
+            first_key,
+            length,
+            key_stride_s,
+            value_stride,
+            scale,
+            peak,
+            total,
+            numerator,
+            KEY_TILE,
+            HEAD_DIM,
+            PADDED_DIM,
+            DESCRIPTORS,
+            PACKED,
+            MASKED,
+            FP8_VALUES,
+            PRECISION,
+        )
+    if FP8_VALUES:
+        dims = tl.arange(0, PADDED_DIM)
+        value_scale = tl.load(value_scale_ptr + head_of_batch * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+        numerator *= value_scale[None, :]
+
+    if has_tail_ptr is not None:
+        if query_scale_ptr is not None:
+            # Means are not quantized, and meet the query that the listed keys have met.
+            query = (query.to(tl.float32) * (query_scale / logit_scale)).to(pooled_key_ptr.dtype.element_ty)
+        num_means = tl.where(tl.load(has_tail_ptr + head_of_batch) != 0, num_blocks, 0)
+        listed_ptr += (head_of_batch * tl.num_programs(0) + row) * num_blocks
+        pooled_key_ptr += head_of_batch * num_blocks * HEAD_DIM
+        pooled_value_ptr += head_of_batch * num_blocks * HEAD_DIM
+        for first in range(0, num_means, TAIL_TILE):
+            remaining = num_blocks - first
+            key_tile_ptr, value_tile_ptr = pooled_key_ptr + first * HEAD_DIM, pooled_value_ptr + first * HEAD_DIM
+            # [TAIL_TILE, PADDED_DIM]
+            if PACKED:
+                key = load_in_halves(key_tile_ptr, remaining, TAIL_TILE, HEAD_DIM, PADDED_DIM)
+            else:
+                key = load_rows(key_tile_ptr, remaining, HEAD_DIM, TAIL_TILE, HEAD_DIM, PADDED_DIM)
+            value = load_rows(value_tile_ptr, remaining, HEAD_DIM, TAIL_TILE, HEAD_DIM, PADDED_DIM)
+            means = first + tl.arange(0, TAIL_TILE)
+            is_listed = tl.load(listed_ptr + means, mask=means < num_blocks, other=1)
+            size = tl.minimum(tl.maximum(length - means * KEY_BLOCK, 0), KEY_BLOCK).to(tl.float32)
+            logits = tl.dot(query, key.T, input_precision=PRECISION) * logit_scale + tl.log2(size)[None, :]
+            logits = tl.where(((is_listed == 0) & (size > 0))[None, :], logits, -float("inf"))
+            peak, fade, weights = _online_softmax(peak, logits, 1.0, True, FP8_VALUES)
+            total = total * fade + tl.sum(weights, 1)
+            numerator = tl.dot(weights.to(value.dtype), value, numerator * fade[:, None], input_precision=PRECISION)
+
+    sees_some = total > 0
+    total = tl.where(sees_some, total, 1.0)
+    out = tl.where(sees_some[:, None], numerator / total[:, None], 0.0)
+    rows, dims = tl.arange(0, QUERY_BLOCK), tl.arange(0, PADDED_DIM)
+    exists = rows < num_queries - first_query
+    first_row = head_of_batch * num_queries + first_query
+    tl.store(
+        out_ptr + first_row * HEAD_DIM + rows[:, None] * HEAD_DIM + dims[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=exists[:, None] & (dims < HEAD_DIM)[None, :],
+    )
+    if lse_ptr is not None:
+        boost: tl.constexpr = FP8_BOOST if FP8_VALUES else 0.0
+        lse = tl.where(sees_some, (peak + tl.log2(total) - boost) * LN_2, -float("inf"))
+        tl.store(lse_ptr + first_row + rows, lse, mask=exists)
+
+
+@triton.jit
+def _take_tile(
+    query,
+    keys,
+    values,
+    b,
+    h,
+    first_key,
+    length,
+    key_stride_s,
+    value_stride,
+    scale,
+    peak,
+    total,
+    numerator,
+    KEY_TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
+    MASKED: tl.constexpr,
+    FP8_VALUES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Take KEY_TILE keys from `first_key` on into the sums of a softmax; with MASKED only those before `length`."""
+    exists = tl.arange(0, KEY_TILE) < length - first_key
+    # [KEY_TILE, PADDED_DIM]
+    if DESCRIPTORS:
+        key = keys.load([b.to(tl.int32), h.to(tl.int32), first_key, 0])
+        key = unpacked(key.reshape(KEY_TILE, PADDED_DIM // 2)) if PACKED else key.reshape(KEY_TILE, PADDED_DIM)
+    else:
+        # Only where a tile starts needs 64 bits; offsets within it cost half the registers.
+        tile_ptr = keys + first_key.to(tl.int64) * key_stride_s
+        remaining = length - first_key if MASKED else KEY_TILE
+        if PACKED:
+            key = load_packed(tile_ptr, remaining, key_stride_s, KEY_TILE, HEAD_DIM, PADDED_DIM, MASKED)
+        else:
+            key = load_rows(tile_ptr, remaining, key_stride_s, KEY_TILE, HEAD_DIM, PADDED_DIM, MASKED)
+    # [QUERY_BLOCK, KEY_TILE]
+    if key.dtype == tl.int8:
+        logits = tl.dot(query, key.T).to(tl.float32)
+    else:
+        logits = tl.dot(query, key.T, input_precision=PRECISION)
+    if MASKED:
+        logits = tl.where(exists[None, :], logits, -float("inf"))
+    peak, fade, weights = _online_softmax(peak, logits, scale, MASKED, FP8_VALUES)
+    total = total * fade + tl.sum(weights, 1)
+    numerator *= fade[:, None]
+    if FP8_VALUES:
+        # [PADDED_DIM, KEY_TILE]; what lies beyond the length is zero.
+        if DESCRIPTORS:
+            value = values.load([b.to(tl.int32), h.to(tl.int32), 0, first_key]).reshape(PADDED_DIM, KEY_TILE)
+        else:
+            dims = tl.arange(0, PADDED_DIM)[:, None]
+            value_ptr = values + first_key + dims * value_stride + tl.arange(0, KEY_TILE)[None, :]
+            value = tl.load(value_ptr, mask=(dims < HEAD_DIM) & exists[None, :], other=0.0)
+        # The tensor cores of Hopper keep sums of FP8 products to 14 bits: they go into fp32 after every tile.
+        numerator = tl.dot(weights.to(value.dtype), value.T, numerator, max_num_imprecise_acc=KEY_TILE)
+    else:
+        if DESCRIPTORS:
+            value = values.load([b.to(tl.int32), h.to(tl.int32), first_key, 0]).reshape(KEY_TILE, PADDED_DIM)
+            if MASKED:
+                value = tl.where(exists[:, None], value, 0.0)
+        else:
+            tile_ptr = values + first_key.to(tl.int64) * value_stride
+            remaining = length - first_key if MASKED else KEY_TILE
+            value = load_rows(tile_ptr, remaining, value_stride, KEY_TILE, HEAD_DIM, PADDED_DIM, MASKED)
+        numerator = tl.dot(weights.to(value.dtype), value, numerator, input_precision=PRECISION)
+    return peak, total, numerator
+
+
+@triton.jit
+def _online_softmax(peak, logits, scale, MASKED: tl.constexpr, FP8_VALUES: tl.constexpr):
+    """The new peak of `scale` x logits [n, k], in base 2, what older sums shrink by, and the weights [n, k]."""
+    new_peak = tl.maximum(peak, tl.max(logits, 1) * scale)
+    shift = new_peak
+    if MASKED:
+        # Before anything is seen the peak is -inf, and -inf - -inf is not a number.
+        shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    fade = tl.exp2(peak - shift)
+    if FP8_VALUES:
+        shift -= FP8_BOOST
+    return new_peak, fade, tl.exp2(logits * scale - shift[:, None])
+
+
+@triton.jit
+def _find(lists_ptr, stride, count, block):
+    """The place of `block` among the first `count` entries of a list; `count` if it is not there."""
+    place = count
+    for first in range(0, count, LIST_CHUNK):
+        entries = first + tl.arange(0, LIST_CHUNK)
+        found = tl.load(lists_ptr + entries * stride, mask=entries < count, other=-1) == block
+        place = tl.minimum(place, tl.min(tl.where(found, entries, count), 0))
+    return place
+
+
+@triton.jit
+def _entry(lists_ptr, stride, key_scale_ptr, i, skipped, count):
+    """Entry i of a list without the entry at `skipped`, and the scale of that block's keys; 0 from `count` on."""
+    i += (i >= skipped).to(tl.int32)
+    block = tl.load(lists_ptr + i * stride, mask=i < count, other=0)
+    scale = 1.0
+    if key_scale_ptr is not None:
+        scale = tl.load(key_scale_ptr + block)
+    return block, scale
