@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+
+from diffsparse import FlexPrefill, MInference, MMInference, SampleAttention, SparseVDiT, SparseVideoGen
+from diffsparse.strategies.option_checks import check_shares
+
+SAMPLING = [FlexPrefill, MInference, MMInference, SampleAttention, SparseVDiT, SparseVideoGen]
+
+
+@pytest.mark.parametrize("strategy", SAMPLING)
+@pytest.mark.parametrize(
+    ("name", "value", "least"), [("sampled_rows", 0, 1), ("sampled_rows", 2.0, 1), ("seed", -1, 0)]
+)
+def test_rows_are_sampled_at_least_once_by_a_seed_that_is_none_below_0(strategy, name, value, least):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least {least}, got {value}"):
+        strategy(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [(FlexPrefill, "mass"), (FlexPrefill, "threshold"), (SampleAttention, "window"), (SampleAttention, "mass")],
+)
+@pytest.mark.parametrize("value", [-0.1, 1.5, True, "half", float("nan")])
+def test_a_share_is_from_0_to_1(strategy, name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` must be a number from 0 to 1, got {value!r}\."):
+        strategy(**{name: value})
+
+
+def test_the_ends_are_shares_too_and_the_wrong_one_of_several_is_named():
+    check_shares(first=0, second=1.0)
+    with pytest.raises(ValueError, match="`second` must be"):
+        check_shares(first=0.5, second=2, third=0.5)
