@@ -1,0 +1,12 @@
+"""The text under a node in the browser."""
+
+from __future__ import annotations
+
+import sys
+
+
+def show_on_node(text: str, node_id: str | None) -> None:
+    """Show a text under a node in the browser, where ComfyUI has one."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
