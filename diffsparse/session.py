@@ -151,10 +151,10 @@ class Session:
             query, key, value = (order.undo(x) for x in (query, key, value))
             plan = self._plan(layer, query, key, value, key_length, scale)
             if isinstance(plan, AttentionPlan):
+                output = plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
+                # Not before it has run: memory may run out.
                 self.tallies[layer].count_sparse(plan)
-                return order.apply(
-                    plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
-                )
+                return order.apply(output)
             reason = plan
         self.fall_back(layer, reason)
         return None

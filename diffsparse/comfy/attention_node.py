@@ -89,6 +89,7 @@ class DiffSparseAttention:
                 "density": (
                     "FLOAT",
                     {
+                        "display_name": "density (preset custom)",
                         "default": CUSTOM_DENSITY,
                         "min": 0.02,
                         "max": 1.0,
