@@ -225,7 +225,14 @@ class DiffSparseAttention:
             )
         num_blocks = len(known.named_blocks(module))
         blocks = parse_dense_blocks(dense_blocks, num_blocks)
-        if preset != "custom" and density != CUSTOM_DENSITY:
+        if plan_file != NO_FILE and (preset, density) != ("auto", CUSTOM_DENSITY):
+            logger.warning(
+                "DiffSparse: preset %s and density %s have no effect with plan_file %s, which says what is computed.",
+                preset,
+                density,
+                plan_file,
+            )
+        elif preset != "custom" and density != CUSTOM_DENSITY:
             logger.warning(
                 "DiffSparse: density %s has no effect with preset %s, which computes %s. Use preset custom for it.",
                 density,

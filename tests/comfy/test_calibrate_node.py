@@ -23,7 +23,7 @@ def recording(model, replan_every=4, **settings):
 
 @pytest.mark.parametrize("model_class", [standins.WanModel, standins.HunyuanVideo])
 @pytest.mark.parametrize("quantize", ["off", "int8"])
-def test_the_file_makes_the_very_latents_that_it_was_made_with(file, model_class, quantize):
+def test_the_file_makes_the_very_latents_that_it_was_made_with(file, model_class, quantize, caplog):
     model = standins.patcher(model_class)
     options = {"density": 0.6, "quantize": quantize}
 
@@ -36,6 +36,7 @@ def test_the_file_makes_the_very_latents_that_it_was_made_with(file, model_class
     # What the preset says has no effect.
     served = standins.patched(model, plan_file="plan.safetensors", preset="fast", quantize=quantize, strict=True)
     assert torch.equal(sample(served), expected)
+    assert "preset fast and density 0.25 have no effect with plan_file plan.safetensors" in caplog.text
     assert not torch.equal(sample(standins.patched(model, preset="fast", quantize=quantize)), expected)
 
 
