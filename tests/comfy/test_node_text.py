@@ -20,7 +20,7 @@ def shown(monkeypatch):
 
 def test_a_text_begins_with_what_it_says_and_has_a_line_for_each_thing(shown):
     show_on_node("DiffSparse: 4 of 6 steps sparse; 0.28 s a sparse step, 0.25 s a dense step; density 17 %", "8")
-    assert shown == [("4 of 6 steps sparse\n0.28 s a sparse step, 0.25 s a dense step\ndensity 17 %", "8")]
+    assert shown == [("4 of 6 steps sparse  \n0.28 s a sparse step, 0.25 s a dense step  \ndensity 17 %", "8")]
 
 
 def test_nothing_is_shown_without_a_node_or_a_server(shown, monkeypatch):
