@@ -80,11 +80,12 @@ class Server:
         except urllib.error.HTTPError as error:
             return json.load(error)
 
-    def run(self, graph, while_it_runs=None):
+    def run(self, graph, while_it_runs=None, fresh=True):
         """The entry of a graph in ComfyUI's history; its answer where the graph is refused."""
-        # Else ComfyUI gives out what it has kept of the same nodes.
-        self.post("/free", {"unload_models": True, "free_memory": True})
-        time.sleep(1)
+        if fresh:
+            # Else ComfyUI gives out what it has kept of the same nodes.
+            self.post("/free", {"unload_models": True, "free_memory": True})
+            time.sleep(1)
         answer = self.post("/prompt", {"prompt": graph})
         if "prompt_id" not in answer:
             return answer
@@ -121,9 +122,9 @@ class Graphs:
             "save": node("SaveLatent", samples=["report", 2], filename_prefix=f"n{self.number}"),
         }
 
-    def latents(self, name, *nodes, **sampling):
+    def latents(self, name, *nodes, fresh=True, **sampling):
         """The latents and the text of the report."""
-        entry = self.server.run(self.graph(name, *nodes, **sampling))
+        entry = self.server.run(self.graph(name, *nodes, **sampling), fresh=fresh)
         if "outputs" not in entry or "save" not in entry["outputs"]:
             raise RuntimeError(message(entry))
         file = next((self.server.base / "output").rglob(f"n{self.number}_*.latent"))
@@ -219,6 +220,9 @@ def check_plan_files(graphs, name):
     seen = f"{apart[0]:.4f} < {apart[1]:.4f}; {text.partition(chr(10))[0]}"
     yield f"{name}: the file serves", apart[0] < apart[1] and "4 of 6" in text, seen
     yield f"{name}: the same again", torch.equal(graphs.latents(name, sparse(plan_file=file))[0], served), ""
+    graphs.latents(name, sparse(0.6), calibrate(name), fresh=False)
+    other, _ = graphs.latents(name, sparse(plan_file=file), fresh=False)
+    yield f"{name}: a new file of the same name is read", distance(other, served) > 1e-4, ""
 
 
 def names_in(folder):
