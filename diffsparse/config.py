@@ -128,7 +128,8 @@ def _config_of_file(path: Path) -> SparseAttentionConfig:
         return SparseAttentionConfig(strategy, **strategy.calibration.settings)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} cannot be used: {error} Fetch it again, or make it anew with `diffsparse calibrate`."
+            f"{path} cannot be used: {error} Fetch it again, or make it anew with `diffsparse calibrate` (in ComfyUI "
+            f"with DiffSparse Calibrate)."
         ) from error
 
 

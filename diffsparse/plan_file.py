@@ -81,7 +81,7 @@ def load_plans(path: str | Path) -> Calibration:
     return calibration
 
 
-_WAY_OUT = "Fetch it again, or make it anew with `diffsparse calibrate`."
+_WAY_OUT = "Fetch it again, or make it anew with `diffsparse calibrate` (in ComfyUI with DiffSparse Calibrate)."
 
 
 class _Wrong(Exception):

@@ -139,8 +139,7 @@ class Session:
             ValueError: the backend cannot compute in the precision that the config asks for, or the config's plans are
                 for another grid or number of heads.
         """
-        self._check_quantization(query)
-        self._check_calibration(layer, query)
+        self.check_call(layer, query)
         self.num_heads = query.shape[1]
         self._rows[layer] += 1
         if (reason := self._policy(layer, query)) is not None:
@@ -152,10 +151,10 @@ class Session:
             query, key, value = (order.undo(x) for x in (query, key, value))
             plan = self._plan(layer, query, key, value, key_length, scale)
             if isinstance(plan, AttentionPlan):
+                output = plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
+                # Not before it has run: memory may run out.
                 self.tallies[layer].count_sparse(plan)
-                return order.apply(
-                    plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
-                )
+                return order.apply(output)
             reason = plan
         self.fall_back(layer, reason)
         return None
@@ -174,8 +173,16 @@ class Session:
         if self.config.strict and reason != _STRATEGY_SAYS_DENSE:
             raise self.refusal(layer, reason)
 
+    def check_call(self, layer: int, query: Tensor) -> None:
+        """Raise now what would otherwise be raised after the dense steps, minutes later; query is [B, H, S, D].
+
+        Raises:
+            ValueError: as `attend` does.
+        """
+        self._check_quantization(query)
+        self._check_calibration(layer, query)
+
     def _check_quantization(self, query: Tensor) -> None:
-        """Raise now what would otherwise be raised after the dense steps, minutes later."""
         kind = query.device, query.dtype
         if self.config.quantization is not None and kind not in self._quantizes_on:
             try:
@@ -185,7 +192,6 @@ class Session:
             self._quantizes_on.add(kind)
 
     def _check_calibration(self, layer: int, query: Tensor) -> None:
-        """As early as `_check_quantization`, and for the same reason."""
         if isinstance(self.config.strategy, Calibrated) and layer not in self._dense_layers and self.step is not None:
             grid = self._grid(query.shape[2])
             if grid is not None:

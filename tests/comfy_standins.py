@@ -1,8 +1,8 @@
 """Small stand-ins for what ComfyUI 0.3.64 and 0.33 do around a model, written from what the two were seen to do.
 
-They stand for: `comfy.patcher_extension` (wrappers in order, each given an executor), ModelPatcher's clone, wrappers,
-attachments and model_options, the attention functions' override, and a sampler that gives each call of the model its
-sigmas, conditions and uuids in `transformer_options`.
+They stand for: `folder_paths` (folders by kind, in the order they are searched), `comfy.patcher_extension` (wrappers in
+order, each given an executor), ModelPatcher's clone, wrappers, attachments and model_options, the attention functions'
+override, and a sampler that gives each call of the model its sigmas, conditions and uuids in `transformer_options`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import sys
 import types
 import uuid
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,38 @@ from diffsparse.comfy.attention_node import DiffSparseAttention
 WRAPPERS = {"OUTER_SAMPLE": "outer_sample", "APPLY_MODEL": "apply_model", "DIFFUSION_MODEL": "diffusion_model"}
 
 
-def install(monkeypatch) -> None:
-    """Make `from comfy.patcher_extension import WrappersMP` find a stand-in."""
+def install(monkeypatch, models_dir: Path) -> None:
+    """Make `from comfy.patcher_extension import WrappersMP` and `sys.modules["folder_paths"]` find a stand-in."""
     extension = types.ModuleType("comfy.patcher_extension")
     extension.WrappersMP = types.SimpleNamespace(**WRAPPERS)
     monkeypatch.setitem(sys.modules, "comfy", types.ModuleType("comfy"))
     monkeypatch.setitem(sys.modules, "comfy.patcher_extension", extension)
+    monkeypatch.setitem(sys.modules, "folder_paths", FolderPaths(models_dir))
+
+
+class FolderPaths(types.ModuleType):
+    """ComfyUI's folders of models. A kind that nobody has named is a KeyError."""
+
+    def __init__(self, models_dir: Path) -> None:
+        super().__init__("folder_paths")
+        self.models_dir = str(models_dir)
+        self.folder_names_and_paths: dict = {}
+
+    def add_model_folder_path(self, kind, folder):
+        paths, _ = self.folder_names_and_paths.setdefault(kind, ([], set()))
+        if folder not in paths:
+            paths.append(folder)
+
+    def get_folder_paths(self, kind):
+        return self.folder_names_and_paths[kind][0]
+
+    def get_filename_list(self, kind):
+        paths, suffixes = self.folder_names_and_paths[kind]
+        files = [(file, path) for path in map(Path, paths) for file in path.rglob("*") if file.is_file()]
+        return sorted(str(file.relative_to(path)) for file, path in files if not suffixes or file.suffix in suffixes)
+
+    def get_full_path(self, kind, name):
+        return next((str(Path(path, name)) for path in self.get_folder_paths(kind) if Path(path, name).is_file()), None)
 
 
 class Executor:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from diffsparse.comfy.dense_blocks import parse_dense_blocks
 from diffsparse.comfy.models import diffusion_model, find_model, unknown_model
-from diffsparse.comfy.patch import Settings, SparsePatch, show_on_node
-from diffsparse.config import SparseAttentionConfig
+from diffsparse.comfy.node_text import show_on_node
+from diffsparse.comfy.patch import Settings, SparsePatch
+from diffsparse.comfy.plan_folder import NO_FILE, find_plans, plan_names
+from diffsparse.config import SparseAttentionConfig, as_config
 from diffsparse.strategies.adaptive import Adaptive
+from diffsparse.strategies.calibrated import Calibrated
 
 logger = logging.getLogger(__name__)
 
@@ -18,8 +22,8 @@ DENSITIES = {"auto": 0.25, "quality": 0.4, "balanced": 0.25, "fast": 0.15}
 
 QUANTIZE = ("off", "int8", "int8_fp8", "fp8")
 CUSTOM_DENSITY = 0.25
-MIN_TOKENS = 12288
-"""As in ComfyUI's own sparse node: below it, nothing has shown that sparse attention is faster on a GPU."""
+AUTO_MIN_TOKENS = -1
+"""As of `SparseAttentionConfig.min_tokens`: what is right for the device."""
 
 
 class DiffSparseAttention:
@@ -85,6 +89,7 @@ class DiffSparseAttention:
                 "density": (
                     "FLOAT",
                     {
+                        "display_name": "density (preset custom)",
                         "default": CUSTOM_DENSITY,
                         "min": 0.02,
                         "max": 1.0,
@@ -106,14 +111,14 @@ class DiffSparseAttention:
                 "min_tokens": (
                     "INT",
                     {
-                        "default": MIN_TOKENS,
-                        "min": 0,
+                        "default": AUTO_MIN_TOKENS,
+                        "min": AUTO_MIN_TOKENS,
                         "max": 1_000_000,
-                        "step": 256,
                         "advanced": True,
                         "tooltip": (
-                            "Shorter sequences stay full, where sparse attention would not be faster. 12288 are about "
-                            "29 frames of 832 x 480 in Wan. DiffSparse Token Count tells the tokens of a latent."
+                            "Shorter sequences stay full, since sparse attention would hardly be faster. -1: below "
+                            "16384 tokens on a GPU, 4096 on a CPU. 0: none stay full. 16384 are about 41 frames of "
+                            "832 x 480 in Wan; DiffSparse Token Count tells the tokens of a latent."
                         ),
                     },
                 ),
@@ -147,18 +152,37 @@ class DiffSparseAttention:
                         ),
                     },
                 ),
+                "plan_file": (
+                    plan_names(),
+                    {
+                        "default": NO_FILE,
+                        "advanced": True,
+                        "tooltip": (
+                            "A file that DiffSparse Calibrate has made for this very model, size and length: what it "
+                            "says is computed, in place of preset and density. Files are in ComfyUI's "
+                            "models/diffsparse folder. none: found anew while sampling."
+                        ),
+                    },
+                ),
             },
             "hidden": {"node_id": "UNIQUE_ID"},
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, dense_blocks: str | None = None) -> bool | str:
-        """ComfyUI shows what this says at the widget, before anything runs. The text may come from another node."""
+    def VALIDATE_INPUTS(cls, dense_blocks: str | None = None, plan_file: str | None = None) -> bool | str:
+        """ComfyUI shows what this says at the widget, before anything runs. A text may come from another node."""
         try:
             parse_dense_blocks(dense_blocks or "")
+            if plan_file not in (None, NO_FILE):
+                find_plans(plan_file)
         except ValueError as error:
             return str(error)
         return True
+
+    @classmethod
+    def IS_CHANGED(cls, plan_file: str = NO_FILE, **others: Any) -> int:
+        """What changes when the plan file does, so that ComfyUI reads it again."""
+        return 0 if plan_file == NO_FILE else find_plans(plan_file).stat().st_mtime_ns
 
     def patch(
         self,
@@ -169,17 +193,18 @@ class DiffSparseAttention:
         end_percent: float = 1.0,
         density: float = CUSTOM_DENSITY,
         dense_blocks: str = "",
-        min_tokens: int = MIN_TOKENS,
+        min_tokens: int = AUTO_MIN_TOKENS,
         strict: bool = False,
         verbose: bool = False,
         quantize: str = "off",
+        plan_file: str = NO_FILE,
         node_id: str | None = None,
     ) -> tuple[Any]:
         """The model with sparse attention, or `model` itself where the node is off or knows nothing of the model.
 
         Raises:
-            ValueError: `dense_blocks` makes no sense for this model, the window ends before it starts, or the model is
-                of no known kind and `strict` is on.
+            ValueError: `dense_blocks` makes no sense for this model, the window ends before it starts, the plan file
+                cannot be used or is for another model, or the model is of no known kind and `strict` is on.
         """
         if not enabled:
             show_on_node("DiffSparse: off, the model passes through.", node_id)
@@ -198,19 +223,33 @@ class DiffSparseAttention:
                 f"start_percent {start_percent} is after end_percent {end_percent}, so that nothing would be sparse. "
                 f"To switch the node off, set enabled to false."
             )
-        blocks = parse_dense_blocks(dense_blocks, len(known.named_blocks(module)))
-        if preset != "custom" and density != CUSTOM_DENSITY:
+        num_blocks = len(known.named_blocks(module))
+        blocks = parse_dense_blocks(dense_blocks, num_blocks)
+        if plan_file != NO_FILE and (preset, density) != ("auto", CUSTOM_DENSITY):
+            logger.warning(
+                "DiffSparse: preset %s and density %s have no effect with plan_file %s, which says what is computed.",
+                preset,
+                density,
+                plan_file,
+            )
+        elif preset != "custom" and density != CUSTOM_DENSITY:
             logger.warning(
                 "DiffSparse: density %s has no effect with preset %s, which computes %s. Use preset custom for it.",
                 density,
                 preset,
                 DENSITIES[preset],
             )
-        config = SparseAttentionConfig(
-            Adaptive(density=DENSITIES.get(preset, density)),
+        if plan_file == NO_FILE:
+            config = SparseAttentionConfig(Adaptive(density=DENSITIES.get(preset, density)))
+        else:
+            config = as_config(find_plans(plan_file))
+            if isinstance(config.strategy, Calibrated):
+                config.strategy.check_model(type(module).__name__, num_blocks)
+        config = replace(
+            config,
             dense_steps=0.0,
             dense_layers=blocks,
-            min_tokens=min_tokens,
+            min_tokens=None if min_tokens == AUTO_MIN_TOKENS else min_tokens,
             strict=strict,
             quantization=None if quantize == "off" else quantize,
         )

@@ -37,6 +37,10 @@ class OverrideCall:
     enable_gqa: bool
     low_precision_attention: bool
 
+    def query_heads_first(self) -> Tensor:
+        """The query alone as [B, H, S, D], without a copy."""
+        return self._split(self.query)
+
     def heads_first(self) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value as [B, H, S, D], with a key and a value for every head."""
         query, key, value = (self._split(x) for x in (self.query, self.key, self.value))

@@ -1,24 +1,27 @@
-"""What the node puts on a model: wrappers around its sampling and around each call of it."""
+"""What the nodes put on a model: wrappers around its sampling and around each call of it."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from diffsparse.comfy.models import ComfyModel
+from diffsparse.comfy.node_text import show_on_node
+from diffsparse.comfy.plan_output import PlanOutput
 from diffsparse.comfy.schedule import Branches, Window, step_of
 from diffsparse.comfy.summary import RunClock, summarize
-from diffsparse.comfy.transformer import UNREACHED, SampledTransformer
+from diffsparse.comfy.transformer import OUT_OF_MEMORY, UNREACHED, SampledTransformer
 from diffsparse.config import SparseAttentionConfig
+from diffsparse.plan_recorder import PlanRecorder
 from diffsparse.report import SparseAttentionReport, make_report
 from diffsparse.session import Session
 from diffsparse.steps import Step
+from diffsparse.strategies.calibrated import Calibrated
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class Settings:
         start_percent, end_percent: the share of the sampling that is sparse, 0 to 1.
         first_step_only: whether few-step schedules keep at most their first step dense, whatever `start_percent` says.
         verbose: log the whole report at the end of each run.
+        output: where each run writes what was planned in it; None for nowhere.
     """
 
     config: SparseAttentionConfig
@@ -42,6 +46,7 @@ class Settings:
     end_percent: float = 1.0
     first_step_only: bool = False
     verbose: bool = False
+    output: PlanOutput | None = None
 
 
 class SparsePatch:
@@ -58,16 +63,42 @@ class SparsePatch:
         self._clock = RunClock()
         self._branches = Branches()
         self._window: Window | None = None
+        self._recorder: PlanRecorder | None = None
         self.line: str | None = None
         """What the last run came to; None before the first."""
 
+    def with_output(self, output: PlanOutput, replan_every: int) -> SparsePatch:
+        """The same patch, but each run writes what was planned in it, anew every so many steps.
+
+        Raises:
+            ValueError: it runs plans out of a file, so that there is nothing to find out.
+        """
+        config = self._settings.config
+        if isinstance(config.strategy, Calibrated):
+            raise ValueError(
+                f"DiffSparse Calibrate: DiffSparse Attention runs {config.strategy.path} already, so there is nothing "
+                f"to find out. Set its plan_file to none, or remove DiffSparse Calibrate."
+            )
+        settings = replace(self._settings, config=replace(config, replan_every=replan_every), output=output)
+        return SparsePatch(settings, self._model, self._node_id)
+
     def put_on(self, patcher: Any) -> Any:
-        """A clone of ComfyUI's ModelPatcher with this patch, which takes the place of an earlier one."""
+        """A clone of ComfyUI's ModelPatcher with this patch, which takes the place of an earlier one.
+
+        Raises:
+            ValueError: the earlier one would write a file, and now would not.
+        """
         from comfy.patcher_extension import WrappersMP
 
         patched = patcher.clone()
         call_wrapper = {"diffusion_model": WrappersMP.DIFFUSION_MODEL, "apply_model": WrappersMP.APPLY_MODEL}
-        if patched.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+        earlier = patched.get_attachment(KEY)
+        if earlier is not None and earlier._settings.output is not None:
+            raise ValueError(
+                "DiffSparse Calibrate writes nothing when another DiffSparse Attention or Calibrate comes after it. "
+                "Let it be the last of them before the sampler."
+            )
+        if earlier is not None and self._settings.output is None:
             logger.info("A second DiffSparse Attention node takes the place of the first: its settings count.")
         for wrapper in (WrappersMP.OUTER_SAMPLE, *call_wrapper.values()):
             patched.remove_wrappers_with_key(wrapper, KEY)
@@ -86,13 +117,19 @@ class SparsePatch:
         )
         self._transformers.clear()
         self._clock, self._branches = RunClock(), Branches()
+        output = self._settings.output
+        self._recorder = None if output is None else PlanRecorder(self._settings.config.strategy)
         finished = False
         try:
-            output = executor(*args, **kwargs)
+            latents = executor(*args, **kwargs)
             finished = True
         finally:
             self._end_run(finished)
-        return output
+            if output is not None and not finished:
+                output.give_up("the sampling did not reach its end")
+        if output is not None:
+            self._write(output)
+        return latents
 
     def around_call(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's DIFFUSION_MODEL or APPLY_MODEL wrapper: one call of the model."""
@@ -132,7 +169,10 @@ class SparsePatch:
         # Several GPUs have a model each, and a thread each.
         transformer = self._transformers.get(id(module))
         if transformer is None:
-            transformer = SampledTransformer(module, self._model, self._settings.config)
+            config = self._settings.config
+            if self._recorder is not None:
+                config = replace(config, strategy=self._recorder)
+            transformer = SampledTransformer(module, self._model, config)
             self._transformers[id(module)] = transformer
         sigmas = options["sample_sigmas"].tolist()
         sigma = options["sigmas"].max().item()
@@ -143,6 +183,16 @@ class SparsePatch:
         transformer.begin_call(step, layout, self._window.why_dense(sigma, index, total))
         return transformer, options
 
+    def _write(self, output: PlanOutput) -> None:
+        if self._met(OUT_OF_MEMORY):
+            output.give_up("memory ran out, so that not all of the run was sparse")
+        elif self._recorder is not None and self.line is not None:
+            output.write(self._recorder, self._settings.config, self.line)
+
+    def _met(self, reason: str) -> bool:
+        """Whether any attention of the run was dense for this reason."""
+        return any(reason in tally.dense_reasons for session in self._sessions() for tally in session.tallies)
+
     def _end_run(self, finished: bool) -> None:
         self._clock.stop()
         self._window = None
@@ -150,7 +200,7 @@ class SparsePatch:
             transformer.remove()
         self.line = summarize(self._clock, self._sessions(), finished)
         logger.info(self.line)
-        if any(UNREACHED in tally.dense_reasons for session in self._sessions() for tally in session.tallies):
+        if self._met(UNREACHED):
             logger.warning(_UNREACHED_WARNING)
         if self._settings.verbose:
             logger.info("%s", self.report())
@@ -161,13 +211,6 @@ _UNREACHED_WARNING = (
     "DiffSparse: another node has replaced the attention of some blocks (memory-efficient or Sage nodes do), so that "
     "DiffSparse never saw it. These blocks ran that node's attention. Remove that node, or this one."
 )
-
-
-def show_on_node(text: str, node_id: str | None) -> None:
-    """Show a text under a node in the browser, where ComfyUI has one."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
 
 
 def _named(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from diffsparse.comfy.heads_image import LEGEND, draw_heads
-from diffsparse.comfy.patch import KEY, show_on_node
+from diffsparse.comfy.node_text import show_on_node
+from diffsparse.comfy.patch import KEY
 
 
 class DiffSparseReport:

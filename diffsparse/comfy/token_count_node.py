@@ -6,7 +6,7 @@ from typing import Any
 
 from diffsparse.comfy.attention_node import CUSTOM_DENSITY
 from diffsparse.comfy.models import diffusion_model, find_model, unknown_model
-from diffsparse.comfy.patch import show_on_node
+from diffsparse.comfy.node_text import show_on_node
 from diffsparse.comfy.token_count import count_tokens
 
 

@@ -82,6 +82,7 @@ class SampledTransformer:
     def _attend(self, layer: int, call: OverrideCall) -> Tensor | None:
         """Sparse attention of a layer, [B, H, S, D]; None, and counted, where it stays dense."""
         if self._why_dense is not None:
+            self.session.check_call(layer, call.query_heads_first())
             self.session.count_dense(layer, self._why_dense)
             return None
         if (obstacle := _obstacle(call)) is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import diffsparse
 from diffsparse.config import PLAN_FILE_SUFFIX
@@ -13,9 +12,8 @@ from diffsparse.eval.demo import LARGEST_SEED, make_writable
 from diffsparse.eval.generate import choose_device, generate
 from diffsparse.eval.model_choice import EMBEDDED, choose_model
 from diffsparse.eval.named_config import NamedConfig, read_config
-from diffsparse.eval.plan_recorder import PlanRecorder
 from diffsparse.eval.prompts import read_prompts
-from diffsparse.plan_file import SETTINGS, save_plans
+from diffsparse.plan_recorder import PlanRecorder
 
 OUTPUT = Path("plan.safetensors")
 
@@ -113,12 +111,10 @@ def _prompts(args: argparse.Namespace, knows_its_sampling: bool) -> list[str]:
 
 
 def _save(output: Path, recorder: PlanRecorder, named: NamedConfig) -> None:
-    settings: dict[str, Any] = {name: getattr(named.config, name) for name in SETTINGS}
     try:
-        calibration = recorder.calibration(repr(named.config.strategy), settings, diffsparse.__version__)
+        recorder.save(output, named.config)
     except ValueError as error:
         raise ValueError(
             f"--strategy {named.text} leaves nothing to write: {error}. Short videos are dense unless min_tokens=0 is "
             f"among its options, and so are the first dense_steps."
         ) from error
-    save_plans(output, calibration)

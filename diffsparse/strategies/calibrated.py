@@ -111,7 +111,7 @@ class Calibrated:
         )
 
 
-_WAY_OUT = "Make a file for these with `diffsparse calibrate`."
+_WAY_OUT = "Make a file for these with `diffsparse calibrate` (in ComfyUI with DiffSparse Calibrate)."
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,6 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _comfy(monkeypatch):
-    """`from comfy.patcher_extension import WrappersMP` finds a stand-in."""
-    standins.install(monkeypatch)
+def _comfy(monkeypatch, tmp_path):
+    """What the nodes ask of ComfyUI finds stand-ins; its models are in `models` of the test's folder."""
+    standins.install(monkeypatch, tmp_path / "models")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import comfy_standins as standins
 import pytest
@@ -66,7 +67,7 @@ def test_short_sequences_stay_dense_by_default_and_the_line_says_so(caplog):
         (sparse,) = DiffSparseAttention().patch(model)
         assert torch.equal(standins.sample(sparse), standins.sample(model))
     assert "0 of 5 steps sparse" in caplog.text
-    assert "fewer than 12288 tokens" in caplog.text
+    assert "fewer than 4096 tokens" in caplog.text
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -137,3 +138,30 @@ def test_strict_raises_where_attention_cannot_be_sparse_and_the_model_works_afte
     with pytest.raises(DenseFallback, match=r"layer 0 \(blocks\.0\) cannot run sparse: attention mask"):
         standins.sample(standins.patched(model, strict=True))
     assert torch.equal(standins.sample(model), dense)
+
+
+def test_a_plan_file_that_is_not_there_is_said_before_anything_runs(tmp_path):
+    check = DiffSparseAttention.VALIDATE_INPUTS
+    assert check(plan_file="none") is True
+    for name in ("gone.safetensors", "../gone.safetensors"):
+        assert "is no plan file in" in check(plan_file=name)
+
+
+def test_a_new_file_of_the_same_name_is_read_again(tmp_path):
+    file = tmp_path / "models" / "diffsparse" / "plan.safetensors"
+    file.parent.mkdir(parents=True)
+    stamps = []
+    for seconds in (10, 20):
+        file.touch()
+        os.utime(file, (seconds, seconds))
+        stamps.append(DiffSparseAttention.IS_CHANGED(plan_file="plan.safetensors", model=None))
+    assert stamps[0] != stamps[1]
+    assert DiffSparseAttention.IS_CHANGED(plan_file="none") == DiffSparseAttention.IS_CHANGED()
+
+
+@pytest.mark.parametrize(("device", "fewest"), [("cpu", 4096), ("meta", 16384)])
+def test_min_tokens_is_that_of_the_device_unless_it_is_set(device, fewest):
+    for asked, expected in ((-1, fewest), (0, 0), (123, 123)):
+        sparse = DiffSparseAttention().patch(standins.patcher(), min_tokens=asked)[0]
+        config = sparse.get_attachment("diffsparse")._settings.config
+        assert config.fewest_tokens(torch.device(device)) == expected

@@ -130,6 +130,7 @@ def test_out_of_memory_makes_the_rest_dense_and_is_counted(monkeypatch):
         assert torch.equal(standins.sample(sparse), dense)
         report = sparse.get_attachment("diffsparse").report().transformers[0]
     assert report.dense_reasons == {"out of memory": 8, "early step": 2}
+    assert report.sparse_calls == 0
     assert len(tried) == 1
     assert not torch.equal(standins.sample(sparse), dense)
 

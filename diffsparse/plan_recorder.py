@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+import diffsparse
 from diffsparse.block_mask import num_blocks
 from diffsparse.calibration import (
     NAMED_ORDERS,
@@ -20,9 +22,11 @@ from diffsparse.calibration import (
     pack_bits,
     unpack_bits,
 )
+from diffsparse.config import SparseAttentionConfig
 from diffsparse.grid import TokenGrid
 from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
+from diffsparse.plan_file import SETTINGS, save_plans
 from diffsparse.strategies.strategy import AttentionCall, Strategy
 
 Item = TypeVar("Item", bound=Hashable)
@@ -103,6 +107,20 @@ class PlanRecorder:
             self._votes.setdefault(place, []).append(vote)
         self._of_this_prompt.clear()
         self.num_prompts += 1
+
+    def save(self, path: Path, config: SparseAttentionConfig) -> None:
+        """Write what the prompts so far agree on as a plan file, whole or not at all.
+
+        Args:
+            path: of the file.
+            config: that the plans were made with, before this recorder took the place of its strategy.
+
+        Raises:
+            ValueError: nothing was planned.
+            OSError: the file cannot be written.
+        """
+        settings: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS}
+        save_plans(path, self.calibration(repr(config.strategy), settings, diffsparse.__version__))
 
     def calibration(self, strategy: str, settings: dict[str, Any], library_version: str) -> Calibration:
         """What the prompts so far agree on.

@@ -10,11 +10,11 @@ from tiny_models import generate, tiny_wan_pipeline
 from diffsparse import Adaptive, Calibrated, Dense, SparseAttentionConfig
 from diffsparse.block_mask import BlockMask, num_blocks
 from diffsparse.calibration import unpack_bits
-from diffsparse.eval.plan_recorder import PlanRecorder
 from diffsparse.grid import TokenGrid
 from diffsparse.permutation import Permutation, axis_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.plan_file import SETTINGS, load_plans, save_plans
+from diffsparse.plan_recorder import PlanRecorder
 from diffsparse.strategies.strategy import AttentionCall
 
 GRID = TokenGrid(2, 3, 4)

@@ -1,0 +1,17 @@
+"""The text under a node in the browser."""
+
+from __future__ import annotations
+
+import sys
+
+
+def show_on_node(text: str, node_id: str | None) -> None:
+    """Show a text under a node in the browser, where ComfyUI has one.
+
+    A node shows about two lines of it until the user makes the node larger, so what is long has a line for each thing.
+    ComfyUI's newer nodes read it as Markdown, in which two spaces before its end keep a line.
+    """
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is not None and node_id is not None:
+        lines = text.removeprefix("DiffSparse: ").replace("; ", "\n").split("\n")
+        server.send_progress_text("  \n".join(lines), node_id)
