@@ -1,0 +1,113 @@
+"""Attention maps of one head, pooled to a few cells a side, in the tokens' own order and in that of the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffsparse.calibration import NAMED_ORDERS, OWN_ORDER, named_order
+from diffsparse.eval.inspect_measures import Attended
+from diffsparse.grid import TokenGrid
+
+MOST_CELLS = 320
+"""Cells a side."""
+ROWS_A_CELL = 32
+"""Query rows that are computed for each row of cells."""
+MAX_SCORES = 1 << 21
+"""Scores held at a time, unless a single query row has more."""
+OTHER_ORDER = "other"
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMap:
+    """Attention of queries (down) to keys (across).
+
+    Attributes:
+        attention: [C, C], mean weight of a cell's pairs, as a multiple of what attention spread evenly over all keys
+            would give.
+        kept: [C, C], share of that attention whose pairs are computed exactly.
+        cell: tokens a cell and side.
+        order: "own", the axes by which the tokens are sorted, outermost first, or "other".
+    """
+
+    attention: Array
+    kept: Array
+    cell: int
+    order: str
+
+
+@dataclass(frozen=True, eq=False)
+class MapPair:
+    """A head's map before and after its tokens are put in order."""
+
+    before: AttentionMap
+    after: AttentionMap
+    grid: TokenGrid
+
+
+def attention_maps(call: Attended, head: int) -> MapPair:
+    """The maps of a head in the first row of the batch, of at most ROWS_A_CELL query rows for each row of cells."""
+    num_tokens = call.grid.num_tokens
+    mask = call.plan.mask
+    cell = cell_size(num_tokens, mask.query_block_size, mask.key_block_size)
+    place, key_place = call.places(head)
+    cells = -(-num_tokens // cell)
+    order = place.argsort()
+    own = torch.arange(num_tokens, device=place.device)
+    sums = {name: place.new_zeros(3, cells, cells, dtype=torch.float32) for name in ("before", "after")}
+    counts = {name: place.new_zeros(cells, dtype=torch.float32) for name in sums}
+    for rows in _chunks(order, cell, max(1, MAX_SCORES // num_tokens)):
+        weights, exactly = call.attention(0, head, rows)
+        parts = torch.stack([weights, weights * exactly, exactly.float()])  # [3, R, S]
+        for name, places, keys in (("before", own, own), ("after", place, key_place.argsort())):
+            sums[name].index_add_(1, places[rows] // cell, _pooled(parts[..., keys], cell))
+            counts[name].index_add_(0, places[rows] // cell, torch.ones_like(rows, dtype=torch.float32))
+    sizes = _pooled(torch.ones(1, num_tokens), cell)[0].numpy()  # [C]
+    names = OWN_ORDER, _name_of(order, call.grid)
+    before, after = (_finished(sums[key], counts[key], sizes, num_tokens, cell, name) for key, name in zip(sums, names))
+    return MapPair(before, after, call.grid)
+
+
+def cell_size(num_tokens: int, query_block_size: int, key_block_size: int) -> int:
+    """Tokens a cell: as few as MOST_CELLS allow, such that no edge of a block lies within a cell where that can be."""
+    least = -(-num_tokens // MOST_CELLS)
+    smaller, larger = sorted((query_block_size, key_block_size))
+    if larger % smaller == 0:
+        fitting = next((size for size in range(least, smaller + 1) if smaller % size == 0), None)
+        return fitting or -(-least // larger) * larger
+    return least
+
+
+def _chunks(order: Tensor, cell: int, most_rows: int) -> Iterator[Tensor]:
+    """Query tokens, one at random from each of equal stretches of their order."""
+    step = max(1, cell // ROWS_A_CELL)
+    starts = torch.arange(0, len(order), step)
+    lengths = (len(order) - starts).clamp_max(step)
+    places = torch.rand(len(starts), generator=torch.Generator().manual_seed(0)) * lengths
+    yield from order[(starts + places.long()).to(order.device)].split(most_rows)
+
+
+def _pooled(x: Tensor, cell: int) -> Tensor:
+    """The sums over each cell of x [..., S]: [..., C]."""
+    return F.pad(x, (0, -x.shape[-1] % cell)).unflatten(-1, (-1, cell)).sum(-1)
+
+
+def _finished(sums: Tensor, counts: Tensor, sizes: Array, num_tokens: int, cell: int, order: str) -> AttentionMap:
+    mass, kept_mass, kept_pairs = (sums / counts.clamp_min(1)[:, None]).cpu().numpy()
+    attention = mass / sizes * num_tokens
+    # Where no attention is left in float32, by the pairs.
+    kept = np.where(mass > 1e-30, kept_mass / np.maximum(mass, 1e-30), kept_pairs / sizes)
+    return AttentionMap(attention, kept, cell, order)
+
+
+def _name_of(order: Tensor, grid: TokenGrid) -> str:
+    order = order.cpu()
+    return next((name for name in NAMED_ORDERS if torch.equal(named_order(name, grid), order)), OTHER_ORDER)
