@@ -7,8 +7,7 @@ import importlib
 import sys
 from collections.abc import Collection, Mapping, Sequence
 
-# Each names a module, `_` for `-`, with add_arguments(parser) and run(args) -> exit code, which imports what is heavy
-# only in run.
+# Each names a module with add_arguments(parser) and run(args) -> exit code, which imports what is heavy only in run.
 COMMANDS = {
     "demo": "make one video densely and sparsely with the embedded model, and compare the two",
     "inspect": "what each attention head keeps, step by step, as a page with attention maps",
@@ -29,7 +28,7 @@ EVAL_COMMANDS = {
     "ablation": "what the adaptive strategy owes to its parts, on the demo model",
 }
 
-# Those whose own name would hide a module of Python from scripts that are started in this folder.
+# An inspect.py would hide Python's own from scripts that are started in this folder.
 MODULES = {"inspect": "inspect_command"}
 
 USER_ERROR = 2

@@ -20,7 +20,7 @@ from diffsparse.eval.doctor import devices, versions
 from diffsparse.eval.generate import choose_device, generate
 from diffsparse.eval.inspect_data import collect
 from diffsparse.eval.inspect_measures import SAMPLED_ROWS
-from diffsparse.eval.inspect_page import as_page, map_title, percent
+from diffsparse.eval.inspect_page import as_page, head_name, in_words, percent
 from diffsparse.eval.inspect_pictures import draw_heads, draw_maps
 from diffsparse.eval.inspect_watch import Watch, watching
 from diffsparse.eval.model_choice import EMBEDDED, choose_model
@@ -201,7 +201,8 @@ def _write(data: dict[str, Any], watch: Watch, folder: Path) -> None:
     pictures = {}
     for shown, key in zip(data["maps"], sorted(watch.maps)):
         file = folder / shown["file"]
-        draw_maps(watch.maps[key], map_title(shown), file)
+        title = f"{head_name(data, shown)}, step {shown['step']}: {in_words(shown)}"
+        draw_maps(watch.maps[key], title, file)
         pictures[shown["file"]] = file.read_bytes()
     if any(transformer["num_heads"] for transformer in data["transformers"]):
         draw_heads(data, folder / HEADS)
@@ -221,9 +222,8 @@ def _print(data: dict[str, Any], folder: Path, console: Any) -> None:
         worst = summary["worst_head"]
         console.print(
             f"density {percent(summary['density'])} of the sparse calls, {percent(summary['overall_density'])} of all; "
-            f"recall {percent(summary['recall'])} (5th percentile {percent(summary['recall_5th_percentile'])}), output "
-            f"error {percent(summary['error'])}; largest in {worst['transformer']} layer {worst['layer']} head "
-            f"{worst['head']}",
+            f"recall {percent(summary['recall'])} (5th percentile {percent(summary['recall_5th_percentile'])}); "
+            f"output error {percent(summary['error'])}, largest in {head_name(data, worst)}: {percent(worst['error'])}",
             markup=False,
             soft_wrap=True,
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ MAX_SCORES = 1 << 21
 """Scores held at a time, unless a single query row has more."""
 OTHER_ORDER = "other"
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class MapPair:
 
 
 def attention_maps(call: Attended, head: int) -> MapPair:
-    """The maps of a head in the first row of the batch, of at most ROWS_A_CELL query rows for each row of cells."""
+    """The maps of a head in the first row of the batch, of about ROWS_A_CELL query rows for each row of cells."""
     num_tokens = call.grid.num_tokens
     mask = call.plan.mask
     cell = cell_size(num_tokens, mask.query_block_size, mask.key_block_size)
@@ -62,12 +62,13 @@ def attention_maps(call: Attended, head: int) -> MapPair:
     cells = -(-num_tokens // cell)
     order = place.argsort()
     own = torch.arange(num_tokens, device=place.device)
+    ways = ("before", own, own), ("after", place, key_place.argsort())
     sums = {name: place.new_zeros(3, cells, cells, dtype=torch.float32) for name in ("before", "after")}
     counts = {name: place.new_zeros(cells, dtype=torch.float32) for name in sums}
-    for rows in _chunks(order, cell, max(1, MAX_SCORES // num_tokens)):
+    for rows in _sampled(cell, own, order).split(max(1, MAX_SCORES // num_tokens)):
         weights, exactly = call.attention(0, head, rows)
         parts = torch.stack([weights, weights * exactly, exactly.float()])  # [3, R, S]
-        for name, places, keys in (("before", own, own), ("after", place, key_place.argsort())):
+        for name, places, keys in ways:
             sums[name].index_add_(1, places[rows] // cell, _pooled(parts[..., keys], cell))
             counts[name].index_add_(0, places[rows] // cell, torch.ones_like(rows, dtype=torch.float32))
     sizes = _pooled(torch.ones(1, num_tokens), cell)[0].numpy()  # [C]
@@ -86,13 +87,16 @@ def cell_size(num_tokens: int, query_block_size: int, key_block_size: int) -> in
     return least
 
 
-def _chunks(order: Tensor, cell: int, most_rows: int) -> Iterator[Tensor]:
-    """Query tokens, one at random from each of equal stretches of their order."""
-    step = max(1, cell // ROWS_A_CELL)
-    starts = torch.arange(0, len(order), step)
-    lengths = (len(order) - starts).clamp_max(step)
+def _sampled(cell: int, *orders: Tensor) -> Tensor:
+    """Query tokens [R]: of each cell of each order [S] at least one, and all where a cell has few."""
+    most = max(1, cell // ROWS_A_CELL)
+    step = next(size for size in range(most, 0, -1) if cell % size == 0)
+    starts = torch.arange(0, len(orders[0]), step)
+    lengths = (len(orders[0]) - starts).clamp_max(step)
+    # At random within each stretch: a regular step would fall on the same frames again and again.
     places = torch.rand(len(starts), generator=torch.Generator().manual_seed(0)) * lengths
-    yield from order[(starts + places.long()).to(order.device)].split(most_rows)
+    chosen = (starts + places.long()).to(orders[0].device)
+    return torch.cat([order[chosen] for order in orders]).unique()
 
 
 def _pooled(x: Tensor, cell: int) -> Tensor:

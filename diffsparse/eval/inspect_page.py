@@ -18,7 +18,7 @@ def as_page(data: dict[str, Any], pictures: dict[str, bytes]) -> str:
     body = [
         "<h1>What each attention head keeps</h1>",
         _introduction(data),
-        *_headline(data["summary"]),
+        *_headline(data),
         *_notes(data),
         *_words(data),
         *_grids(data),
@@ -29,11 +29,10 @@ def as_page(data: dict[str, Any], pictures: dict[str, bytes]) -> str:
     return html_page("diffsparse: what each attention head keeps", body, STYLES, SCRIPTS)
 
 
-def map_title(shown: dict[str, Any]) -> str:
-    """What stands above the attention maps of a head at a step."""
-    return (
-        f"{shown['transformer']}, layer {shown['layer']}, head {shown['head']}, step {shown['step']}: {in_words(shown)}"
-    )
+def head_name(data: dict[str, Any], of: dict[str, Any]) -> str:
+    """What a head is called, with its transformer where the pipeline has several."""
+    name = f"layer {of['layer']}, head {of['head']}"
+    return f"{of['transformer']}, {name}" if len(data["transformers"]) > 1 else name
 
 
 def in_words(measure: dict[str, Any]) -> str:
@@ -60,23 +59,23 @@ def _introduction(data: dict[str, Any]) -> str:
     )
 
 
-def _headline(summary: dict[str, Any]) -> list[str]:
+def _headline(data: dict[str, Any]) -> list[str]:
+    summary = data["summary"]
     worst = summary["worst_head"]
     if worst is None:
-        return [
-            "<p><strong>Sparse attention never ran: every head was dense, so all of its attention is kept.</strong></p>"
-        ]
+        never = "Sparse attention never ran: every head was dense, and all of its attention is kept."
+        return [f"<p><strong>{never}</strong></p>"]
     tiles = [
         ("density", percent(summary["density"]), f"of the sparse calls, {percent(summary['overall_density'])} of all"),
         ("recall", percent(summary["recall"]), f"mean; 5th percentile {percent(summary['recall_5th_percentile'])}"),
         ("output error", percent(summary["error"]), "mean over heads and sparse steps"),
-        ("worst head", f"layer {worst['layer']}, head {worst['head']}", f"mean error {percent(worst['error'])}"),
+        ("worst head", head_name(data, worst), f"mean error {percent(worst['error'])}"),
     ]
     return [
         '<div class="tiles">',
         *(
             f'<div><span class="dim">{text(name)}</span><strong>{text(value)}</strong>'
-            f'<span class="dim">{text(more)}</span></div>'
+            f'<span class="dim">{text(more).replace(" %", "&nbsp;%")}</span></div>'
             for name, value, more in tiles
         ),
         "</div>",
@@ -86,14 +85,14 @@ def _headline(summary: dict[str, Any]) -> list[str]:
 def _notes(data: dict[str, Any]) -> list[str]:
     lines = []
     for transformer in data["transformers"]:
-        name = transformer["name"]
+        name = f"{transformer['name']}: " if len(data["transformers"]) > 1 else ""
         calls = transformer["sparse_calls"] + transformer["dense_calls"]
         if not calls:
-            lines.append(f"{name} was not called.")
+            lines.append(f"{transformer['name']} was not called.")
         for reason, count in transformer["dense_reasons"].items():
-            lines.append(f"{name}: {count} of {calls} attention calls were dense: {reason}.")
+            lines.append(f"{name}{count} of {calls} attention calls were dense: {reason}.")
         for reason, count in transformer["unreached_layers"].items():
-            lines.append(f"{name}: {count} layers run their own attention and are not in any number here: {reason}.")
+            lines.append(f"{name}{count} layers run their own attention and are in no number here: {reason}.")
     return ["<ul>", *(f"<li>{text(line)}</li>" for line in lines), "</ul>"] if lines else []
 
 
@@ -112,7 +111,7 @@ def _words(data: dict[str, Any]) -> list[str]:
         "<details open><summary>What the words mean</summary><dl>",
         "<dt>density</dt><dd>Share of the key blocks that are computed exactly.</dd>",
         "<dt>recall</dt><dd>Share of the attention that a dense head would pay which falls on these blocks. 100 % at "
-        "25 % density would mean that three quarters of the work were for nothing.</dd>",
+        "25 % density says that nothing attends to the three quarters that are skipped.</dd>",
         "<dt>error</dt><dd>How far the head’s output is from dense attention of the same queries, keys and values: "
         "length of the difference over length of the dense output. It can be small where recall is low: what is "
         "skipped may enter as the mean of each block.</dd>",
@@ -144,10 +143,13 @@ def _grids(data: dict[str, Any]) -> list[str]:
         f'<div><input type="range" data-role="step" aria-label="step" min="-1" max="{num_steps - 1}" value="-1">'
         '<strong data-role="step-name"></strong></div>',
         '<p class="dim" data-role="legend"></p>',
+        '<div class="beside"><div>',
         *grids,
-        '<p data-role="about">A click on a head shows how it changes over the steps.</p>',
-        '<svg data-role="curve" class="curve" viewBox="0 0 640 150" hidden></svg>',
-        "</div>",
+        "</div><div>",
+        '<p data-role="about"></p>',
+        '<svg data-role="curve" class="curve" viewBox="0 0 640 190" role="img" aria-label="over the steps"></svg>',
+        '<p class="dim">A click on a head shows how it changes over the steps.</p>',
+        "</div></div></div>",
         data_block("measures", contents),
     ]
 
@@ -208,22 +210,22 @@ def _maps(data: dict[str, Any], pictures: dict[str, bytes]) -> list[str]:
         "Left, the tokens as the model has them; right, in the order that the plan gives them, which is to gather the "
         "dark cells into few blocks.</p>",
     ]
-    for head, shown in itertools.groupby(data["maps"], key=lambda m: (m["transformer"], m["layer"], m["head"])):
-        lines += _maps_of_head(head, list(shown), pictures)
+    for _, maps in itertools.groupby(data["maps"], key=lambda m: (m["transformer"], m["layer"], m["head"])):
+        lines += _maps_of_head(data, list(maps), pictures)
     return lines
 
 
-def _maps_of_head(head: tuple[str, int, int], maps: list[dict[str, Any]], pictures: dict[str, bytes]) -> list[str]:
-    why = "" if maps[0]["why"] is None else f" – {maps[0]['why']}"
+def _maps_of_head(data: dict[str, Any], maps: list[dict[str, Any]], pictures: dict[str, bytes]) -> list[str]:
+    name = head_name(data, maps[0])
+    why = "" if maps[0]["why"] is None else f": {maps[0]['why']}, at step {data['maps'][0]['step']}"
     figures = [
-        f'<figure data-step="{shown["step"]}"><img alt="Attention maps of layer {shown["layer"]}, head '
-        f'{shown["head"]} at step {shown["step"]}" src="{data_uri("image/png", pictures[shown["file"]])}">'
-        f"<figcaption>Step {shown['step']}: {text(in_words(shown))}.</figcaption></figure>"
+        f'<figure data-step="{shown["step"]}"><img alt="{text(name)} at step {shown["step"]}: {text(in_words(shown))}" '
+        f'src="{data_uri("image/png", pictures[shown["file"]])}"></figure>'
         for shown in maps
     ]
     buttons = "".join(f'<button data-step="{shown["step"]}">step {shown["step"]}</button>' for shown in maps)
     return [
-        f'<section class="maps"><h3>{text(head[0])}, layer {head[1]}, head {head[2]}{text(why)}</h3>',
+        f'<section class="maps"><h3>{text(name[0].upper() + name[1:] + why)}</h3>',
         f'<div class="choice" hidden>{buttons}</div>',
         *figures,
         "</section>",
@@ -231,20 +233,29 @@ def _maps_of_head(head: tuple[str, int, int], maps: list[dict[str, Any]], pictur
 
 
 def _table(data: dict[str, Any]) -> list[str]:
-    headings = ["transformer", "layer", "head", *MEASURES, "largest error", "at step", "sparse steps", "tail steps"]
+    several = len(data["transformers"]) > 1
+    headings = ["transformer"] * several + [
+        "layer",
+        "head",
+        *MEASURES,
+        "largest error",
+        "at step",
+        "sparse steps",
+        "tail steps",
+    ]
     rows = []
     for transformer in data["transformers"]:
         for head in sorted(transformer["heads"], key=lambda each: -each["error"]):
             others = [f"{name} in {count}" for name, count in head["classes"].items() if name != head["class"]]
-            reasons = ", ".join(head["dense_reasons"])
+            why_dense = ", ".join(head["dense_reasons"]) if not head["sparse_steps"] else ""
             cells = [
-                sorted_cell(head["transformer"], head["transformer"], "config"),
+                *([sorted_cell(head["transformer"], head["transformer"], "config")] if several else []),
                 *(sorted_cell(str(head[name]), head[name]) for name in ("layer", "head")),
                 sorted_cell(head["class"], head["class"], below=", ".join(others)),
                 *(sorted_cell(percent(head[name]), head[name]) for name in MEASURES[1:]),
                 sorted_cell(percent(head["largest_error"]), head["largest_error"]),
                 sorted_cell(_or_dash(head["largest_error_at_step"]), head["largest_error_at_step"]),
-                sorted_cell(str(head["sparse_steps"]), head["sparse_steps"], below=f"dense: {reasons}" * bool(reasons)),
+                sorted_cell(str(head["sparse_steps"]), head["sparse_steps"], below=why_dense),
                 sorted_cell(str(head["tail_steps"]), head["tail_steps"]),
             ]
             rows.append(f"<tr>{''.join(cells)}</tr>")

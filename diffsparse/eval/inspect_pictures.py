@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 KEPT, SKIPPED = "#004c8c", "#b34700"
 """The strongest attention that is computed exactly, and that is skipped: blue and orange, told apart by anyone."""
 KEPT_PALEST, SKIPPED_PALEST = "#d9e8f5", "#ffffff"
-WEAKEST, STRONGEST = 0.1, 100.0
+WEAKEST, STRONGEST = 0.5, 50.0
 """Attention of the palest and of the strongest colour, as a multiple of attention spread evenly."""
 
 MEASURES = {
@@ -43,11 +43,10 @@ def draw_maps(pair: MapPair, title: str, path: Path) -> None:
         )
         panel.set_xlim(0, pair.grid.num_tokens)
         panel.set_ylim(pair.grid.num_tokens, 0)
-        panel.set_title(f"{when}: {order_in_words(shown, pair.grid)}", fontsize=10)
+        panel.set_title(f"{when}: {order_in_words(shown.order)}", fontsize=10)
         _label_tokens(panel, shown, pair.grid)
     _draw_scale(panels["scale"])
-    with whole_file(path) as unfinished:
-        canvas.print_png(str(unfinished))
+    _save(canvas, path)
 
 
 def draw_heads(data: dict[str, Any], path: Path) -> None:
@@ -81,33 +80,44 @@ def draw_heads(data: dict[str, Any], path: Path) -> None:
     names = dict.fromkeys(head["class"] for each in transformers for head in each["heads"])
     patches = [Patch(color=COLOURS.get(name, OTHER_COLOUR), label=name) for name in names]
     figure.legend(handles=patches, loc="outside lower center", frameon=False, ncols=len(patches))
-    with whole_file(path) as unfinished:
-        canvas.print_png(str(unfinished))
+    _save(canvas, path)
 
 
-def coloured(shown: AttentionMap) -> NDArray[np.float32]:
+def coloured(shown: AttentionMap) -> NDArray[Any]:
     """The colours of a map, [C, C, 3] from 0 to 1: blue what is computed exactly, orange what is skipped."""
     level = np.log10(np.maximum(shown.attention, WEAKEST) / WEAKEST) / np.log10(STRONGEST / WEAKEST)
     kept, skipped = (_between(*ends, level) for ends in ((KEPT_PALEST, KEPT), (SKIPPED_PALEST, SKIPPED)))
     share = shown.kept[..., None]
-    return (share * kept + (1 - share) * skipped).astype(np.float32)
+    colours: NDArray[Any] = share * kept + (1 - share) * skipped
+    return colours
 
 
-def order_in_words(shown: AttentionMap, grid: TokenGrid) -> str:
+def order_in_words(order: str) -> str:
     """The order of a map's tokens, for a title."""
-    if shown.order == OWN_ORDER:
+    if order == OWN_ORDER:
         return "tokens in their own order"
-    if shown.order == OTHER_ORDER:
+    if order == OTHER_ORDER:
         return "tokens in an order of the strategy’s own, such as tiles"
-    return f"tokens sorted by {', '.join(shown.order.split())}"
+    return f"tokens sorted by {', '.join(order.split())}"
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1), dpi=100)
     return figure, FigureCanvasAgg(figure)
+
+
+def _save(canvas: Any, path: Path) -> None:
+    from PIL import Image
+
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    # 256 colours are enough for two hues and grey, and take a third of the bytes.
+    with whole_file(path) as unfinished:
+        image.quantize(256, dither=Image.Dither.NONE).save(unfinished, optimize=True)
 
 
 def _label_tokens(panel: Any, shown: AttentionMap, grid: TokenGrid) -> None:
@@ -139,18 +149,19 @@ def _draw_scale(panel: Any) -> None:
     kept = np.array([[1.0], [0.0]]) + 0 * attention
     scale = AttentionMap(attention, kept, 1, OTHER_ORDER)
     panel.imshow(coloured(scale), extent=(*ends, 0, 2), aspect="auto", interpolation="nearest")
-    decades = range(round(ends[0]), round(ends[1]) + 1)
-    panel.set_xticks(list(decades), [f"{10.0**decade:g} ×" for decade in decades])
+    ticks = (0.5, 1, 2, 5, 10, 20, 50)
+    panel.set_xticks(np.log10(ticks), [f"{tick:g} ×" for tick in ticks])
     panel.set_yticks([1.5, 0.5], ["computed exactly", "skipped"])
     panel.tick_params(labelsize=8)
     panel.set_xlabel("attention, as a multiple of attention spread evenly over all keys", fontsize=9)
 
 
-def _between(palest: str, strongest: str, level: NDArray[np.float32]) -> NDArray[np.float32]:
+def _between(palest: str, strongest: str, level: NDArray[Any]) -> NDArray[Any]:
     from matplotlib.colors import to_rgb
 
     first, last = np.array(to_rgb(palest)), np.array(to_rgb(strongest))
-    return first + np.clip(level, 0, 1)[..., None] * (last - first)
+    colours: NDArray[Any] = first + np.clip(level, 0, 1)[..., None] * (last - first)
+    return colours
 
 
 def _grids(transformer: dict[str, Any]) -> dict[str, Any]:

@@ -100,9 +100,9 @@ class Watch:
                 for number, head in enumerate(heads)
             }
             self.chosen[name] = stand_outs(of_this_step)
-            for head, step in list(self.maps):
-                if head.transformer == name and head not in self.chosen[name]:
-                    del self.maps[head, step]
+            for drawn, step in list(self.maps):
+                if drawn.transformer == name and drawn not in self.chosen[name]:
+                    del self.maps[drawn, step]
         return [head for head in self.chosen[name] if head.layer == layer]
 
 

@@ -33,7 +33,9 @@ if (everyHead) {
       const full = measure === "error" ? "var(--warm)" : "var(--accent)";
       const colour = column ? full : data.colours[value] ?? data.colours.other;
       button.style.background = isDense ? data.colours.dense : `color-mix(in srgb, ${colour} ${100 * share}%, var(--page))`;
-      button.style.color = isDense || !column ? "#fff" : share > 0.5 ? "var(--page)" : "var(--ink)";
+      // Of the colours of classes only that of the spatial heads is darker than its text.
+      const onClass = value === "spatial" ? "#fff" : "#111";
+      button.style.color = isDense || !column ? onClass : share > 0.5 ? "var(--page)" : "var(--ink)";
       button.textContent = isDense ? "dense" : column ? percent(value) : value;
       button.title = describe(button, step);
       button.classList.toggle("chosen", button === chosen);
@@ -46,18 +48,19 @@ if (everyHead) {
     for (const b of everyHead.querySelectorAll("[data-measure]")) {
       b.setAttribute("aria-pressed", b.dataset.measure === measure);
     }
-    if (chosen) drawCurve();
+    drawCurve();
   };
   const describe = (button, step) => {
     const [name, density, recall, error] = values(button, step);
     const { transformer, layer, head } = button.dataset;
     const what = name === "dense" ? "dense" : `${name}, density ${percent(density)}, recall ${percent(recall)}, error ${percent(error)}`;
-    return `${data.transformers[transformer].name}, layer ${layer}, head ${head}: ${what}`;
+    const prefix = data.transformers.length > 1 ? `${data.transformers[transformer].name}, ` : "";
+    return `${prefix}layer ${layer}, head ${head}: ${what}`;
   };
 
   // Recall and error of one head over the steps.
   const drawCurve = () => {
-    const [left, right, top, bottom] = [40, 570, 12, 125];
+    const [left, right, top, bottom] = [40, 580, 12, 160];
     const { of, index } = place(chosen);
     const x = (step) => left + (right - left) * (data.steps > 1 ? step / (data.steps - 1) : 0.5);
     const y = (share) => bottom - (bottom - top) * Math.min(1, share);
@@ -68,7 +71,7 @@ if (everyHead) {
       add("text", { x: left - 6, y: y(share) + 4, "text-anchor": "end" }, percent(share).replace("0.0", "0"));
     }
     const every = Math.ceil(data.steps / 10);
-    for (let step = 0; step < data.steps; step += every) add("text", { x: x(step), y: 142, "text-anchor": "middle" }, step);
+    for (let step = 0; step < data.steps; step += every) add("text", { x: x(step), y: 180, "text-anchor": "middle" }, step);
     for (const [name, column] of [["recall", 2], ["error", 3]]) {
       const points = of.steps.map((s, step) => [step, s.heads[index]]).filter(([, h]) => h && h[0] !== "dense");
       if (!points.length) continue;
@@ -86,7 +89,6 @@ if (everyHead) {
       if (content !== undefined) element.textContent = content;
       return element;
     }));
-    curve.toggleAttribute("hidden", false);
     about.textContent = describe(chosen, Number(slider.value));
   };
   slider.addEventListener("input", paint);
@@ -94,6 +96,8 @@ if (everyHead) {
     b.addEventListener("click", () => { measure = b.dataset.measure; paint(); });
   }
   for (const b of buttons) b.addEventListener("click", () => { chosen = b; paint(); });
+  // The worst head to begin with.
+  chosen = buttons.reduce((worst, b) => (values(b, -1)[3] > values(worst, -1)[3] ? b : worst));
   paint();
 }
 
