@@ -21,6 +21,8 @@ ROWS_A_CELL = 32
 """Query rows that are computed for each row of cells."""
 MAX_SCORES = 1 << 21
 """Scores held at a time, unless a single query row has more."""
+NEXT_TO_NOTHING = 1e-20
+"""Added to each weight, so that where float32 has none left there is still a share that is kept: that of the pairs."""
 OTHER_ORDER = "other"
 
 Array = NDArray[Any]
@@ -62,14 +64,16 @@ def attention_maps(call: Attended, head: int) -> MapPair:
     cells = -(-num_tokens // cell)
     order = place.argsort()
     own = torch.arange(num_tokens, device=place.device)
-    ways = ("before", own, own), ("after", place, key_place.argsort())
-    sums = {name: place.new_zeros(3, cells, cells, dtype=torch.float32) for name in ("before", "after")}
+    ways = ("before", own, None), ("after", place, key_place.argsort())
+    sums = {name: place.new_zeros(2, cells, cells, dtype=torch.float32) for name in ("before", "after")}
     counts = {name: place.new_zeros(cells, dtype=torch.float32) for name in sums}
     for rows in _sampled(cell, own, order).split(max(1, MAX_SCORES // num_tokens)):
         weights, exactly = call.attention(0, head, rows)
-        parts = torch.stack([weights, weights * exactly, exactly.float()])  # [3, R, S]
+        weights += NEXT_TO_NOTHING
+        parts = torch.stack([weights, weights * exactly])  # [2, R, S]
         for name, places, keys in ways:
-            sums[name].index_add_(1, places[rows] // cell, _pooled(parts[..., keys], cell))
+            ordered = parts if keys is None else parts.index_select(-1, keys)
+            sums[name].index_add_(1, places[rows] // cell, _pooled(ordered, cell))
             counts[name].index_add_(0, places[rows] // cell, torch.ones_like(rows, dtype=torch.float32))
     sizes = _pooled(torch.ones(1, num_tokens), cell)[0].numpy()  # [C]
     names = OWN_ORDER, _name_of(order, call.grid)
@@ -105,11 +109,9 @@ def _pooled(x: Tensor, cell: int) -> Tensor:
 
 
 def _finished(sums: Tensor, counts: Tensor, sizes: Array, num_tokens: int, cell: int, order: str) -> AttentionMap:
-    mass, kept_mass, kept_pairs = (sums / counts.clamp_min(1)[:, None]).cpu().numpy()
-    attention = mass / sizes * num_tokens
-    # Where no attention is left in float32, by the pairs.
-    kept = np.where(mass > 1e-30, kept_mass / np.maximum(mass, 1e-30), kept_pairs / sizes)
-    return AttentionMap(attention, kept, cell, order)
+    mass, kept_mass = (sums / counts.clamp_min(1)[:, None]).cpu().numpy()
+    attention, kept = mass / sizes * num_tokens, kept_mass / np.maximum(mass, NEXT_TO_NOTHING)
+    return AttentionMap(attention, np.clip(kept, 0, 1), cell, order)
 
 
 def _name_of(order: Tensor, grid: TokenGrid) -> str:
