@@ -32,7 +32,7 @@ def written(tiny_model, tmp_path_factory):
     # Of an earlier run, and something else.
     (folder / "map_transformer_layer7_head7_step7.png").touch()
     (folder / "mine.png").touch()
-    assert run(tiny_model, folder, "--prompt", HOSTILE, "--seed", 3) == 0
+    assert run(tiny_model, folder, "--prompt", HOSTILE, "--seed", 3, "--at-steps", "0.2", "0.5") == 0
     return folder
 
 
@@ -40,8 +40,8 @@ def test_a_run_writes_page_pictures_and_numbers(written):
     data = json.loads((written / "inspect.json").read_text())
     maps = {shown["file"] for shown in data["maps"]}
     assert names_in(written) == {"inspect.html", "inspect.json", "heads.png", "mine.png"} | maps
-    assert {shown["step"] for shown in data["maps"]} == {1, 2}  # 0.5 and 0.9 of 3 steps; 0.2 is a dense one
-    assert data["map_steps"] == [0, 1, 2]
+    assert {shown["step"] for shown in data["maps"]} == {1}  # 0.5 of 3 steps; 0.2 is a dense one
+    assert data["map_steps"] == [0, 1]
     assert data["prompt"] == HOSTILE.strip()
 
 
@@ -151,3 +151,4 @@ def test_ctrl_c_leaves_no_half_page(tiny_model, tmp_path, monkeypatch, capsys, d
 def test_steps_are_fractions_or_numbers():
     assert inspect_command._steps(["0.0", "0.5", "1.0", "3", "3"], 10) == (0, 3, 5, 9)
     assert inspect_command._steps(["1"], 2) == (1,)
+    assert inspect_command._steps(list(inspect_command.AT_STEPS), 20) == (4, 10, 18)

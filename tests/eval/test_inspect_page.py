@@ -76,7 +76,7 @@ def test_every_head_is_in_the_grid_the_table_and_the_data_of_the_script():
     assert len(compact["means"]) == len(compact["steps"][1]["heads"]) == 6
     assert compact["steps"][1]["heads"][5] == ["spatial", 0.25, 0.875, 0.0123]
     assert sum(tag == "td" and attributes.get("data-value") == "0.02" for tag, attributes in page.tags) == 2 * 2
-    for shown in ("88 %", "5th percentile 50 %", "2 of 4 attention calls were dense", "layer 1, head 2"):
+    for shown in ("88 %", "5th percentile 50\u00a0%", "2 of 4 attention calls were dense", "layer 1, head 2"):
         assert shown in page.text
 
 

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tiny_models import tiny_wan_pipeline
 
 from diffsparse import Adaptive, Dense, SparseAttentionConfig
+from diffsparse.eval import inspect_watch
 from diffsparse.eval.generate import Sampling, generate, load_pipeline
 from diffsparse.eval.inspect_measures import HeadMeasure
 from diffsparse.eval.inspect_watch import Head, Watch, stand_outs, watching
@@ -51,6 +55,37 @@ def test_every_head_of_every_sparse_step_is_measured_and_every_other_has_its_rea
     }
     # The plan is kept at the second step, and fits its queries less.
     assert watch.measures["transformer", 1, 0] != watch.measures["transformer", 2, 0]
+
+
+def test_the_first_guidance_branch_is_measured(pipe, tiny_model, monkeypatch):
+    """At the first step it sees what the only branch sees where there is no guidance."""
+    measured = []
+    real = inspect_watch.measure
+    monkeypatch.setattr(inspect_watch, "measure", lambda call: measured.append(call.query) or real(call))
+    watch_run(pipe, tiny_model, config(dense_steps=0.0))
+    assert len(measured) == 2 * 3  # layers, steps
+    guided = measured.copy()
+    measured.clear()
+    without_guidance = replace(Sampling.read(tiny_model), guidance_scale=1.0)
+    with watching(pipe, config(dense_steps=0.0), Watch((), None)) as end_step:
+        generate(pipe, PROMPT, 0, without_guidance, end_step)
+    # The second layer, behind the text.
+    assert torch.equal(measured[1], guided[1])
+
+
+def test_experts_are_told_apart():
+    experts = tiny_wan_pipeline(two_experts=True)
+    watch = Watch((1, 2), None)
+    with watching(experts, config(dense_steps=0.0), watch) as end_step:
+        generate(experts, PROMPT, 0, Sampling(64, 64, 9, 3, 1.0, 24), end_step)
+    at = {
+        name: {place.step for place in watch.measures if place.transformer == name}
+        for name in ("transformer", "transformer_2")
+    }
+    assert at["transformer"]
+    assert at["transformer_2"]
+    assert sorted([*at["transformer"], *at["transformer_2"]]) == [0, 1, 2]
+    assert all(step in at[head.transformer] for head, step in watch.maps)
 
 
 def test_a_strategy_that_keeps_all_dense_is_seen_as_such(pipe, tiny_model):
