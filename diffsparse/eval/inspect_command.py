@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heads",
         nargs="+",
         metavar="LAYER:HEAD",
-        help="heads whose attention maps are drawn (default: the one with the largest error, and of each class the one "
-        "with the smallest)",
+        help="heads whose attention maps are drawn (default: of each class those with the largest and "
+        "the smallest error)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the best one here)")
     parser.add_argument("--offload", action="store_true", help="keep on the GPU only the part that computes")

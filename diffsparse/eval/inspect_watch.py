@@ -107,18 +107,18 @@ class Watch:
 
 
 def stand_outs(measures: dict[Head, HeadMeasure]) -> dict[Head, str]:
-    """The head with the largest error, and of each class the one with the smallest, with what it stands for.
+    """The heads with the largest error of all, and the smallest and largest of each class, with what they stand for.
 
     A head that stands out among all does so among the first of them as well.
     """
     by_error = sorted(measures, key=lambda head: measures[head].error)
+    # Of equal keys, what comes last stays.
+    smallest = {measures[head].head_class: head for head in reversed(by_error)}
+    largest = {measures[head].head_class: head for head in by_error}
     found = {by_error[-1]: "the largest error of all heads"}
-    classes = set()
-    for head in by_error:
-        name = measures[head].head_class
-        if name not in classes:
-            classes.add(name)
-            found.setdefault(head, f"the smallest error of the {name} heads")
+    for kind, of_class in (("smallest", smallest), ("largest", largest)):
+        for name, head in of_class.items():
+            found.setdefault(head, f"the {kind} error of the {name} heads")
     return found
 
 

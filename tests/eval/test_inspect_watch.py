@@ -124,8 +124,10 @@ def test_the_heads_that_stand_out_are_known_layer_by_layer():
         assert set(found) <= seen
         assert measures[next(iter(found))].error == errors.max()
         for kind in set(classes):
-            least = min(error for error, other in zip(errors.tolist(), classes) if other == kind)
-            assert any(measures[h].error == least and measures[h].head_class == f"class {kind}" for h in found)
+            of_class = [error for error, other in zip(errors.tolist(), classes) if other == kind]
+            shown = [measures[head].error for head in found if measures[head].head_class == f"class {kind}"]
+            assert {min(of_class), max(of_class)} <= set(shown)
+            assert len(shown) <= 2
 
 
 def test_a_head_that_no_layer_has_is_an_error_that_leaves_the_pipeline_as_it_was(pipe, tiny_model):
