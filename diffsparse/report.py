@@ -27,6 +27,7 @@ class TransformerReport:
         head_classes: name of the class of every head, [layer][head], as last planned; "dense" where none is.
         head_densities: density of every head, [layer][head], mean over the sparse calls; 1 where there is none.
         precisions: sparse calls by what they were computed in; "native" is the dtype of the model.
+        layer_dense_reasons: dense calls of each layer by reason, [layer].
         unreached_layers: layers that run their own attention now and whose calls nothing above counts, by reason.
     """
 
@@ -43,6 +44,7 @@ class TransformerReport:
     head_densities: list[list[float]]
     unreached_layers: dict[str, int] = field(default_factory=dict)
     precisions: dict[str, int] = field(default_factory=dict)
+    layer_dense_reasons: list[dict[str, int]] = field(default_factory=list)
 
     @property
     def class_shares(self) -> dict[str, float]:
@@ -108,6 +110,7 @@ def _of_session(name: str, session: Session) -> TransformerReport:
         head_densities=densities,
         unreached_layers=dict(Counter(filter(None, map(session.why_not_reached, range(len(tallies)))))),
         precisions=dict(precisions.most_common()),
+        layer_dense_reasons=[dict(tally.dense_reasons.most_common()) for tally in tallies],
     )
 
 

@@ -10,6 +10,7 @@ import logging
 import pickle
 import threading
 import weakref
+from collections import Counter
 
 import diffusers
 import pytest
@@ -138,6 +139,8 @@ def test_every_layer_of_every_call_is_counted_once(tiny, model, call):
         assert report.num_layers == layers
         assert report.sparse_calls + report.dense_calls == 3 * layers * calls
         assert report.dense_calls == sum(report.dense_reasons.values())
+        assert len(report.layer_dense_reasons) == layers
+        assert sum(map(Counter, report.layer_dense_reasons), Counter()) == report.dense_reasons
         expected = {SPARSE: 3 * layers, DENSE: 0}.get(chosen, 3 * (layers - 2) if chosen.dense_layers else 0)
         assert report.sparse_calls == expected * calls
         model.disable_sparse_attention()

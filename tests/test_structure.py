@@ -167,6 +167,11 @@ def test_links_point_into_the_package(name):
     assert link.readlink() == Path("diffsparse", name)
 
 
+def test_no_file_hides_a_module_of_python():
+    # Python looks in the folder of the script that it runs before it looks among its own modules.
+    assert {file.name for file in SOURCES.values() if file.stem in sys.stdlib_module_names} == set()
+
+
 def test_nothing_is_imported_through_a_link():
     files = [*SOURCES.values(), *(ROOT / "tests").rglob("*.py")]
     through = {(file.name, found.name) for file in files for found in imports_of(file)}

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 # Each names a module with add_arguments(parser) and run(args) -> exit code, which imports what is heavy only in run.
 COMMANDS = {
     "demo": "make one video densely and sparsely with the embedded model, and compare the two",
+    "inspect": "what each attention head keeps, step by step, as a page with attention maps",
     "calibrate": "what a strategy plans on a few prompts, as a file that any run can use",
     "bench": "time sparse attention against dense attention on this machine",
     "plan": "what sparse attention is expected to save, without weights or GPU",
@@ -26,6 +27,9 @@ EVAL_COMMANDS = {
     "strategies": "every strategy at equal measured density, on the demo model",
     "ablation": "what the adaptive strategy owes to its parts, on the demo model",
 }
+
+# An inspect.py would hide Python's own from scripts that are started in this folder.
+MODULES = {"inspect": "inspect_command"}
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -76,6 +80,6 @@ def _add(
     for name, summary in commands.items():
         parser = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if words is None or name in words:
-            module = importlib.import_module(f"diffsparse.eval.{name.replace('-', '_')}")
+            module = importlib.import_module(f"diffsparse.eval.{MODULES.get(name, name.replace('-', '_'))}")
             module.add_arguments(parser)
             parser.set_defaults(run=module.run)

@@ -1,37 +1,22 @@
-"""A report as one HTML page that needs nothing else: no network, no library, no other file.
-
-Its content security policy allows no script but the page's own: what a prompt or a path holds is only ever text.
-"""
+"""A report as one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 import json
 import math
-from pathlib import Path
 from typing import Any
 
+from diffsparse.eval.html_page import data_block, data_uri, fact_list, html_page, sorted_cell, sorting_heads, text
 from diffsparse.eval.pareto_plot import Point, pareto_svg
 from diffsparse.eval.report_clips import BRIGHTEST_ERROR, Clip
 from diffsparse.eval.report_data import METRICS, as_number
 from diffsparse.eval.report_tables import differences, headline, label, notes, number, percent
-
-ASSETS = Path(__file__).parent.parent / "assets" / "report"
-
-text = html.escape
-"""What comes from outside goes through here."""
 
 
 def as_page(
     data: dict[str, Any], clips: list[Clip], left_out: list[dict[str, Any]], head_pictures: dict[str, bytes]
 ) -> str:
     """The page; head_pictures are PNGs by what stands under them."""
-    style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    policy = (
-        f"default-src 'none'; img-src data:; media-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
-    )
     body = [
         "<h1>Sparse against dense attention</h1>",
         *_introduction(data),
@@ -53,18 +38,8 @@ def as_page(
         *_heads(head_pictures),
         *_origin(data),
     ]
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            "<title>diffsparse: sparse against dense</title>",
-            f"<style>{style}</style></head><body>",
-            *body,
-            f"<script>{script}</script>",
-            "</body></html>\n",
-        ]
+    return html_page(
+        "diffsparse: sparse against dense", body, ["report/report.css"], ["report/sorting.js", "report/report.js"]
     )
 
 
@@ -127,8 +102,6 @@ def _player(data: dict[str, Any], clips: list[Clip], left_out: list[dict[str, An
         }
         for clip in clips
     ]
-    # Inside a script element only `</` and `<!--` mean anything.
-    block = json.dumps(contents).replace("<", "\\u003c")
     more = "" if not left_out else f" {len(left_out)} more would make the page too large: see the run’s folder."
     return [
         "<h2>Look at them</h2>",
@@ -151,7 +124,7 @@ def _player(data: dict[str, Any], clips: list[Clip], left_out: list[dict[str, An
         "</div>",
         '<p class="dim">Worst first. Compressed and scaled for this page; the numbers are of the stored frames.'
         f"{more}</p>",
-        f'<script type="application/json" id="clips">{block}</script>',
+        data_block("clips", contents),
     ]
 
 
@@ -164,29 +137,30 @@ def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
         index = place.get(id(video))
         cells = [
             "<td></td>" if index is None else f'<td><button data-clip="{index}">look</button></td>',
-            _cell(video["prompt"], video["prompt"], "prompt"),
-            _cell(str(video["seed"]), video["seed"]),
-            _cell(_name(data, video), _name(data, video), "config"),
+            sorted_cell(video["prompt"], video["prompt"], "prompt"),
+            sorted_cell(str(video["seed"]), video["seed"]),
+            sorted_cell(_name(data, video), _name(data, video), "config"),
         ]
         for key, metric in METRICS.items():
             score = video["scores"][key]
             if isinstance(score, str):
-                cells.append(_cell("n/a", None))
+                cells.append(sorted_cell("n/a", None))
             else:
                 worst = f"frame {score['worst_frame']}: {number(score['worst'], metric.digits)}"
                 shown = number(score["mean"], metric.digits)
-                cells.append(_cell(shown, as_number(score["mean"]), "number", worst))
+                cells.append(sorted_cell(shown, as_number(score["mean"]), "number", worst))
         cells += [
-            _cell(number(video["seconds"], ".1f"), video["seconds"], "number", f"dense {video['dense_seconds']:.1f}"),
-            _cell(number(video["speed_up"], ".2f"), video["speed_up"]),
-            _cell(percent(video["overall_density"]), video["overall_density"]),
+            sorted_cell(
+                number(video["seconds"], ".1f"), video["seconds"], "number", f"dense {video['dense_seconds']:.1f}"
+            ),
+            sorted_cell(number(video["speed_up"], ".2f"), video["speed_up"]),
+            sorted_cell(percent(video["overall_density"]), video["overall_density"]),
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    heads = [f"<th><button>{text(name)}</button></th>" if name else "<th></th>" for name in headings]
     return [
         "<h2>Every video</h2>",
         '<p class="dim">A click on a heading sorts. Under a score: its worst frame.</p>',
-        f'<div class="scroll"><table id="videos"><thead><tr>{"".join(heads)}</tr></thead><tbody>',
+        f'<div class="scroll"><table id="videos"><thead>{sorting_heads(headings)}</thead><tbody>',
         *rows,
         "</tbody></table></div>",
     ]
@@ -204,10 +178,9 @@ def _heads(pictures: dict[str, bytes]) -> list[str]:
         return []
     lines = ["<h2>What the heads do</h2>"]
     for caption, png in pictures.items():
-        uri = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         lines.append(
-            f'<figure><img src="{uri}" alt="Classes of the attention heads"><figcaption>{text(caption)}</figcaption>'
-            "</figure>"
+            f'<figure><img src="{data_uri("image/png", png)}" alt="Classes of the attention heads">'
+            f"<figcaption>{text(caption)}</figcaption></figure>"
         )
     return lines
 
@@ -218,12 +191,12 @@ def _origin(data: dict[str, Any]) -> list[str]:
         lines.append(f"<p>{text(run['path'])}</p>" if len(data["runs"]) > 1 else "")
         for made in run["made_by"]:
             facts = made["machine"] | made["versions"] | {"revision of diffsparse": made["git_revision"] or "unknown"}
-            lines += [f"<pre>{text(made['command'])}</pre>", _list(facts)]
+            lines += [f"<pre>{text(made['command'])}</pre>", fact_list(facts)]
         lines.append("<h2>Configs in full</h2>")
-        lines.append(_list({c["text"]: c["config"] for c in run["settings"]["configs"].values()}))
+        lines.append(fact_list({c["text"]: c["config"] for c in run["settings"]["configs"].values()}))
         settings = run["settings"]
         fingerprint = settings["model_sha256"] or "unknown"
-        lines.append(_list({"sampling": json.dumps(settings["sampling"]), "fingerprint of the model": fingerprint}))
+        lines.append(fact_list({"sampling": json.dumps(settings["sampling"]), "fingerprint of the model": fingerprint}))
     return lines
 
 
@@ -246,17 +219,6 @@ def _split(cell: str) -> str:
     return text(cell)
 
 
-def _cell(shown: str, value: Any, kind: str = "number", below: str = "") -> str:
-    small = f'<span class="range">{text(below)}</span>' if below else ""
-    # Empty where there is none; infinity as JavaScript spells it.
-    value = "" if value is None else str(value).replace("inf", "Infinity") if isinstance(value, float) else str(value)
-    return f'<td class="{kind}" data-value="{text(value)}">{text(shown)}{small}</td>'
-
-
-def _list(facts: dict[str, Any]) -> str:
-    return "<dl>" + "".join(f"<dt>{text(str(k))}</dt><dd>{text(str(v))}</dd>" for k, v in facts.items()) + "</dl>"
-
-
 def _name(data: dict[str, Any], video: dict[str, Any]) -> str:
     return label(data, {"run": video["run"], "name": video["config"]})
 
@@ -271,7 +233,3 @@ def _about(video: dict[str, Any]) -> str:
         f"“{video['prompt']}”, seed {video['seed']}: dense {video['dense_seconds']:.1f} s, "
         f"sparse {video['seconds']:.1f} s, {percent(video['overall_density'])} of the attention."
     )
-
-
-def _hash(source: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"

@@ -21,6 +21,7 @@ def fail_with(error, monkeypatch):
     [
         [],
         ["demo"],
+        ["inspect"],
         ["calibrate"],
         ["bench"],
         ["plan"],

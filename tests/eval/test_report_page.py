@@ -5,36 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
+from page_reader import HOSTILE, Page
 
 from diffsparse.eval import report
 from diffsparse.eval.run_folder import Pair, RunFolder
-
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\" onload='x' | **b** <!-- `c` &amp;"
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, the text outside scripts and styles, and what lies in data scripts."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.text, self.inside, self.data = [], "", None, ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self.inside = dict(attributes).get("type", tag) if tag in ("script", "style") else None
-
-    def handle_endtag(self, tag):
-        self.inside = None
-
-    def handle_data(self, data):
-        if self.inside is None:
-            self.text += data
-        elif self.inside == "application/json":
-            self.data += data
 
 
 @pytest.fixture(autouse=True)

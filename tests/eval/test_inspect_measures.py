@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from diffsparse.block_mask import BlockMask
+from diffsparse.eval import inspect_measures
+from diffsparse.eval.inspect_measures import Attended, measure
+from diffsparse.grid import TokenGrid
+from diffsparse.heads import HeadClass, sample_rows
+from diffsparse.permutation import Permutation
+from diffsparse.plan import AttentionPlan
+
+# 109 tokens: neither block size divides them.
+GRID = TokenGrid(3, 5, 7, text_before=1, text_after=3)
+TOKENS, HEADS, BATCH = GRID.num_tokens, 3, 2
+Q_BLOCK, K_BLOCK = 16, 8
+
+
+def random_permutation(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return Permutation.of(torch.stack([torch.randperm(TOKENS, generator=generator) for _ in range(HEADS)]))
+
+
+def random_plan(**changes):
+    generator = torch.Generator().manual_seed(5)
+    visible = torch.rand(BATCH, HEADS, -(-TOKENS // Q_BLOCK), -(-TOKENS // K_BLOCK), generator=generator) < 0.4
+    visible[..., 0] = True
+    mask = BlockMask.from_visible(visible, TOKENS, Q_BLOCK, K_BLOCK)
+    classes = torch.tensor([HeadClass.SPATIAL, HeadClass.TEXTURAL, HeadClass.TEMPORAL])
+    return AttentionPlan(
+        **({"permutation": random_permutation(1), "mask": mask, "classes": classes} | changes)
+    ), visible
+
+
+def attended(plan, seed=0, key_length=None, scale=None):
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(BATCH, HEADS, TOKENS, 16, generator=generator) for _ in range(3))
+    output = plan.attend(2 * query, key, value, key_length=key_length, scale=scale)
+    return Attended(plan, 2 * query, key, value, output, GRID, key_length, scale)
+
+
+def expected(call, visible, num_rows):
+    """Recall and error of each head by the whole matrix of pairs, in float64, with the mask of blocks spread out."""
+    rows = sample_rows(GRID, num_rows)
+    query, key, value = (x.double() for x in (call.query, call.key, call.value))
+    weights = query @ key.mT * (query.shape[-1] ** -0.5 if call.scale is None else call.scale)  # [B, H, S, S]
+    if call.key_length is not None:
+        for row, length in enumerate(call.key_length.tolist()):
+            weights[row, :, :, length:] = -torch.inf
+    weights = weights.softmax(-1)
+    pairs = visible.repeat_interleave(Q_BLOCK, 2)[:, :, :TOKENS].repeat_interleave(K_BLOCK, 3)[..., :TOKENS]
+    key_permutation = call.plan.key_permutation or call.plan.permutation
+    in_place = torch.zeros_like(pairs)  # the same in the tokens' own order
+    for head in range(HEADS):
+        query_order, key_order = call.plan.permutation.order[head], key_permutation.order[head]
+        in_place[:, head, query_order[:, None], key_order] = pairs[:, head]
+    recall = (weights * in_place).sum(-1)[:, :, rows].mean((0, 2))
+    difference = (call.output.double() - weights @ value)[:, :, rows]
+    exact = (weights @ value)[:, :, rows]
+    error = (difference.square().sum((0, 2, 3)) / exact.square().sum((0, 2, 3))).sqrt()
+    return recall.tolist(), error.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        ({}, {}),
+        ({"tail": torch.tensor([[True, False, True]])}, {"scale": 0.5}),
+        ({"key_permutation": random_permutation(2)}, {}),
+        ({"key_permutation": None}, {"key_length": torch.tensor([TOKENS, TOKENS - 20], dtype=torch.int32)}),
+    ],
+    ids=["plain", "tail", "keys in another order", "padded"],
+)
+def test_recall_and_error_are_those_of_the_whole_matrix(changes, more, monkeypatch):
+    monkeypatch.setattr(inspect_measures, "SAMPLED_ROWS", 20)
+    plan, visible = random_plan(**changes)
+    call = attended(plan, **more)
+    recall, error = expected(call, visible, 20)
+    found = measure(call)
+    # Sums of a hundred terms in float32.
+    assert [head.recall for head in found] == pytest.approx(recall, abs=1e-5)
+    assert [head.error for head in found] == pytest.approx(error, abs=1e-5)
+    assert min(error) > 0.05
+    assert max(recall) < 0.9
+    assert [head.density for head in found] == pytest.approx(visible.float().mean((0, 2, 3)).tolist())
+    assert [head.head_class for head in found] == ["spatial", "textural", "temporal"]
+    assert [head.tail for head in found] == ([True, False, True] if "tail" in changes else [False] * HEADS)
+
+
+def test_a_plan_that_sees_everything_keeps_everything():
+    everything = torch.ones(1, 1, -(-TOKENS // Q_BLOCK), -(-TOKENS // K_BLOCK), dtype=torch.bool)
+    plan = AttentionPlan(random_permutation(3), BlockMask.from_visible(everything, TOKENS, Q_BLOCK, K_BLOCK))
+    for head in measure(attended(plan)):
+        assert head.recall == pytest.approx(1, abs=1e-5)
+        assert head.error == pytest.approx(0, abs=1e-5)
+        assert (head.density, head.head_class) == (1, "unclassed")
+
+
+def test_a_head_that_keeps_the_orders_one_choice_is_measured_in_its_own():
+    """Orders that heads choose from are the same as an order for each head."""
+    plan, _ = random_plan()
+    orders = plan.permutation.orders
+    of_choice = Permutation(orders.flip(0), plan.permutation.inverses.flip(0), torch.tensor([2, 1, 0]))
+    chosen = dataclasses.replace(plan, permutation=of_choice)
+    assert measure(attended(chosen)) == measure(attended(plan))
+
+
+def test_planted_attention_is_found_where_it_was_planted():
+    """Each query attends to one key, 40 tokens on: a mask has it, or has not, or has that of half of the queries."""
+    grid = TokenGrid(1, 8, 16)
+    place = torch.arange(grid.num_tokens)
+    target = (place + 40) % grid.num_tokens
+    query = 50 * torch.eye(grid.num_tokens)[target][None, None]
+    key = torch.eye(grid.num_tokens)[None, None]
+    seen = torch.zeros(1, 3, 16, 16, dtype=torch.bool)
+    seen[:, 0, place // 8, target // 8] = True
+    seen[:, 1] = ~seen[:, 0]
+    seen[:, 2] = seen[:, 1]
+    seen[:, 2, :8] = True
+    query, key = (x.expand(1, 3, -1, -1).contiguous() for x in (query, key))
+    plan = AttentionPlan(None, BlockMask.from_visible(seen, grid.num_tokens, 8, 8))
+    found = measure(Attended(plan, query, key, key, plan.attend(query, key, key, scale=1.0), grid, scale=1.0))
+    assert [head.recall for head in found] == pytest.approx([1, 0, 0.5], abs=1e-3)
+    assert found[0].error < 1e-3
+    assert found[1].error > 0.9
+
+
+def test_a_skipped_head_keeps_nothing():
+    plan, _ = random_plan(skipped=torch.tensor([False, True, False]))
+    found = measure(attended(plan))
+    assert (found[1].recall, found[1].skipped) == (0, True)
+    assert found[1].error == pytest.approx(1)
+    assert found[0].recall > 0.1

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from page_reader import HOSTILE, Page
+
+from diffsparse.eval.inspect_page import as_page, in_words, percent
+
+MEASURE = {"class": "spatial", "density": 0.25, "recall": 0.875, "error": 0.0123, "tail": True, "skipped": False}
+DENSE = {"class": "dense", "density": 1.0, "recall": 1.0, "error": 0.0, "tail": False, "skipped": False}
+
+
+def head(transformer, layer, number, error):
+    more = {"classes": {"spatial": 2, "textural": 1}, "largest_error": error, "largest_error_at_step": 1}
+    more |= {"tail_steps": 1, "sparse_steps": 1, "dense_reasons": {"early step": 1}}
+    return {"transformer": transformer, "layer": layer, "head": number, **MEASURE, "error": error, **more}
+
+
+def transformer(name, layers=2, heads=3):
+    first = [{"dense": HOSTILE, "heads": [DENSE] * heads}] * layers
+    second = [{"dense": None, "heads": [MEASURE] * heads}] * layers
+    return {
+        "name": name,
+        "num_layers": layers,
+        "num_heads": heads,
+        "sparse_calls": layers,
+        "dense_calls": layers,
+        "dense_reasons": {HOSTILE: layers},
+        "unreached_layers": {},
+        "heads": [head(name, layer, number, 0.01 * number) for layer in range(layers) for number in range(heads)],
+        "steps": [{"step": 0, "layers": first}, {"step": 1, "layers": second}],
+    }
+
+
+def data_of(names=("transformer",), outside="a cat"):
+    shown = {"transformer": names[0], "layer": 1, "head": 2, "step": 1, "file": "map.png", "why": "the largest error"}
+    return {
+        "command": outside,
+        "model": outside,
+        "prompt": outside,
+        "seed": 0,
+        "config": outside,
+        "config_in_full": outside,
+        "sampling": {"width": 64, "height": 32, "num_frames": 9, "num_inference_steps": 2},
+        "sampled_rows": 64,
+        "seconds": 1.5,
+        "device": outside,
+        "machine": {"cpu": outside},
+        "versions": {"torch": outside},
+        "summary": {
+            "density": 0.25,
+            "overall_density": 0.625,
+            "recall": 0.875,
+            "recall_5th_percentile": 0.5,
+            "error": 0.0123,
+            "worst_head": {"transformer": names[-1], "layer": 1, "head": 2, "error": 0.02},
+        },
+        "transformers": [transformer(name) for name in names],
+        "map_steps": [1],
+        "maps": [shown | MEASURE],
+    }
+
+
+def page_of(**changes):
+    return Page(as_page(data_of(**changes), {"map.png": b"PNG"}))
+
+
+def test_every_head_is_in_the_grid_the_table_and_the_data_of_the_script():
+    page = page_of()
+    cells = [attributes for tag, attributes in page.tags if "data-layer" in attributes]
+    assert [(int(cell["data-layer"]), int(cell["data-head"])) for cell in cells] == [
+        (layer, number) for layer in range(2) for number in range(3)
+    ]
+    (compact,) = json.loads(page.data)["transformers"]
+    assert len(compact["means"]) == len(compact["steps"][1]["heads"]) == 6
+    assert compact["steps"][1]["heads"][5] == ["spatial", 0.25, 0.875, 0.0123]
+    assert sum(tag == "td" and attributes.get("data-value") == "0.02" for tag, attributes in page.tags) == 2 * 2
+    for shown in ("88 %", "5th percentile 50\u00a0%", "2 of 4 attention calls were dense", "layer 1, head 2"):
+        assert shown in page.text
+
+
+def test_several_transformers_are_told_apart_and_one_needs_no_name():
+    assert "transformer_2, layer 1, head 2" in page_of(names=("transformer", "transformer_2")).text
+    assert "transformer, layer" not in page_of().text
+
+
+def test_what_comes_from_outside_stays_text():
+    plain, hostile = page_of(), page_of(outside=HOSTILE)
+    kinds = [{(tag, name) for tag, attributes in page.tags for name in attributes or [""]} for page in (plain, hostile)]
+    assert kinds[1] == kinds[0]
+    assert hostile.text.count(HOSTILE) == plain.text.count(HOSTILE) + 8
+    assert HOSTILE in json.loads(hostile.data)["transformers"][0]["steps"][0]["dense"]
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(None, "–"), (0.0, "0.0 %"), (0.0812, "8.1 %"), (0.0996, "10 %"), (0.25, "25 %"), (1.0, "100 %")],
+)
+def test_shares_are_written_with_what_they_need(share, shown):
+    assert percent(share) == shown
+
+
+def test_a_head_in_words():
+    assert in_words(MEASURE) == ("spatial, density 25 %, recall 88 %, error 1.2 %, skipped blocks enter as their mean")
+    assert in_words(MEASURE | {"skipped": True}).endswith("error 1.2 %, output skipped")
