@@ -13,8 +13,9 @@ from diffsparse.eval.demo import LARGEST_SEED, make_writable
 from diffsparse.eval.environment import environment
 from diffsparse.eval.generate import choose_device
 from diffsparse.eval.model_choice import EMBEDDED, choose_model
-from diffsparse.eval.named_config import read_configs
+from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.prompts import read_prompts
+from diffsparse.eval.run_config import read_run_configs
 from diffsparse.eval.run_folder import RunFolder
 from diffsparse.eval.run_videos import Job, make_videos
 
@@ -39,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["balanced"],
         metavar="CONFIG",
         help="presets or strategies, with options: fast adaptive:density=0.2,dense_steps=0.1 (default: balanced)",
+    )
+    parser.add_argument(
+        "--baseline",
+        nargs="+",
+        default=[DENSE],
+        metavar="BASELINE",
+        help="what else to hold them against: attention backends and caches of diffusers, as backend:sage or "
+        "firstblockcache:threshold=0.1; dense videos are always made",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the noise (default: 0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
@@ -110,7 +119,7 @@ def read_job(args: argparse.Namespace) -> Job:
         model=model,
         prompts=prompts,
         seeds=args.seeds,
-        configs=read_configs(args.config),
+        configs=read_run_configs([*(name for name in args.baseline if name != DENSE), *args.config]),
         device=_device(args.device),
         offload=args.offload,
         start=rank * num_pairs // num_ranks,
@@ -133,7 +142,14 @@ def _settings(job: Job) -> dict[str, Any]:
         "sampling": vars(job.model.sampling),
         "prompts": job.prompts,
         "seeds": sorted(job.seeds),
-        "configs": {config.folder: {"text": config.text, "config": repr(config.config)} for config in job.configs},
+        "configs": {
+            config.folder: {
+                "text": config.text,
+                "kind": config.kind,
+                "config": " + ".join(map(repr, config.parts)),
+            }
+            for config in job.configs
+        },
     }
 
 
@@ -142,6 +158,7 @@ def _command(args: argparse.Namespace, job: Job) -> str:
     words = ["diffsparse", "eval", "run", "--model", args.model]
     words += ["--prompts", args.prompts] if args.prompts else []
     words += ["--num-prompts", str(args.num_prompts)] if args.num_prompts else []
+    words += ["--baseline", *args.baseline] if args.baseline != [DENSE] else []
     words += ["--config", *args.config, "--seeds", *map(str, args.seeds), "--steps", str(sampling.num_inference_steps)]
     words += ["--size", f"{sampling.width}x{sampling.height}", "--frames", str(sampling.num_frames)]
     words += ["--device", args.device] if args.device else []
@@ -150,10 +167,9 @@ def _command(args: argparse.Namespace, job: Job) -> str:
 
 
 def _check_room(job: Job, folder: RunFolder) -> None:
-    """Find out now whether the disk can hold the videos, as PNGs hold noise at worst."""
+    """Find out now whether the disk can hold all the videos."""
     missing = sum(folder.record(config, pair) is None for pair in job.pairs for config in job.config_names)
-    sampling = job.model.sampling
-    needed = missing * sampling.num_frames * sampling.height * sampling.width * 3
+    needed = missing * job.model.sampling.largest_video_bytes
     free = shutil.disk_usage(folder.path).free
     if needed > free:
         raise ValueError(
