@@ -16,7 +16,7 @@ from typing import Any
 from diffsparse.eval.pareto_plot import Point, pareto_svg
 from diffsparse.eval.report_clips import BRIGHTEST_ERROR, Clip
 from diffsparse.eval.report_data import METRICS, as_number
-from diffsparse.eval.report_tables import differences, headline, label, notes, number, percent
+from diffsparse.eval.report_tables import differences, headline, label, notes, number, percent, published
 
 ASSETS = Path(__file__).parent.parent / "assets" / "report"
 
@@ -32,11 +32,12 @@ def as_page(
     policy = (
         f"default-src 'none'; img-src data:; media-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
     )
+    headings, rows = headline(data)
     body = [
         "<h1>Sparse against dense attention</h1>",
         *_introduction(data),
         '<div class="scroll">',
-        _table(*headline(data), first="config"),
+        _table(headings, rows + published(data), first="config"),
         "</div>",
         '<p class="dim">Mean over the videos [95 % interval of the mean, by bootstrap]. Each video is compared with '
         "the dense one of the same prompt and seed. PSNR and the SSIMs: higher is closer. LPIPS and flicker "

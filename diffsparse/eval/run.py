@@ -15,6 +15,7 @@ from diffsparse.eval.generate import choose_device
 from diffsparse.eval.model_choice import EMBEDDED, choose_model
 from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.prompts import read_prompts
+from diffsparse.eval.protocol import PROTOCOLS, choose_protocol
 from diffsparse.eval.run_config import read_run_configs
 from diffsparse.eval.run_folder import RunFolder
 from diffsparse.eval.run_videos import Job, make_videos
@@ -48,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BASELINE",
         help="what else to hold them against: attention backends and caches of diffusers, as backend:sage or "
         "firstblockcache:threshold=0.1; dense videos are always made",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=["scope"],
+        help="size, frames, dense steps and dense layer as the SCOPE paper has them for Wan and HunyuanVideo, and its "
+        "numbers in the report",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the noise (default: 0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
@@ -100,7 +107,14 @@ def read_job(args: argparse.Namespace) -> Job:
     Raises:
         ValueError: they cannot be followed.
     """
-    model = choose_model(args.model, args.size, args.frames, args.steps)
+    size, frames, fixed = args.size, args.frames, {}
+    protocol = None if args.protocol is None else choose_protocol(args.model)
+    if protocol is not None:
+        follows = PROTOCOLS[protocol]
+        size = follows.agreed("--size", follows.size, size)
+        frames = follows.agreed("--frames", follows.frames, frames)
+        fixed = dict(follows.sparse)
+    model = choose_model(args.model, size, frames, args.steps)
     prompts = read_prompts(args.prompts or ("demo" if model.knows_its_sampling else "general"))
     if args.num_prompts is not None:
         if not 1 <= args.num_prompts <= len(prompts):
@@ -119,9 +133,10 @@ def read_job(args: argparse.Namespace) -> Job:
         model=model,
         prompts=prompts,
         seeds=args.seeds,
-        configs=read_run_configs([*(name for name in args.baseline if name != DENSE), *args.config]),
+        configs=read_run_configs([*(name for name in args.baseline if name != DENSE), *args.config], fixed),
         device=_device(args.device),
         offload=args.offload,
+        protocol=protocol,
         start=rank * num_pairs // num_ranks,
     )
 
@@ -142,6 +157,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "sampling": vars(job.model.sampling),
         "prompts": job.prompts,
         "seeds": sorted(job.seeds),
+        "protocol": job.protocol,
         "configs": {
             config.folder: {
                 "text": config.text,
@@ -163,6 +179,7 @@ def _command(args: argparse.Namespace, job: Job) -> str:
     words += ["--size", f"{sampling.width}x{sampling.height}", "--frames", str(sampling.num_frames)]
     words += ["--device", args.device] if args.device else []
     words += ["--offload"] if args.offload else []
+    words += ["--protocol", args.protocol] if args.protocol else []
     return shlex.join([*words, "--output", str(args.output)])
 
 

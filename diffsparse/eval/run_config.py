@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import diffsparse
 from diffsparse.config import PLAN_FILE_SUFFIX, PRESETS, SparseAttentionConfig
 from diffsparse.eval.baseline import BACKEND_PREFIX, AttentionBackend, Cache, cache_names
 from diffsparse.eval.named_config import DENSE, exported_strategies, read_config, read_options
+
+NOTHING_FIXED: Mapping[str, Any] = types.MappingProxyType({})
 
 Part = SparseAttentionConfig | AttentionBackend | Cache
 
@@ -59,13 +62,14 @@ class RunConfig:
             yield
 
 
-def read_run_configs(texts: list[str]) -> list[RunConfig]:
-    """The configs of several texts.
+def read_run_configs(texts: list[str], fixed: Mapping[str, Any] = NOTHING_FIXED) -> list[RunConfig]:
+    """The configs of several texts; `fixed` is what every sparse one of them has by a protocol.
 
     Raises:
-        ValueError: a text that cannot be read, or two that say the same or need the same folder.
+        ValueError: a text that cannot be read or goes against the protocol, or two that say the same or need the same
+            folder.
     """
-    configs = [read_run_config(text) for text in texts]
+    configs = [read_run_config(text, fixed) for text in texts]
     for index, config in enumerate(configs):
         if config.folder.lower() == DENSE:
             raise ValueError(f"--config {config.text}: dense videos are always made, so leave it out.")
@@ -75,23 +79,24 @@ def read_run_configs(texts: list[str]) -> list[RunConfig]:
     return configs
 
 
-def read_run_config(text: str) -> RunConfig:
+def read_run_config(text: str, fixed: Mapping[str, Any] = NOTHING_FIXED) -> RunConfig:
     """The config of a text: what `read_config` reads, `backend:NAME`, a cache as NAME:OPTION=VALUE,…, or some of these
     joined by +.
 
     Raises:
-        ValueError: an unknown name or option, a value that it cannot take, a missing package, or two of a kind.
+        ValueError: an unknown name or option, a value that it cannot take, a missing package, two of a kind, or an
+            option with another value than its `fixed` one.
     """
     # A + inside of options stands before a digit, as in 1e+3; one in the path of a file stands for itself.
     texts = [text.strip()] if Path(text.partition(":")[0]).is_file() else re.split(r"\+(?=[A-Za-z_./])", text.strip())
-    parts = tuple(_read_part(text, part) for part in texts)
+    parts = tuple(_read_part(text, part, fixed) for part in texts)
     kinds = [type(part) for part in parts]
     if len(set(kinds)) < len(kinds):
         raise ValueError(f"--config {text}: two of a kind cannot be joined by +. Name them one by one.")
     return RunConfig(text.strip(), parts)
 
 
-def _read_part(text: str, part: str) -> Part:
+def _read_part(text: str, part: str, fixed: Mapping[str, Any]) -> Part:
     name, _, options = part.partition(":")
     caches = cache_names()
     try:
@@ -103,7 +108,15 @@ def _read_part(text: str, part: str) -> Part:
         reason = " ".join(str(error).split())
         raise ValueError(reason if reason.startswith("--config") else f"--config {text}: {reason}") from error
     if name in PRESETS or name.endswith(PLAN_FILE_SUFFIX) or name.lower() in exported_strategies():
-        return read_config(part).config
+        config = read_config(part).config
+        given = read_options(text, options)
+        for option, value in fixed.items():
+            if given.get(option, value) != value:
+                raise ValueError(
+                    f"--config {text}: {option}={given[option]!r} goes against --protocol, which has {value!r}. "
+                    f"Leave out one of the two."
+                )
+        return dataclasses.replace(config, **fixed)
     raise ValueError(
         f"--config {text}: {name!r} is neither a preset ({', '.join(PRESETS)}), nor a strategy "
         f"({', '.join(exported_strategies())}), nor a cache of diffusers ({', '.join(caches)}), nor "

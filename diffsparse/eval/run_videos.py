@@ -26,6 +26,7 @@ class Job:
     """What a run is to make, and what this process makes it on.
 
     Attributes:
+        protocol: the name of the one that the run follows.
         start: index of the pair to begin with, so that processes meet seldom.
     """
 
@@ -35,6 +36,7 @@ class Job:
     configs: list[RunConfig]
     device: str
     offload: bool = False
+    protocol: str | None = None
     start: int = 0
 
     @property

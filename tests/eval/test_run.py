@@ -142,7 +142,7 @@ def test_a_record_tells_time_memory_density_and_where(tiny_model, prompts, tmp_p
     assert len(record["step_seconds"]) == 2
     assert record["total_seconds"] > sum(record["step_seconds"]) > record["attention_seconds"] > 0
     dense = json.loads(next((tmp_path / "run").glob("dense/*.json")).read_text())
-    assert dense["step_seconds"][0] > dense["attention_seconds"] / 2 > 0
+    assert sum(dense["step_seconds"]) > dense["attention_seconds"] > 0
     assert record["peak_memory_bytes"] is None or record["peak_memory_bytes"] > 1e7
     assert 0 < record["attention"]["overall_density"] < 1
     assert record["attention"]["transformers"][0]["dense_reasons"] == {"early step": 4}
