@@ -105,7 +105,7 @@ class Cache:
                 stack.callback(transformer.disable_cache)
                 # diffusers says nothing when its patterns match no module.
                 if _num_hooks(transformer) == num_hooks:
-                    identifiers = ", ".join(name for name in _options_of(self.name) if name.endswith("_identifiers"))
+                    identifiers = " or ".join(name for name in _options_of(self.name) if name.endswith("_identifiers"))
                     raise ValueError(
                         f"{self.name} finds nothing to keep in {type(transformer).__name__}. "
                         f"Name modules by {identifiers or 'another cache'}."

@@ -18,7 +18,7 @@ from diffsparse.eval.prompts import read_prompts
 from diffsparse.eval.protocol import PROTOCOLS, choose_protocol
 from diffsparse.eval.run_config import read_run_configs
 from diffsparse.eval.run_folder import RunFolder
-from diffsparse.eval.run_videos import Job, make_videos
+from diffsparse.eval.run_videos import Job, make_videos, open_studio
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     job = read_job(args)
     make_writable(args.output)
     folder = RunFolder(args.output)
-    folder.agree(_settings(job), {"command": _command(args, job)} | environment(job.device))
+    folder.check(_settings(job))
     _check_room(job, folder)
     sampling = job.model.sampling
     configs = ", ".join(config.text for config in job.configs)
@@ -92,8 +92,11 @@ def run(args: argparse.Namespace) -> int:
         markup=False,
         soft_wrap=True,
     )
+    studio = open_studio(job, folder)
+    # Only now: a config that the model cannot have would be missing for ever.
+    folder.agree(_settings(job), {"command": _command(args, job)} | environment(job.device))
     with RunProgress(console, job.num_videos, sampling.num_inference_steps) as progress:
-        num_failed = make_videos(job, folder, progress)
+        num_failed = make_videos(job, folder, studio, progress)
     if num_failed:
         console.print(f"{num_failed} of {job.num_videos} videos could not be made. The same command tries them again.")
         return 1

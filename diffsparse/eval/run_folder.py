@@ -108,6 +108,15 @@ class RunFolder:
                 return
             yield True
 
+    def check(self, settings: dict[str, Any]) -> None:
+        """Find out whether `agree` would, and write nothing.
+
+        Raises:
+            ValueError: the folder holds results of other settings.
+        """
+        if (self.path / MANIFEST).is_file():
+            _check_agreement(self.path, read_manifest(self.path)["settings"], settings)
+
     def agree(self, settings: dict[str, Any], made_by: dict[str, Any]) -> None:
         """Write down what the folder is to hold, or find that it agrees with what is written there.
 
@@ -119,8 +128,8 @@ class RunFolder:
         with self._lock("manifest") as lock, lock:
             file = self.path / MANIFEST
             if file.is_file():
+                self.check(settings)
                 found = read_manifest(self.path)
-                _check_agreement(self.path, found["settings"], settings)
                 settings = settings | {
                     "seeds": sorted({*found["settings"]["seeds"], *settings["seeds"]}),
                     "configs": found["settings"]["configs"] | settings["configs"],

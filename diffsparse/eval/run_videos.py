@@ -65,13 +65,24 @@ class Progress(Protocol):
     def skip(self, num_videos: int) -> None: ...  # noqa: D102
 
 
-def make_videos(job: Job, folder: RunFolder, progress: Progress) -> int:
+def open_studio(job: Job, folder: RunFolder) -> Studio:
+    """Where the videos are made; the model is loaded if one is missing.
+
+    Raises:
+        ValueError: the model cannot be loaded, or a config does not go with it.
+    """
+    studio = Studio(job)
+    if any(folder.record(config, pair) is None for pair in job.pairs for config in job.config_names):
+        studio.open()
+    return studio
+
+
+def make_videos(job: Job, folder: RunFolder, studio: Studio, progress: Progress) -> int:
     """Make every video that is not there or not as it was written; how many failed, each with its reason noted.
 
     The dense video of a pair and its sparse ones are made by one process, so that their times can be compared. Pairs
     that others hold come last: what they leave undone, because they died, is then done here.
     """
-    studio = Studio(job)
     taken = [pair for pair in job.pairs if not _make_pair(pair, job, folder, studio, progress, after_others=False)]
     for pair in taken:
         _make_pair(pair, job, folder, studio, progress, after_others=True)

@@ -206,13 +206,15 @@ def test_no_hour_is_spent_on_a_video_that_the_disk_cannot_hold(arguments, monkey
     assert "failed: OSError: the video may need 0.000111 GB, the disk has 1e-06 GB free" in capsys.readouterr().out
 
 
-def test_a_config_that_the_model_cannot_have_is_found_before_the_first_video(arguments, monkeypatch):
+def test_a_config_that_the_model_cannot_have_is_found_before_the_first_video(arguments, tmp_path, monkeypatch):
     made = []
     fake_videos(monkeypatch, lambda prompt, steps: made.append(prompt))
     for config in ("fast:dense_layers=(99,)", "taylorseercache:cache_identifiers=['nowhere']"):
         with pytest.raises(ValueError, match=r"--config .* does not go with --model .*(99|nothing to keep)"):
             start(run, arguments("run", "--config", config))
     assert made == []
+    # Nor does the folder wait for its videos.
+    assert not (tmp_path / "run" / "manifest.json").exists()
 
 
 def test_a_model_that_cannot_be_loaded_is_one_error_and_not_one_a_video(own_tiny_model, arguments):
