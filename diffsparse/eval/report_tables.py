@@ -21,8 +21,9 @@ def published(data: dict[str, Any]) -> list[list[str]]:
     rows = []
     for protocol in _protocols(data):
         for of in protocol.rows:
-            scores = {"psnr_db": of.psnr_db, "ssim": of.ssim, "lpips": of.lpips}
-            cells = [number(scores.get(key), metric.digits) for key, metric in METRICS.items()]
+            # To as many digits as the paper has.
+            scores = {"psnr_db": f"{of.psnr_db:.2f}", "ssim": f"{of.ssim:.3f}", "lpips": f"{of.lpips:.3f}"}
+            cells = [scores.get(key, "n/a") for key in METRICS]
             seconds = f"n/a (dense {number(of.dense_seconds, '.1f')})"
             name = f"{of.method} on {of.model}: published, not measured here"
             rows.append([name, "n/a", *cells, seconds, f"{number(of.speed_up, '.2f')}×", "n/a", "n/a"])
