@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,8 @@ class AttentionSeconds:
 
     def __init__(self, pipe: Any, device: str) -> None:
         self._layers = _self_attention(pipe) if device == "cpu" or device.startswith("cuda") else None
-        self._now = _event_on_gpu if device.startswith("cuda") else time.perf_counter
+        self._on_gpu = device.startswith("cuda")
+        self._now = functools.partial(_event_on_gpu, device) if self._on_gpu else time.perf_counter
         self._spans: list[tuple[Any, Any]] = []
         self._begun: Any = None
         self._hooks: list[Any] = []
@@ -30,7 +32,7 @@ class AttentionSeconds:
         """The seconds; None where no family says which layers these are, and on devices other than CPU and CUDA."""
         if not self._layers:
             return None
-        if self._now is time.perf_counter:
+        if not self._on_gpu:
             return float(sum(end - begin for begin, end in self._spans))
         if self._spans:
             self._spans[-1][1].synchronize()
@@ -62,9 +64,9 @@ def _self_attention(pipe: Any) -> list[nn.Module] | None:
     return layers
 
 
-def _event_on_gpu() -> Any:
+def _event_on_gpu(device: str) -> Any:
     import torch
 
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event

@@ -92,6 +92,11 @@ def test_a_damaged_video_is_made_again_and_a_new_config_uses_the_dense_ones(tiny
     assert start(tiny_model, prompts, output, "--config", CONFIGS[0]) == 0
     assert made == ["a dog"]
     assert contents(output) == before
+    (output / "dense" / "001-seed0.json").write_text("")
+    made.clear()
+    assert start(tiny_model, prompts, output, "--config", CONFIGS[0]) == 0
+    assert made == ["a dog"]
+    assert contents(output) == before
     assert start(tiny_model, prompts, output, "--config", CONFIGS[1], "--num-prompts", 2) == 0
     assert made == ["a dog", "a cat", "a dog"]
 
