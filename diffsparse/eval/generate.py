@@ -32,6 +32,11 @@ class Sampling:
     max_sequence_length: int | None = None
     fps: float = 16
 
+    @property
+    def largest_video_bytes(self) -> int:
+        """What a video takes as PNGs if it is noise, which cannot be compressed."""
+        return self.num_frames * self.height * self.width * 3
+
     @classmethod
     def read(cls, folder: Path) -> Sampling:
         """Read it from the folder of a pipeline.
@@ -128,7 +133,7 @@ def load_pipeline(folder: Path, device: str) -> Any:
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device, torch.float32)
     if device.startswith("cuda"):
-        for transformer in _transformers(pipe):
+        for transformer in transformers_of(pipe):
             transformer.to(torch.bfloat16)
     return pipe
 
@@ -157,7 +162,7 @@ def generate(
         on_step()
         return tensors
 
-    hooks = [transformer.register_forward_pre_hook(start) for transformer in _transformers(pipe)]
+    hooks = [transformer.register_forward_pre_hook(start) for transformer in transformers_of(pipe)]
     started = time.perf_counter()
     try:
         output = pipe(
@@ -176,6 +181,12 @@ def generate(
     return Generation(frames, tuple(np.diff(ticks).tolist()), seconds)
 
 
+def transformers_of(pipe: Any) -> list[Any]:
+    """The denoising transformers of a pipeline. Wan 2.2 has a second one, for the early steps."""
+    components = pipe.components.items()
+    return [component for name, component in components if name.startswith("transformer") and component is not None]
+
+
 _WAY_OUT = "Install diffsparse again, or name another model."
 
 
@@ -186,12 +197,6 @@ def _sizes(pipe: Any, sampling: Sampling) -> dict[str, Any]:
     if sampling.num_frames == 1 and "num_frames" not in known:
         del values["num_frames"]
     return values
-
-
-def _transformers(pipe: Any) -> list[Any]:
-    # Wan 2.2 has a second one, for the early steps.
-    components = pipe.components.items()
-    return [component for name, component in components if name.startswith("transformer") and component is not None]
 
 
 def _wait_for_device() -> None:

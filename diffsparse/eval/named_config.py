@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,35 +16,10 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class NamedConfig:
-    """A config and the text that stands for it.
-
-    Attributes:
-        folder: the text with nothing in it that a file name must not have.
-    """
+    """A config and the text that stands for it."""
 
     text: str
     config: SparseAttentionConfig
-
-    @property
-    def folder(self) -> str:
-        """A folder name that tells configs apart as the text does."""
-        return re.sub(r"[^A-Za-z0-9.,=+-]+", "_", self.text)
-
-
-def read_configs(texts: list[str]) -> list[NamedConfig]:
-    """The configs of several texts.
-
-    Raises:
-        ValueError: a text that cannot be read, or two that say the same or need the same folder.
-    """
-    configs = [read_config(text) for text in texts]
-    for index, config in enumerate(configs):
-        if config.folder.lower() == DENSE:
-            raise ValueError(f"--config {config.text}: dense videos are always made, so leave it out.")
-        for other in configs[:index]:
-            if config.config == other.config or config.folder.lower() == other.folder.lower():
-                raise ValueError(f"--config {other.text} and {config.text} are the same: leave one out.")
-    return configs
 
 
 def read_config(text: str) -> NamedConfig:
@@ -69,7 +43,7 @@ def read_config(text: str) -> NamedConfig:
             f"--config {text}: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a strategy "
             f"({', '.join(strategies)})."
         )
-    values = _read_options(text, options)
+    values = read_options(text, options)
     of_config = {field.name for field in dataclasses.fields(config)} - {"strategy"}
     of_strategy = {field.name for field in dataclasses.fields(config.strategy)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - of_config - of_strategy)
@@ -89,15 +63,12 @@ def exported_strategies() -> dict[str, type]:
     return {name.lower(): c for name, c in exported.items() if isinstance(c, type) and _is_strategy(c)}
 
 
-def _is_strategy(cls: type) -> bool:
-    if not dataclasses.is_dataclass(cls) or not hasattr(cls, "plan"):
-        return False
-    # One that has no defaults, as that of a plan file, is not said by its name.
-    missing = dataclasses.MISSING
-    return all(f.default is not missing or f.default_factory is not missing for f in dataclasses.fields(cls))
+def read_options(text: str, options: str) -> dict[str, Any]:
+    """OPTION=VALUE,… as a dictionary, values as in Python; `text` is what the user wrote, for the error.
 
-
-def _read_options(text: str, options: str) -> dict[str, Any]:
+    Raises:
+        ValueError: they are written in another way.
+    """
     try:
         call = ast.parse(f"f({options})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
@@ -112,6 +83,14 @@ def _read_options(text: str, options: str) -> dict[str, Any]:
             f"--config {text}: the options cannot be read ({reason}); "
             f"expected OPTION=VALUE,… as in adaptive:density=0.2,dense_steps=0.1."
         ) from error
+
+
+def _is_strategy(cls: type) -> bool:
+    if not dataclasses.is_dataclass(cls) or not hasattr(cls, "plan"):
+        return False
+    # One that has no defaults, as that of a plan file, is not said by its name.
+    missing = dataclasses.MISSING
+    return all(f.default is not missing or f.default_factory is not missing for f in dataclasses.fields(cls))
 
 
 def _made(text: str, base: Any, changes: dict[str, Any]) -> Any:

@@ -6,12 +6,13 @@ import re
 from typing import Any
 
 from diffsparse.eval.report_data import METRICS
-from diffsparse.eval.report_tables import differences, headline, label, notes, number, percent
+from diffsparse.eval.report_tables import differences, headline, label, notes, number, percent, published
 
 
 def as_markdown(data: dict[str, Any]) -> str:
     """Headline, notes, every video, and what it was made with."""
-    lines = ["# Sparse against dense attention", "", *table(*headline(data)), ""]
+    headings, rows = headline(data)
+    lines = ["# Sparse against dense attention", "", *table(headings, rows + published(data)), ""]
     lines += ["Mean over the videos [95 % interval of the mean], and the worst frame of all.", ""]
     lines += [f"- {_plain(note)}" for note in notes(data)]
     if data["differences"]:

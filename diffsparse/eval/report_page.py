@@ -10,18 +10,19 @@ from diffsparse.eval.html_page import data_block, data_uri, fact_list, html_page
 from diffsparse.eval.pareto_plot import Point, pareto_svg
 from diffsparse.eval.report_clips import BRIGHTEST_ERROR, Clip
 from diffsparse.eval.report_data import METRICS, as_number
-from diffsparse.eval.report_tables import differences, headline, label, notes, number, percent
+from diffsparse.eval.report_tables import differences, headline, label, notes, number, percent, published
 
 
 def as_page(
     data: dict[str, Any], clips: list[Clip], left_out: list[dict[str, Any]], head_pictures: dict[str, bytes]
 ) -> str:
     """The page; head_pictures are PNGs by what stands under them."""
+    headings, rows = headline(data)
     body = [
         "<h1>Sparse against dense attention</h1>",
         *_introduction(data),
         '<div class="scroll">',
-        _table(*headline(data), first="config"),
+        _table(headings, rows + published(data), first="config"),
         "</div>",
         '<p class="dim">Mean over the videos [95 % interval of the mean, by bootstrap]. Each video is compared with '
         "the dense one of the same prompt and seed. PSNR and the SSIMs: higher is closer. LPIPS and flicker "

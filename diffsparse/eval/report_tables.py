@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from diffsparse.eval.protocol import PROTOCOLS, Protocol
 from diffsparse.eval.report_data import METRICS, as_number
 
 
@@ -13,6 +14,20 @@ def headline(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     headings = ["config", "videos", *(metric.label for metric in METRICS.values())]
     headings += ["seconds a video", "speed-up", "density", "peak memory"]
     return headings, [_row(data, config) for config in data["configs"]]
+
+
+def published(data: dict[str, Any]) -> list[list[str]]:
+    """Rows for the same headings: what papers report whose protocol a run follows."""
+    rows = []
+    for protocol in _protocols(data):
+        for of in protocol.rows:
+            # To as many digits as the paper has.
+            scores = {"psnr_db": f"{of.psnr_db:.2f}", "ssim": f"{of.ssim:.3f}", "lpips": f"{of.lpips:.3f}"}
+            cells = [scores.get(key, "n/a") for key in METRICS]
+            seconds = f"n/a (dense {number(of.dense_seconds, '.1f')})"
+            name = f"{of.method} on {of.model}: published, not measured here"
+            rows.append([name, "n/a", *cells, seconds, f"{number(of.speed_up, '.2f')}×", "n/a", "n/a"])
+    return rows
 
 
 def differences(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -37,12 +52,16 @@ def differences(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def notes(data: dict[str, Any]) -> list[str]:
     """What a reader of the rows has to know besides."""
     found = [f"{METRICS[key].label} {reason}." for key, reason in _reasons(data).items()]
+    found += [f"Published, not measured here: {source}." for source in {p.source: 0 for p in _protocols(data)}]
     for config in data["configs"]:
         name = label(data, config)
         psnr = config["scores"]["psnr_db"]
         if not isinstance(psnr, str) and psnr["num_identical"]:
             found.append(f"{name}: {psnr['num_identical']} videos equal the dense ones, left out of the mean PSNR.")
-        if config["num_videos"] and config["density"] is None:
+        kind = data["runs"][config["run"]]["settings"]["configs"][config["name"]].get("kind", "sparse attention")
+        if "sparse attention" not in kind:
+            found.append(f"{name}: {kind}; nothing sparse ran.")
+        elif config["num_videos"] and config["density"] is None:
             found.append(f"{name}: sparse attention never ran; {_counts(config['dense_reasons'])}.")
         elif config["dense_reasons"]:
             found.append(f"{name}: dense attention calls: {_counts(config['dense_reasons'])}.")
@@ -87,6 +106,11 @@ def _row(data: dict[str, Any], config: dict[str, Any]) -> list[str]:
 def percent(share: float | None) -> str:
     """A density in words."""
     return "n/a" if share is None else f"{100 * share:.0f} %"
+
+
+def _protocols(data: dict[str, Any]) -> list[Protocol]:
+    names = (run["settings"].get("protocol") for run in data["runs"])
+    return [PROTOCOLS[name] for name in dict.fromkeys(names) if name in PROTOCOLS]
 
 
 def _reasons(data: dict[str, Any]) -> dict[str, str]:

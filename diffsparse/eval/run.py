@@ -13,10 +13,12 @@ from diffsparse.eval.demo import LARGEST_SEED, make_writable
 from diffsparse.eval.environment import environment
 from diffsparse.eval.generate import choose_device
 from diffsparse.eval.model_choice import EMBEDDED, choose_model
-from diffsparse.eval.named_config import read_configs
+from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.prompts import read_prompts
+from diffsparse.eval.protocol import PROTOCOLS, choose_protocol
+from diffsparse.eval.run_config import read_run_configs
 from diffsparse.eval.run_folder import RunFolder
-from diffsparse.eval.run_videos import Job, make_videos
+from diffsparse.eval.run_videos import Job, make_videos, open_studio
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["balanced"],
         metavar="CONFIG",
         help="presets or strategies, with options: fast adaptive:density=0.2,dense_steps=0.1 (default: balanced)",
+    )
+    parser.add_argument(
+        "--baseline",
+        nargs="+",
+        default=[DENSE],
+        metavar="BASELINE",
+        help="what else to hold them against: attention backends and caches of diffusers, as backend:sage or "
+        "firstblockcache:threshold=0.1; dense videos are always made",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=["scope"],
+        help="size, frames, dense steps and dense layer as the SCOPE paper has them for Wan and HunyuanVideo, and its "
+        "numbers in the report",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the noise (default: 0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
@@ -65,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     job = read_job(args)
     make_writable(args.output)
     folder = RunFolder(args.output)
-    folder.agree(_settings(job), {"command": _command(args, job)} | environment(job.device))
+    folder.check(_settings(job))
     _check_room(job, folder)
     sampling = job.model.sampling
     configs = ", ".join(config.text for config in job.configs)
@@ -76,8 +92,11 @@ def run(args: argparse.Namespace) -> int:
         markup=False,
         soft_wrap=True,
     )
+    studio = open_studio(job, folder)
+    # Only now: a config that the model cannot have would be missing for ever.
+    folder.agree(_settings(job), {"command": _command(args, job)} | environment(job.device))
     with RunProgress(console, job.num_videos, sampling.num_inference_steps) as progress:
-        num_failed = make_videos(job, folder, progress)
+        num_failed = make_videos(job, folder, studio, progress)
     if num_failed:
         console.print(f"{num_failed} of {job.num_videos} videos could not be made. The same command tries them again.")
         return 1
@@ -91,7 +110,14 @@ def read_job(args: argparse.Namespace) -> Job:
     Raises:
         ValueError: they cannot be followed.
     """
-    model = choose_model(args.model, args.size, args.frames, args.steps)
+    size, frames, fixed = args.size, args.frames, {}
+    protocol = None if args.protocol is None else choose_protocol(args.model)
+    if protocol is not None:
+        follows = PROTOCOLS[protocol]
+        size = follows.agreed("--size", follows.size, size)
+        frames = follows.agreed("--frames", follows.frames, frames)
+        fixed = dict(follows.sparse)
+    model = choose_model(args.model, size, frames, args.steps)
     prompts = read_prompts(args.prompts or ("demo" if model.knows_its_sampling else "general"))
     if args.num_prompts is not None:
         if not 1 <= args.num_prompts <= len(prompts):
@@ -110,9 +136,10 @@ def read_job(args: argparse.Namespace) -> Job:
         model=model,
         prompts=prompts,
         seeds=args.seeds,
-        configs=read_configs(args.config),
+        configs=read_run_configs([*(name for name in args.baseline if name != DENSE), *args.config], fixed),
         device=_device(args.device),
         offload=args.offload,
+        protocol=protocol,
         start=rank * num_pairs // num_ranks,
     )
 
@@ -133,7 +160,15 @@ def _settings(job: Job) -> dict[str, Any]:
         "sampling": vars(job.model.sampling),
         "prompts": job.prompts,
         "seeds": sorted(job.seeds),
-        "configs": {config.folder: {"text": config.text, "config": repr(config.config)} for config in job.configs},
+        "protocol": job.protocol,
+        "configs": {
+            config.folder: {
+                "text": config.text,
+                "kind": config.kind,
+                "config": " + ".join(map(repr, config.parts)),
+            }
+            for config in job.configs
+        },
     }
 
 
@@ -142,18 +177,19 @@ def _command(args: argparse.Namespace, job: Job) -> str:
     words = ["diffsparse", "eval", "run", "--model", args.model]
     words += ["--prompts", args.prompts] if args.prompts else []
     words += ["--num-prompts", str(args.num_prompts)] if args.num_prompts else []
+    words += ["--baseline", *args.baseline] if args.baseline != [DENSE] else []
     words += ["--config", *args.config, "--seeds", *map(str, args.seeds), "--steps", str(sampling.num_inference_steps)]
     words += ["--size", f"{sampling.width}x{sampling.height}", "--frames", str(sampling.num_frames)]
     words += ["--device", args.device] if args.device else []
     words += ["--offload"] if args.offload else []
+    words += ["--protocol", args.protocol] if args.protocol else []
     return shlex.join([*words, "--output", str(args.output)])
 
 
 def _check_room(job: Job, folder: RunFolder) -> None:
-    """Find out now whether the disk can hold the videos, as PNGs hold noise at worst."""
+    """Find out now whether the disk can hold all the videos."""
     missing = sum(folder.record(config, pair) is None for pair in job.pairs for config in job.config_names)
-    sampling = job.model.sampling
-    needed = missing * sampling.num_frames * sampling.height * sampling.width * 3
+    needed = missing * job.model.sampling.largest_video_bytes
     free = shutil.disk_usage(folder.path).free
     if needed > free:
         raise ValueError(

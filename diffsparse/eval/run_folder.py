@@ -53,21 +53,20 @@ class RunFolder:
         return self.path / config / pair.name
 
     def record(self, config: str, pair: Pair) -> dict[str, Any] | None:
-        """What is known of a video; None where it is not made yet."""
+        """What is known of a video; None where it is not made yet, or where the record is damaged."""
         file = self._record_file(config, pair)
         if not file.is_file() or not self.frames(config, pair).is_dir():
             return None
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return found
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
 
     def is_whole(self, config: str, pair: Pair) -> bool:
         """Whether the video is made and its files are those that were written."""
-        try:
-            record = self.record(config, pair)
-            return record is not None and record["sha256"] == _checksum(self.frames(config, pair))
-        # A damaged record is like none.
-        except (ValueError, KeyError, TypeError):
-            return False
+        record = self.record(config, pair)
+        return record is not None and record.get("sha256") == _checksum(self.frames(config, pair))
 
     def add(self, config: str, pair: Pair, frames: NDArray[Any], record: dict[str, Any]) -> None:
         """Keep a video and what is known of it; a kill leaves nothing or all, besides what `remove` clears away."""
@@ -108,6 +107,15 @@ class RunFolder:
                 return
             yield True
 
+    def check(self, settings: dict[str, Any]) -> None:
+        """Find out whether `agree` would, and write nothing.
+
+        Raises:
+            ValueError: the folder holds results of other settings.
+        """
+        if (self.path / MANIFEST).is_file():
+            _check_agreement(self.path, read_manifest(self.path)["settings"], settings)
+
     def agree(self, settings: dict[str, Any], made_by: dict[str, Any]) -> None:
         """Write down what the folder is to hold, or find that it agrees with what is written there.
 
@@ -119,8 +127,8 @@ class RunFolder:
         with self._lock("manifest") as lock, lock:
             file = self.path / MANIFEST
             if file.is_file():
+                self.check(settings)
                 found = read_manifest(self.path)
-                _check_agreement(self.path, found["settings"], settings)
                 settings = settings | {
                     "seeds": sorted({*found["settings"]["seeds"], *settings["seeds"]}),
                     "configs": found["settings"]["configs"] | settings["configs"],

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import diffsparse
+from diffsparse.eval.attention_seconds import AttentionSeconds
 from diffsparse.eval.environment import environment
 from diffsparse.eval.generate import Generation, generate
 from diffsparse.eval.model_choice import ModelChoice
-from diffsparse.eval.named_config import DENSE, NamedConfig
+from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.peak_memory import PeakMemory
+from diffsparse.eval.run_config import RunConfig
 from diffsparse.eval.run_folder import Pair, RunFolder
 
 
@@ -22,15 +26,17 @@ class Job:
     """What a run is to make, and what this process makes it on.
 
     Attributes:
+        protocol: the name of the one that the run follows.
         start: index of the pair to begin with, so that processes meet seldom.
     """
 
     model: ModelChoice
     prompts: list[str]
     seeds: list[int]
-    configs: list[NamedConfig]
+    configs: list[RunConfig]
     device: str
     offload: bool = False
+    protocol: str | None = None
     start: int = 0
 
     @property
@@ -59,13 +65,24 @@ class Progress(Protocol):
     def skip(self, num_videos: int) -> None: ...  # noqa: D102
 
 
-def make_videos(job: Job, folder: RunFolder, progress: Progress) -> int:
+def open_studio(job: Job, folder: RunFolder) -> Studio:
+    """Where the videos are made; the model is loaded if one is missing.
+
+    Raises:
+        ValueError: the model cannot be loaded, or a config does not go with it.
+    """
+    studio = Studio(job)
+    if any(folder.record(config, pair) is None for pair in job.pairs for config in job.config_names):
+        studio.open()
+    return studio
+
+
+def make_videos(job: Job, folder: RunFolder, studio: Studio, progress: Progress) -> int:
     """Make every video that is not there or not as it was written; how many failed, each with its reason noted.
 
     The dense video of a pair and its sparse ones are made by one process, so that their times can be compared. Pairs
     that others hold come last: what they leave undone, because they died, is then done here.
     """
-    studio = Studio(job)
     taken = [pair for pair in job.pairs if not _make_pair(pair, job, folder, studio, progress, after_others=False)]
     for pair in taken:
         _make_pair(pair, job, folder, studio, progress, after_others=True)
@@ -82,24 +99,47 @@ class Studio:
         self._pipe: Any = None
         self._warm: set[str] = set()
 
+    def open(self) -> None:
+        """Load the pipeline, and put each config on it once: one that it cannot have is found before hours of work.
+
+        Raises:
+            ValueError: the model cannot be loaded, or a config cannot be put on it.
+        """
+        if self._pipe is not None:
+            return
+        pipe = self._job.model.load(self._job.device, self._job.offload)
+        for config in self._job.configs:
+            try:
+                with config.on(pipe, self._job.model.sampling.num_inference_steps):
+                    pass
+            # diffusers refuses in many ways.
+            except Exception as error:
+                raise ValueError(
+                    f"--config {config.text} does not go with --model {self._job.model.name}: {error}"
+                ) from error
+        self._pipe = pipe
+
     def make(
-        self, config: NamedConfig | None, prompt: str, seed: int, on_step: Callable[[], None]
+        self, config: RunConfig | None, prompt: str, seed: int, on_step: Callable[[], None]
     ) -> tuple[Generation, dict[str, Any]]:
-        """A video by a config, or densely, and its record.
+        """A video by a config, or densely, and its record. The studio is open.
 
         The first calls of a process are slower: memory is fetched, kernels are compiled. So the first video of each
         config follows after one step outside the timing.
         """
-        if self._pipe is None:
-            self._pipe = self._job.model.load(self._job.device, self._job.offload)
         name = DENSE if config is None else config.folder
         sampling = self._job.model.sampling
         if name not in self._warm:
-            early = None if config is None else dataclasses.replace(config.config, dense_steps=0.0)
-            self._generate(early, prompt, seed, dataclasses.replace(sampling, num_inference_steps=1), lambda: None)
+            one_step = dataclasses.replace(sampling, num_inference_steps=1)
+            with contextlib.nullcontext() if config is None else config.on(self._pipe, 1, dense_steps=0.0):
+                generate(self._pipe, prompt, seed, one_step)
             self._warm.add(name)
         memory = PeakMemory(self._job.device)
-        made, attention = self._generate(None if config is None else config.config, prompt, seed, sampling, on_step)
+        num_steps = sampling.num_inference_steps
+        with contextlib.nullcontext() if config is None else config.on(self._pipe, num_steps):
+            with AttentionSeconds(self._pipe, self._job.device) as attention_seconds:
+                made = generate(self._pipe, prompt, seed, sampling, on_step)
+            attention = None if config is None else self._attention(config)
         return made, {
             "prompt": prompt,
             "seed": seed,
@@ -109,6 +149,7 @@ class Studio:
             "seconds_per_step": made.seconds_per_step,
             "step_seconds": made.step_seconds,
             "other_seconds": made.other_seconds,
+            "attention_seconds": attention_seconds.total,
             "peak_memory_bytes": memory.num_bytes,
             "peak_memory_kind": memory.kind,
             "attention": attention,
@@ -116,17 +157,10 @@ class Studio:
             "process": self._process,
         }
 
-    def _generate(
-        self, config: diffsparse.SparseAttentionConfig | None, prompt: str, seed: int, sampling: Any, on_step: Any
-    ) -> tuple[Generation, dict[str, Any] | None]:
-        if config is None:
-            return generate(self._pipe, prompt, seed, sampling, on_step), None
-        diffsparse.enable_sparse_attention(self._pipe, config)
-        try:
-            made = generate(self._pipe, prompt, seed, sampling, on_step)
-            return made, diffsparse.sparse_attention_report(self._pipe).as_dict()
-        finally:
-            diffsparse.disable_sparse_attention(self._pipe)
+    def _attention(self, config: RunConfig) -> dict[str, Any]:
+        if config.has_sparse_attention:
+            return diffsparse.sparse_attention_report(self._pipe).as_dict()
+        return {"density": None, "overall_density": None, "transformers": []}
 
 
 def _make_pair(pair: Pair, job: Job, folder: RunFolder, studio: Studio, progress: Progress, after_others: bool) -> bool:
@@ -139,14 +173,25 @@ def _make_pair(pair: Pair, job: Job, folder: RunFolder, studio: Studio, progress
                 progress.skip(1)
                 continue
             what = f"{config.text if config else DENSE}, prompt {pair.prompt}, seed {pair.seed}"
+            studio.open()
             progress.start(what)
             # Whatever goes wrong with one video, the rest may still be made.
             try:
+                _check_room(job, folder)
                 made, record = studio.make(config, job.prompts[pair.prompt], pair.seed, progress.step)
                 folder.add(name, pair, made.frames, record)
                 progress.end(what, f"{made.total_seconds:.1f} s")
             except Exception as error:
-                folder.remove(name, pair)
-                folder.note_failure(name, pair, f"{type(error).__name__}: {error}")
-                progress.end(what, f"failed: {type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {error}"
+                progress.end(what, f"failed: {reason}")
+                # A disk that takes no video may not take the reason either.
+                with contextlib.suppress(OSError):
+                    folder.remove(name, pair)
+                    folder.note_failure(name, pair, reason)
     return True
+
+
+def _check_room(job: Job, folder: RunFolder) -> None:
+    """Find out before a video is made whether the disk can hold it: others write to it as well."""
+    if (needed := job.model.sampling.largest_video_bytes) > (free := shutil.disk_usage(folder.path).free):
+        raise OSError(f"the video may need {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from diffsparse import PRESETS, Adaptive, Dense, SparseAttentionConfig
-from diffsparse.eval.named_config import exported_strategies, read_config, read_configs
+from diffsparse.eval.named_config import exported_strategies, read_config
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -49,17 +49,3 @@ def test_every_strategy_that_diffsparse_exports_has_its_name():
 def test_what_is_wrong_is_said(text, says):
     with pytest.raises(ValueError, match=says):
         read_config(text)
-
-
-@pytest.mark.parametrize(
-    "texts",
-    [["fast", "fast"], ["balanced", "adaptive:density=0.25"], ["fast", "dense"]],
-)
-def test_two_configs_that_are_one_are_refused(texts):
-    with pytest.raises(ValueError, match="--config"):
-        read_configs(texts)
-
-
-def test_a_folder_name_holds_nothing_that_a_file_system_refuses():
-    folder = read_config("adaptive:tile=(1, 2, 2), tail=False").folder
-    assert folder == "adaptive_tile=_1,_2,_2_,_tail=False"

@@ -47,7 +47,7 @@ def fake_videos(monkeypatch, stop=lambda n: None):
     """
     made = []
 
-    def fake(pipe, prompt, seed, sampling, on_step):
+    def fake(pipe, prompt, seed, sampling, on_step=lambda: None):
         if sampling.num_inference_steps > 1:
             made.append(prompt)
             stop(len(made))
@@ -92,6 +92,11 @@ def test_a_damaged_video_is_made_again_and_a_new_config_uses_the_dense_ones(tiny
     assert start(tiny_model, prompts, output, "--config", CONFIGS[0]) == 0
     assert made == ["a dog"]
     assert contents(output) == before
+    (output / "dense" / "001-seed0.json").write_text("")
+    made.clear()
+    assert start(tiny_model, prompts, output, "--config", CONFIGS[0]) == 0
+    assert made == ["a dog"]
+    assert contents(output) == before
     assert start(tiny_model, prompts, output, "--config", CONFIGS[1], "--num-prompts", 2) == 0
     assert made == ["a dog", "a cat", "a dog"]
 
@@ -112,12 +117,37 @@ def test_a_video_that_fails_leaves_the_rest_to_be_made(tiny_model, prompts, tmp_
     assert start(tiny_model, prompts, tmp_path / "run", "--config", CONFIGS[0]) == 0
 
 
+def test_baselines_stand_beside_the_configs(tiny_model, prompts, tmp_path):
+    baselines = ["dense", "backend:_native_math", "firstblockcache:threshold=1e9", f"backend:native+{CONFIGS[1]}"]
+    more = "--baseline", *baselines, "--config", CONFIGS[1], "--num-prompts", 1
+    assert start(tiny_model, prompts, tmp_path / "run", *more, "--steps", 4) == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    kinds = {config["text"]: config["kind"] for config in manifest["settings"]["configs"].values()}
+    assert kinds == {
+        "backend:_native_math": "dense attention by another backend",
+        "firstblockcache:threshold=1e9": "cache",
+        f"backend:native+{CONFIGS[1]}": "dense attention by another backend, sparse attention",
+        CONFIGS[1]: "sparse attention",
+    }
+    assert "--baseline dense backend:_native_math" in manifest["made_by"][0]["command"]
+    records = {file.parent.name: json.loads(file.read_text()) for file in (tmp_path / "run").glob("*/*.json")}
+    # The same attention by another kernel differs in the last bits, if at all; a cache that skips all but two steps
+    # does not.
+    assert records["firstblockcache_threshold=1e9"]["sha256"] != records["dense"]["sha256"]
+    assert records["firstblockcache_threshold=1e9"]["attention"]["density"] is None
+    sparse = [record for name, record in records.items() if "adaptive" in name]
+    assert len(sparse) == 2
+    assert all(record["attention"]["density"] < 1 for record in sparse)
+
+
 def test_a_record_tells_time_memory_density_and_where(tiny_model, prompts, tmp_path):
     smaller = "--num-prompts", 1, "--size", "32x32", "--frames", 5
     assert start(tiny_model, prompts, tmp_path / "run", "--config", CONFIGS[1] + ",dense_steps=0.5", *smaller) == 0
     record = json.loads(next((tmp_path / "run").glob("adaptive*/*.json")).read_text())
     assert len(record["step_seconds"]) == 2
-    assert record["total_seconds"] > sum(record["step_seconds"]) > 0
+    assert record["total_seconds"] > sum(record["step_seconds"]) > record["attention_seconds"] > 0
+    dense = json.loads(next((tmp_path / "run").glob("dense/*.json")).read_text())
+    assert sum(dense["step_seconds"]) > dense["attention_seconds"] > 0
     assert record["peak_memory_bytes"] is None or record["peak_memory_bytes"] > 1e7
     assert 0 < record["attention"]["overall_density"] < 1
     assert record["attention"]["transformers"][0]["dense_reasons"] == {"early step": 4}
@@ -130,6 +160,8 @@ def test_a_record_tells_time_memory_density_and_where(tiny_model, prompts, tmp_p
     ("more", "says"),
     [
         (["--config", "fats"], "fats"),
+        (["--baseline", "backend:toaster"], "toaster"),
+        (["--baseline", "firstblockcache:treshold=1"], "treshold"),
         (["--steps", 0], "--steps"),
         (["--frames", -1], "--frames"),
         (["--size", "64"], "WIDTHxHEIGHT"),
@@ -139,6 +171,7 @@ def test_a_record_tells_time_memory_density_and_where(tiny_model, prompts, tmp_p
         (["--model", "./nowhere"], "no folder"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--output", "/proc/nowhere"], "--output"),
+        (["--output", "/dev/full"], "--output"),
         (["--frames", 10**9], "disk"),
     ],
 )

@@ -91,6 +91,8 @@ def test_a_pair_is_held_by_one_and_freed_by_its_death(folder):
 
 
 def test_seeds_and_configs_may_be_added(folder):
+    folder.check(SETTINGS)
+    assert not folder.path.exists()
     folder.agree(SETTINGS, {"command": "1"})
     folder.agree(SETTINGS | {"seeds": [3], "configs": {"slow": {"config": "S"}}}, {"command": "2"})
     folder.agree(SETTINGS, {"command": "1"})
@@ -111,8 +113,9 @@ def test_seeds_and_configs_may_be_added(folder):
 def test_other_settings_are_refused_and_leave_the_folder_as_it_is(folder, change, says):
     folder.agree(SETTINGS, {})
     before = (folder.path / "manifest.json").read_text()
-    with pytest.raises(ValueError, match=f"other settings: .*{says}.*--output"):
-        folder.agree(SETTINGS | change, {})
+    for refuse in (folder.check, lambda settings: folder.agree(settings, {})):
+        with pytest.raises(ValueError, match=f"other settings: .*{says}.*--output"):
+            refuse(SETTINGS | change)
     assert (folder.path / "manifest.json").read_text() == before
 
 

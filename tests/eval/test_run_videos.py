@@ -1,0 +1,223 @@
+"""What the videos of a run are does not depend on who makes them, how often they are killed, or what fails beside."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import diffsparse
+from diffsparse.eval import report, run, run_folder, run_videos
+from diffsparse.eval.generate import Generation
+from diffsparse.eval.run_folder import Pair, RunFolder
+
+CONFIGS = [f"adaptive:density={d},min_tokens=0,query_block_size=2,key_block_size=2" for d in (0.3, 0.5, 0.7)]
+PROMPTS = ["a cat", "a dog", "a cow", "a hen"]
+
+
+class Killed(BaseException):
+    """What stops a process wherever it is."""
+
+
+@pytest.fixture
+def arguments(tiny_model, tmp_path):
+    """Of a run of two steps by three configs into a folder of this name."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+
+    def make(output, *more):
+        words = ["--model", tiny_model, "--prompts", prompts, "--steps", 2, "--device", "cpu"]
+        return list(map(str, [*words, "--config", *CONFIGS, "--output", tmp_path / output, *more]))
+
+    return make
+
+
+def start(module, argv):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(list(map(str, argv))))
+
+
+def report_of(folder):
+    """What the report says, but for times, memory, processes and paths, which differ from run to run."""
+    code = start(report, [folder, "--max-megabytes", 0])
+    data = json.loads((folder / "report.json").read_text())
+    videos = [
+        {key: video[key] for key in ("config", "prompt", "seed", "scores", "density", "attention")}
+        for video in data["videos"]
+    ]
+    configs = [{key: config[key] for key in ("name", "text", "kind", "scores", "density")} for config in _kinds(data)]
+    return {"code": code, "videos": videos, "configs": configs, "missing": data["missing"]}
+
+
+def _kinds(data):
+    of = data["runs"][0]["settings"]["configs"]
+    return [config | {"kind": of[config["name"]]["kind"]} for config in data["configs"]]
+
+
+def fake_videos(monkeypatch, stop=lambda prompt, steps: None):
+    """Noise in place of videos, decided by prompt, seed and whether it is sparse. `stop(prompt, steps)` may end it."""
+
+    def fake(pipe, prompt, seed, sampling, on_step=lambda: None):
+        stop(prompt, sampling.num_inference_steps)
+        noise = np.random.default_rng([seed, diffsparse.is_sparse_attention_enabled(pipe), *prompt.encode()])
+        return Generation(noise.random((2, 12, 16, 3), dtype=np.float32), (0.5, 0.5), 1.5)
+
+    monkeypatch.setattr(run_videos, "generate", fake)
+
+
+def test_processes_of_accelerate_make_what_one_makes_and_each_video_once(arguments, tmp_path):
+    fewer = "--num-prompts", 2, "--seeds", 0, 1, "--config", CONFIGS[0]
+    assert start(run, arguments("one", *fewer)) == 0
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
+    command = [sys.executable, *launch, "-m", "diffsparse.eval", "run", *arguments("two", *fewer)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    made = re.findall(r"of 8: (.+): [\d.]+ s", done.stdout)
+    assert len(made) == len(set(made)) == 8
+    processes = {json.loads(file.read_text())["process"] for file in (tmp_path / "two").glob("*/*.json")}
+    assert len(processes) == 2
+    assert report_of(tmp_path / "two") == report_of(tmp_path / "one")
+
+
+def test_who_is_left_makes_the_rest_when_the_other_is_killed(arguments, tmp_path, monkeypatch):
+    fork = multiprocessing.get_context("fork")
+    reached = fork.Event()
+
+    def stop(prompt, steps):
+        # The second process hangs in its second prompt, after its warm-up, until it is killed.
+        if os.environ["RANK"] == "1" and prompt == PROMPTS[3]:
+            reached.set()
+            signal.pause()
+
+    def rank(number):
+        os.environ |= {"RANK": str(number), "WORLD_SIZE": "2"}
+        sys.exit(start(run, arguments("killed")))
+
+    with monkeypatch.context() as patch:
+        fake_videos(patch, stop)
+        ranks = [fork.Process(target=rank, args=(number,)) for number in (0, 1)]
+        ranks[1].start()
+        try:
+            assert reached.wait(60)
+            ranks[0].start()
+            # It comes to the pair that the other holds when all else is done.
+            deadline = time.monotonic() + 60
+            while len(list((tmp_path / "killed").glob("*/*.json"))) < 12:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            assert ranks[0].is_alive()
+        finally:
+            os.kill(ranks[1].pid, signal.SIGKILL)
+        ranks[0].join(60)
+        assert ranks[0].exitcode == 0
+        ranks[1].join()
+    fake_videos(monkeypatch)
+    with RunFolder(tmp_path / "killed").claim(Pair(3, 0), wait=False) as mine:
+        assert mine
+    assert start(run, arguments("whole")) == 0
+    killed = report_of(tmp_path / "killed")
+    assert killed == report_of(tmp_path / "whole")
+    assert (killed["code"], len(killed["videos"])) == (0, 12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_twice_anywhere_ends_as_an_uninterrupted_one(arguments, tmp_path, monkeypatch, seed):
+    anywhere = random.Random(seed)
+    left = anywhere.randrange(1, 60)
+
+    def count_down():
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+
+    def before_it(function):
+        def counted(*args, **kwargs):
+            count_down()
+            return function(*args, **kwargs)
+
+        return counted
+
+    fake_videos(monkeypatch)
+    assert start(run, arguments("whole")) == 0
+    with monkeypatch.context() as patch:
+        fake_videos(patch, lambda prompt, steps: count_down())
+        for name in ("write_images", "write_json", "_checksum"):
+            patch.setattr(run_folder, name, before_it(getattr(run_folder, name)))
+        num_kills = 0
+        while num_kills < 2:
+            try:
+                assert start(run, arguments("killed")) == 0
+                pytest.fail("it was to be killed")
+            except Killed:
+                num_kills += 1
+                left = anywhere.randrange(1, 20)
+    assert start(run, arguments("killed")) == 0
+    assert report_of(tmp_path / "killed") == report_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_no_more_costs_no_video_but_its_own(arguments, tmp_path, monkeypatch, capsys, code):
+    fake_videos(monkeypatch)
+    write_images = run_folder.write_images
+
+    def write(folder, frames):
+        if "001-seed0" in str(folder):
+            raise OSError(code, os.strerror(code))
+        write_images(folder, frames)
+
+    def no_reason(*args):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_images", write)
+        patch.setattr(RunFolder, "note_failure", no_reason)
+        assert start(run, arguments("run")) == 1
+    shown = capsys.readouterr().out
+    assert os.strerror(code) in shown
+    assert "4 of 16 videos could not be made" in shown
+    assert len(list((tmp_path / "run").glob("*/*.json"))) == 12
+    assert not list((tmp_path / "run").glob("*/.*unfinished*"))
+    assert start(run, arguments("run")) == 0
+
+
+def test_no_hour_is_spent_on_a_video_that_the_disk_cannot_hold(arguments, monkeypatch, capsys):
+    made = []
+    fake_videos(monkeypatch, lambda prompt, steps: made.append(prompt))
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(run, "_check_room", lambda *of: None)
+    monkeypatch.setattr(run_videos.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert start(run, arguments("run")) == 1
+    assert made == []
+    # 9 frames of 64 x 64 x 3 bytes.
+    assert "failed: OSError: the video may need 0.000111 GB, the disk has 1e-06 GB free" in capsys.readouterr().out
+
+
+def test_a_config_that_the_model_cannot_have_is_found_before_the_first_video(arguments, tmp_path, monkeypatch):
+    made = []
+    fake_videos(monkeypatch, lambda prompt, steps: made.append(prompt))
+    for config in ("fast:dense_layers=(99,)", "taylorseercache:cache_identifiers=['nowhere']"):
+        with pytest.raises(ValueError, match=r"--config .* does not go with --model .*(99|nothing to keep)"):
+            start(run, arguments("run", "--config", config))
+    assert made == []
+    # Nor does the folder wait for its videos.
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_a_model_that_cannot_be_loaded_is_one_error_and_not_one_a_video(own_tiny_model, arguments):
+    (own_tiny_model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="broken-model"):
+        start(run, arguments("run", "--model", own_tiny_model))
