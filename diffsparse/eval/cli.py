@@ -23,6 +23,7 @@ EVAL_COMMANDS = {
     "run": "videos of the same prompts and seeds, densely and by each config, in a folder",
     "report": "a page with the scores, times and videos of runs",
     "compare": "PSNR, SSIM, MS-SSIM, LPIPS and flicker of two videos",
+    "fetch-lpips": "download the network that LPIPS judges by, and check it",
     "strategies": "every strategy at equal measured density, on the demo model",
     "ablation": "what the adaptive strategy owes to its parts, on the demo model",
 }

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from diffsparse.eval.flicker import Flicker
-from diffsparse.eval.lpips_metric import SMALLEST_SIDE, Lpips, lpips_or_reason
-from diffsparse.eval.metrics import MS_SSIM_SMALLEST_SIDE, Frames, FrameScores, ms_ssim, psnr_db, ssim
+from diffsparse.eval.lpips_backbone import BACKBONES
+from diffsparse.eval.lpips_metric import Lpips, NoLpips, add_lpips_arguments, lpips_or_reason
+from diffsparse.eval.metrics import MS_SSIM_SMALLEST_SIDE, Frames, FrameScores, psnr_db, ssim, ssim_and_ms_ssim
 from diffsparse.eval.video_io import read_frames
 from diffsparse.whole_file import whole_file
 
@@ -36,6 +37,7 @@ class Comparison:
     psnr_db: FrameScores
     ssim: FrameScores
     lpips: FrameScores | str
+    lpips_net: str
     ms_ssim: FrameScores | str
     flicker: FrameScores | str
 
@@ -49,6 +51,7 @@ class Comparison:
             "ssim": self.ssim.as_dict(),
             "ms_ssim": _as_dict(self.ms_ssim),
             "lpips": _as_dict(self.lpips),
+            "lpips_net": self.lpips_net,
             "flicker": _as_dict(self.flicker),
         }
 
@@ -58,7 +61,7 @@ class Comparison:
             ("PSNR (dB, higher is closer)", *_mean_and_worst(self.psnr_db, ".2f")),
             ("SSIM (1 is equal)", *_mean_and_worst(self.ssim, ".4f")),
             ("MS-SSIM (1 is equal)", *_mean_and_worst(self.ms_ssim, ".4f")),
-            ("LPIPS (0 is equal)", *_mean_and_worst(self.lpips, ".4f")),
+            (f"LPIPS, {self.lpips_net} (0 is equal)", *_mean_and_worst(self.lpips, ".4f")),
             ("flicker (0 is equal)", *_mean_and_worst(self.flicker, ".4f")),
         ]
 
@@ -77,19 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", type=Path, metavar="A", help="video file, or folder with one image a frame")
     parser.add_argument("b", type=Path, metavar="B", help="the other one, of the same size and length")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every frame's scores to FILE")
-    parser.add_argument(
-        "--lpips-backbone",
-        type=Path,
-        metavar="FILE",
-        help="torchvision's AlexNet weights for LPIPS (default: looked for in torch's cache, never downloaded)",
-    )
+    add_lpips_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, write the JSON."""
     if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise ValueError(f"--json must name a file in a folder that exists, got {args.json}.")
-    lpips = lpips_or_reason(args.lpips_backbone)
+    lpips = lpips_or_reason(args.lpips_net, args.lpips_backbone)
     comparison = compare(windows_of(args.a, args.b), lpips)
     _print(comparison)
     if args.json is not None:
@@ -99,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def compare(windows: Iterable[tuple[Frames, Frames]], lpips: Lpips | str) -> Comparison:
-    """Score two videos given in windows of frames [F, H, W, 3]; lpips is the metric, or the reason for having none."""
+def compare(windows: Iterable[tuple[Frames, Frames]], lpips: Lpips | NoLpips) -> Comparison:
+    """Score two videos given in windows of frames [F, H, W, 3]."""
     psnr_scores: list[float] = []
     ssim_scores: list[float] = []
     ms_ssim_scores: list[float] = []
@@ -110,14 +108,19 @@ def compare(windows: Iterable[tuple[Frames, Frames]], lpips: Lpips | str) -> Com
     height = width = 0
     for a, b in windows:
         height, width = a.shape[1:3]
-        if not isinstance(lpips, str) and min(height, width) < SMALLEST_SIDE:
-            lpips = f"n/a: it needs frames of at least {SMALLEST_SIDE} pixels a side, got {width} × {height}"
+        smallest_side = BACKBONES[lpips.net].smallest_side
+        if not isinstance(lpips, NoLpips) and min(height, width) < smallest_side:
+            reason = f"n/a: it needs frames of at least {smallest_side} pixels a side, got {width} × {height}"
+            lpips = NoLpips(lpips.net, reason)
         psnr_scores += psnr_db(a, b)
-        ssim_scores += ssim(a, b)
         flicker_scores += flicker(a, b)
         if min(height, width) >= MS_SSIM_SMALLEST_SIDE:
-            ms_ssim_scores += ms_ssim(a, b)
-        if not isinstance(lpips, str):
+            both = ssim_and_ms_ssim(a, b)
+            ssim_scores += both[0]
+            ms_ssim_scores += both[1]
+        else:
+            ssim_scores += ssim(a, b)
+        if not isinstance(lpips, NoLpips):
             lpips_scores += lpips(a, b)
     return Comparison(
         num_frames=len(psnr_scores),
@@ -125,7 +128,8 @@ def compare(windows: Iterable[tuple[Frames, Frames]], lpips: Lpips | str) -> Com
         width=width,
         psnr_db=FrameScores(tuple(psnr_scores), higher_is_better=True),
         ssim=FrameScores(tuple(ssim_scores), higher_is_better=True),
-        lpips=lpips if isinstance(lpips, str) else FrameScores(tuple(lpips_scores), higher_is_better=False),
+        lpips=lpips.reason if isinstance(lpips, NoLpips) else FrameScores(tuple(lpips_scores), higher_is_better=False),
+        lpips_net=lpips.net,
         ms_ssim=FrameScores(tuple(ms_ssim_scores), higher_is_better=True)
         if ms_ssim_scores
         else f"n/a: it needs frames of at least {MS_SSIM_SMALLEST_SIDE} pixels a side, got {width} × {height}",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffsparse.eval.lpips_metric import Lpips
+from diffsparse.eval.lpips_metric import Lpips, NoLpips
 from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.paired_statistics import bootstrap_interval, sign_test
 from diffsparse.eval.run_folder import Pair, RunFolder, read_manifest
@@ -34,13 +34,14 @@ METRICS = {
 }
 
 
-def collect(runs: list[Path], lpips: Lpips | str) -> dict[str, Any]:
+def collect(runs: list[Path], lpips: Lpips | NoLpips) -> dict[str, Any]:
     """All of some runs, ready for JSON; what is missing is listed with why, as far as it is known.
 
     Raises:
         ValueError: a folder that is no run.
     """
-    data: dict[str, Any] = {"runs": [], "configs": [], "videos": [], "missing": [], "differences": []}
+    data: dict[str, Any] = {"lpips_net": lpips.net, "runs": [], "configs": [], "videos": []}
+    data |= {"missing": [], "differences": []}
     for index, path in enumerate(runs):
         manifest = read_manifest(path)
         data["runs"].append({"path": str(path)} | manifest)
@@ -57,7 +58,7 @@ def collect(runs: list[Path], lpips: Lpips | str) -> dict[str, Any]:
 
 
 def _videos(
-    run: int, folder: RunFolder, settings: dict[str, Any], lpips: Lpips | str
+    run: int, folder: RunFolder, settings: dict[str, Any], lpips: Lpips | NoLpips
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     videos, missing = [], []
     for prompt, text in enumerate(settings["prompts"]):

@@ -16,7 +16,7 @@ from typing import Any
 from diffsparse.eval.pareto_plot import Point, pareto_svg
 from diffsparse.eval.report_clips import BRIGHTEST_ERROR, Clip
 from diffsparse.eval.report_data import METRICS, as_number
-from diffsparse.eval.report_tables import differences, headline, label, notes, number, percent
+from diffsparse.eval.report_tables import differences, headline, label, metric_labels, notes, number, percent
 
 ASSETS = Path(__file__).parent.parent / "assets" / "report"
 
@@ -156,7 +156,7 @@ def _player(data: dict[str, Any], clips: list[Clip], left_out: list[dict[str, An
 
 
 def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
-    headings = ["prompt", "seed", "config", *(m.label for m in METRICS.values()), "seconds", "speed-up", "density"]
+    headings = ["prompt", "seed", "config", *metric_labels(data), "seconds", "speed-up", "density"]
     headings.insert(0, "")
     place = {id(clip.video): index for index, clip in enumerate(clips)}
     rows = []

@@ -10,7 +10,7 @@ from diffsparse.eval.report_data import METRICS, as_number
 
 def headline(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row for each config: mean [95 % interval], worst frame."""
-    headings = ["config", "videos", *(metric.label for metric in METRICS.values())]
+    headings = ["config", "videos", *metric_labels(data)]
     headings += ["seconds a video", "speed-up", "density", "peak memory"]
     return headings, [_row(data, config) for config in data["configs"]]
 
@@ -24,7 +24,7 @@ def differences(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 f"{_text(data, row['run'], row['first'])} − {_text(data, row['run'], row['second'])}",
-                metric.label,
+                _metric_label(data, row["metric"]),
                 f"{row['mean']:+{metric.digits}}{_interval(row['interval'], '+' + metric.digits)}",
                 "neither" if row["mean"] == 0 else "the first" if better else "the second",
                 f"{row['sign_test']:.3f}",
@@ -36,7 +36,7 @@ def differences(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def notes(data: dict[str, Any]) -> list[str]:
     """What a reader of the rows has to know besides."""
-    found = [f"{METRICS[key].label} {reason}." for key, reason in _reasons(data).items()]
+    found = [f"{_metric_label(data, key)} {reason}." for key, reason in _reasons(data).items()]
     for config in data["configs"]:
         name = label(data, config)
         psnr = config["scores"]["psnr_db"]
@@ -56,6 +56,11 @@ def notes(data: dict[str, Any]) -> list[str]:
 def label(data: dict[str, Any], config: dict[str, Any]) -> str:
     """A config as the user named it, with its run where there are several."""
     return _text(data, config["run"], config["name"])
+
+
+def metric_labels(data: dict[str, Any]) -> list[str]:
+    """What each of `METRICS` is called in a heading: LPIPS with the net that it judges by."""
+    return [_metric_label(data, key) for key in METRICS]
 
 
 def number(value: float | str | None, digits: str) -> str:
@@ -87,6 +92,11 @@ def _row(data: dict[str, Any], config: dict[str, Any]) -> list[str]:
 def percent(share: float | None) -> str:
     """A density in words."""
     return "n/a" if share is None else f"{100 * share:.0f} %"
+
+
+def _metric_label(data: dict[str, Any], key: str) -> str:
+    label = METRICS[key].label
+    return f"{label}, {data['lpips_net']}" if key == "lpips" else label
 
 
 def _reasons(data: dict[str, Any]) -> dict[str, str]:

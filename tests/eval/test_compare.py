@@ -9,12 +9,15 @@ import pytest
 
 from diffsparse.eval import compare
 from diffsparse.eval.compare import WINDOW, windows_of
+from diffsparse.eval.lpips_metric import NoLpips
 from diffsparse.eval.video_io import write_images, write_video
+
+NONE = NoLpips("alex", "n/a: get it at this address")
 
 
 @pytest.fixture(autouse=True)
 def no_lpips(monkeypatch):
-    monkeypatch.setattr(compare, "lpips_or_reason", lambda backbone: "n/a: get it at this address")
+    monkeypatch.setattr(compare, "lpips_or_reason", lambda net, backbone: NONE)
 
 
 def noise(frames, seed=0, height=32, width=48):
@@ -69,28 +72,35 @@ def test_a_video_compares_with_a_folder_of_its_frames(tmp_path):
     smooth = np.broadcast_to(np.arange(48, dtype=np.uint8)[None, None, :, None] * 4, (3, 32, 48, 3))
     write_video(tmp_path / "a.mp4", smooth, fps=8)
     write_images(tmp_path / "b", smooth)
-    comparison = compare.compare(windows_of(tmp_path / "a.mp4", tmp_path / "b"), "n/a")
+    comparison = compare.compare(windows_of(tmp_path / "a.mp4", tmp_path / "b"), NONE)
     assert comparison.num_frames == 3
     assert comparison.psnr_db.worst > 35
 
 
 def test_lpips_is_asked_window_by_window_and_not_for_tiny_frames():
-    def fake(a, b):
-        return [float(len(a))] * len(a)
+    class Fake:
+        net = "squeeze"
+
+        def __call__(self, a, b):
+            return [float(len(a))] * len(a)
+
+    fake = Fake()
 
     frames = noise(2, height=64, width=64)
     scored = compare.compare([(frames, frames), (frames[:1], frames[:1])], fake)
     assert scored.lpips.per_frame == (2.0, 2.0, 1.0)
     tiny = noise(2, height=16, width=64)
-    assert "64 × 16" in compare.compare([(tiny, tiny)], fake).lpips
+    assert "at least 17 pixels a side, got 64 × 16" in compare.compare([(tiny, tiny)], fake).lpips
+    assert scored.as_dict()["lpips_net"] == "squeeze"
+    assert scored.rows()[3][0] == "LPIPS, squeeze (0 is equal)"
 
 
 def test_ms_ssim_and_flicker_are_there_where_they_can_be_or_say_why_not():
     large = noise(WINDOW + 1, height=176, width=180)
-    scored = compare.compare([(large[:WINDOW], large[:WINDOW]), (large[WINDOW:], large[WINDOW:])], "n/a")
+    scored = compare.compare([(large[:WINDOW], large[:WINDOW]), (large[WINDOW:], large[WINDOW:])], NONE)
     assert len(scored.ms_ssim.per_frame) == WINDOW + 1
     assert scored.flicker.per_frame == (0.0,) * WINDOW
-    small = compare.compare([(large[:1, :32], large[:1, :32])], "n/a")
+    small = compare.compare([(large[:1, :32], large[:1, :32])], NONE)
     assert "at least 176 pixels a side, got 180 × 32" in small.ms_ssim
     assert "one frame" in small.flicker
     assert {"MS-SSIM", "Flicker"} <= {note.split()[0] for note in small.notes()}

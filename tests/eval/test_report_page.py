@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from diffsparse.eval import report
+from diffsparse.eval.lpips_metric import NoLpips
 from diffsparse.eval.run_folder import Pair, RunFolder
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\" onload='x' | **b** <!-- `c` &amp;"
@@ -39,7 +40,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def no_lpips(monkeypatch):
-    monkeypatch.setattr(report, "lpips_or_reason", lambda backbone: "n/a: get it at this address")
+    monkeypatch.setattr(report, "lpips_or_reason", lambda net, backbone: NoLpips("alex", "n/a: get it at this address"))
 
 
 def make_report(*argv):
