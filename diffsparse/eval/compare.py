@@ -160,13 +160,17 @@ def _pairs(a: Path, b: Path) -> Iterator[tuple[Any, Any]]:
         if first is None or second is None:
             length_a = index + sum(1 for _ in frames_a) + (first is not None)
             length_b = index + sum(1 for _ in frames_b) + (second is not None)
-            raise ValueError(f"The videos differ in length: {a} has {length_a} frames, {b} has {length_b}.")
+            raise ValueError(
+                f"The videos differ in length: {a} has {length_a} frames, {b} has {length_b}. "
+                "They are compared frame by frame: cut the longer one first."
+            )
         size = size or first.shape
         for path, frame in ((a, first), (b, second)):
             if frame.shape != size:
                 raise ValueError(
                     f"The sizes differ: frame 0 of {a} is {size[1]} × {size[0]} (width × height), "
-                    f"frame {index} of {path} is {frame.shape[1]} × {frame.shape[0]}."
+                    f"frame {index} of {path} is {frame.shape[1]} × {frame.shape[0]}. "
+                    "They are compared pixel by pixel: scale one of them first."
                 )
         yield first, second
 

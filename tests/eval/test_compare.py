@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -115,18 +116,39 @@ def test_windows_hold_every_frame_once(tmp_path):
     assert np.array_equal(np.concatenate([b for _, b in windows]), video)
 
 
+def test_memory_is_of_a_window_of_frames_and_not_of_the_length(monkeypatch):
+    height, width = 60, 80
+
+    def peak(num_frames):
+        random = np.random.default_rng(0)
+        monkeypatch.setattr(
+            compare,
+            "read_frames",
+            lambda path: (random.integers(0, 256, (height, width, 3), dtype=np.uint8) for _ in range(num_frames)),
+        )
+        tracemalloc.start()
+        compare.compare(windows_of("a", "b"), NONE)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(WINDOW)
+    # What is kept of each frame is its scores, a few numbers: 200 bytes, where a frame has 14,400.
+    assert peak(40 * WINDOW) < peak(2 * WINDOW) + 38 * WINDOW * 200
+
+
 @pytest.mark.parametrize("lengths", [(3, 7), (7, 3), (1, 2)])
 def test_different_lengths_are_an_error_that_gives_both(tmp_path, lengths):
     for name, length in zip("ab", lengths):
         write_images(tmp_path / name, noise(length))
-    with pytest.raises(ValueError, match=rf"a has {lengths[0]} frames, .*b has {lengths[1]}\."):
+    with pytest.raises(ValueError, match=rf"a has {lengths[0]} frames, .*b has {lengths[1]}\. .*cut the longer"):
         run(tmp_path / "a", tmp_path / "b")
 
 
 def test_different_sizes_are_an_error_that_gives_both(tmp_path):
     write_images(tmp_path / "a", noise(2))
     write_images(tmp_path / "b", noise(2, height=34))
-    with pytest.raises(ValueError, match=r"48 × 32 .* 48 × 34"):
+    with pytest.raises(ValueError, match=r"48 × 32 .* 48 × 34.*scale one of them"):
         run(tmp_path / "a", tmp_path / "b")
 
 

@@ -32,5 +32,6 @@ def test_the_right_file_passes_and_one_changed_byte_does_not(random_backbones, t
 
 
 def test_the_backbone_of_another_net_is_recognised(random_backbones):
-    with random_backbones.trusted(), pytest.raises(ValueError, match=r"is SqueezeNet 1\.1, not VGG-16, .* Say --lpips-net squeeze"):
+    says = r"is SqueezeNet 1\.1, not VGG-16, .* Say --lpips-net squeeze"
+    with random_backbones.trusted(), pytest.raises(ValueError, match=says):
         check_backbone(random_backbones.file("squeeze"), "vgg")
