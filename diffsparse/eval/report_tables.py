@@ -20,13 +20,15 @@ def differences(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in data["differences"]:
         metric = METRICS[row["metric"]]
-        better = row["mean"] > 0 if row["higher_is_better"] else row["mean"] < 0
+        first, second = (_text(data, row["run"], row[place]) for place in ("first", "second"))
+        better = first if (row["mean"] > 0) == row["higher_is_better"] else second
+        chance = "" if row["sign_test"] < 0.05 else " (may be chance)"
         rows.append(
             [
-                f"{_text(data, row['run'], row['first'])} − {_text(data, row['run'], row['second'])}",
+                f"{first} − {second}",
                 _metric_label(data, row["metric"]),
                 f"{row['mean']:+{metric.digits}}{_interval(row['interval'], '+' + metric.digits)}",
-                "neither" if row["mean"] == 0 else "the first" if better else "the second",
+                "neither" if row["mean"] == 0 else f"{better}{chance}",
                 f"{row['sign_test']:.3f}",
                 str(row["num_pairs"]),
             ]
@@ -45,7 +47,7 @@ def notes(data: dict[str, Any]) -> list[str]:
         if config["num_videos"] and config["density"] is None:
             found.append(f"{name}: sparse attention never ran; {_counts(config['dense_reasons'])}.")
         elif config["dense_reasons"]:
-            found.append(f"{name}: dense attention calls: {_counts(config['dense_reasons'])}.")
+            found.append(f"{name}: attention calls that were left dense: {_counts(config['dense_reasons'])}.")
         if config["num_videos"] and config["speed_up"] is None:
             found.append(f"{name}: no speed-up, since dense and sparse videos were made by different processes.")
     if data["missing"]:
