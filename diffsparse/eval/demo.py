@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsparse.config import MIN_TOKENS_ON_CPU, PRESETS, SparseAttentionConfig, as_config
-from diffsparse.eval.compare import Comparison, compare
+from diffsparse.eval.comparison import Comparison, compare
 from diffsparse.eval.doctor import devices, versions
 from diffsparse.eval.generate import Generation, Sampling, choose_device, generate, load_pipeline
 from diffsparse.eval.head_picture import draw_head_classes

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffsparse.eval.lpips_metric import Lpips, NoLpips
 from diffsparse.eval.named_config import DENSE
-from diffsparse.eval.paired_statistics import bootstrap_interval, sign_test
+from diffsparse.eval.paired_statistics import bootstrap_interval, of_differences
 from diffsparse.eval.run_folder import Pair, RunFolder, read_manifest
 from diffsparse.eval.run_scores import scores_of
 
@@ -171,10 +171,7 @@ def _differences(run: int, names: list[str], videos: list[dict[str, Any]]) -> li
                         "second": second,
                         "metric": key,
                         "higher_is_better": metric.higher_is_better,
-                        "num_pairs": len(differences),
-                        "mean": statistics.fmean(differences),
-                        "interval": bootstrap_interval(differences),
-                        "sign_test": sign_test(differences),
+                        **of_differences(differences),
                     }
                 )
     return found

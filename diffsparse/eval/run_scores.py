@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffsparse.eval.compare import compare, windows_of
+from diffsparse.eval.comparison import compare, windows_of
 from diffsparse.eval.lpips_metric import Lpips, NoLpips
 from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.run_folder import Pair, RunFolder, write_json

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from diffsparse import SparseAttentionReport, TransformerReport
-from diffsparse.eval.compare import compare
+from diffsparse.eval.comparison import compare
 from diffsparse.eval.demo_tables import attention_table, quality_table, time_table
 from diffsparse.eval.generate import Generation
 from diffsparse.eval.lpips_metric import NoLpips
