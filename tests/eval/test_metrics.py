@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -127,6 +128,23 @@ def test_equal_frames_are_infinitely_close():
 def test_each_frame_is_scored_by_itself():
     a, b = two_videos((12, 14))
     assert psnr_db(a, b) == [psnr_db(a[i : i + 1], b[i : i + 1])[0] for i in range(3)]
+
+
+def test_the_number_of_torch_threads_is_left_as_it_was():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        a, b = two_videos((12, 14))
+        several = ssim(a, b)
+        in_a_new_thread = []
+        thread = threading.Thread(target=lambda: in_a_new_thread.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert [torch.get_num_threads(), *in_a_new_thread] == [3, 3]
+        torch.set_num_threads(1)
+        assert ssim(a, b) == several
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_scores_are_symmetric():
