@@ -23,7 +23,8 @@ COMMANDS = {
 EVAL_COMMANDS = {
     "run": "videos of the same prompts and seeds, densely and by each config, in a folder",
     "report": "a page with the scores, times and videos of runs",
-    "compare": "PSNR, SSIM, MS-SSIM, LPIPS and flicker of two videos",
+    "compare": "PSNR, SSIM, MS-SSIM, LPIPS and flicker of two videos, or the scores of two runs",
+    "fetch-lpips": "download the network that LPIPS judges by, and check it",
     "strategies": "every strategy at equal measured density, on the demo model",
     "ablation": "what the adaptive strategy owes to its parts, on the demo model",
 }

@@ -1,200 +1,82 @@
-"""`diffsparse eval compare A B`: how close two videos are, frame by frame."""
+"""`diffsparse eval compare A B`: how close two videos are, frame by frame; or which of two runs is closer to dense."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from diffsparse.eval.flicker import Flicker
-from diffsparse.eval.lpips_metric import SMALLEST_SIDE, Lpips, lpips_or_reason
-from diffsparse.eval.metrics import MS_SSIM_SMALLEST_SIDE, Frames, FrameScores, ms_ssim, psnr_db, ssim
-from diffsparse.eval.video_io import read_frames
+from diffsparse.eval.compare_runs import compare_runs, rows_of_runs
+from diffsparse.eval.comparison import compare, windows_of
+from diffsparse.eval.lpips_metric import Lpips, NoLpips, add_lpips_arguments, lpips_or_reason
+from diffsparse.eval.run_folder import MANIFEST
 from diffsparse.whole_file import whole_file
-
-# Frames held at once of each video: bounds the memory, whatever their number.
-WINDOW = 8
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How close two videos are. In place of a metric that there is not stands why.
-
-    Flicker has a score for each two frames that follow each other, the first for frames 0 and 1.
-    """
-
-    num_frames: int
-    height: int
-    width: int
-    psnr_db: FrameScores
-    ssim: FrameScores
-    lpips: FrameScores | str
-    ms_ssim: FrameScores | str
-    flicker: FrameScores | str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {
-            "num_frames": self.num_frames,
-            "height": self.height,
-            "width": self.width,
-            "psnr_db": self.psnr_db.as_dict(),
-            "ssim": self.ssim.as_dict(),
-            "ms_ssim": _as_dict(self.ms_ssim),
-            "lpips": _as_dict(self.lpips),
-            "flicker": _as_dict(self.flicker),
-        }
-
-    def rows(self) -> list[tuple[str, str, str]]:
-        """Metric, mean and worst frame, in words, for a table. Why LPIPS is missing does not fit in one: `notes`."""
-        return [
-            ("PSNR (dB, higher is closer)", *_mean_and_worst(self.psnr_db, ".2f")),
-            ("SSIM (1 is equal)", *_mean_and_worst(self.ssim, ".4f")),
-            ("MS-SSIM (1 is equal)", *_mean_and_worst(self.ms_ssim, ".4f")),
-            ("LPIPS (0 is equal)", *_mean_and_worst(self.lpips, ".4f")),
-            ("flicker (0 is equal)", *_mean_and_worst(self.flicker, ".4f")),
-        ]
-
-    def notes(self) -> list[str]:
-        """What a reader of the rows has to know besides."""
-        notes = []
-        identical = self.psnr_db.num_identical
-        if 0 < identical < self.num_frames:
-            notes.append(f"{identical} of {self.num_frames} frames are exactly equal, and left out of the mean PSNR.")
-        named = {"MS-SSIM": self.ms_ssim, "LPIPS": self.lpips, "Flicker": self.flicker}
-        return notes + [f"{name} {scores}." for name, scores in named.items() if isinstance(scores, str)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Two videos, and where to look for LPIPS' backbone."""
-    parser.add_argument("a", type=Path, metavar="A", help="video file, or folder with one image a frame")
-    parser.add_argument("b", type=Path, metavar="B", help="the other one, of the same size and length")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every frame's scores to FILE")
-    parser.add_argument(
-        "--lpips-backbone",
-        type=Path,
-        metavar="FILE",
-        help="torchvision's AlexNet weights for LPIPS (default: looked for in torch's cache, never downloaded)",
-    )
+    """Two videos or runs, and where to look for LPIPS' backbone."""
+    parser.add_argument("a", type=Path, metavar="A", help="video file, folder with one image a frame, or run's folder")
+    parser.add_argument("b", type=Path, metavar="B", help="the other one, of the same size and length; or another run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all scores to FILE")
+    add_lpips_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, write the JSON."""
     if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise ValueError(f"--json must name a file in a folder that exists, got {args.json}.")
-    lpips = lpips_or_reason(args.lpips_backbone)
-    comparison = compare(windows_of(args.a, args.b), lpips)
-    _print(comparison)
+    lpips = lpips_or_reason(args.lpips_net, args.lpips_backbone)
+    are_runs = [(path / MANIFEST).is_file() for path in (args.a, args.b)]
+    if any(are_runs) and not all(are_runs):
+        of_run, other = (args.a, args.b) if are_runs[0] else (args.b, args.a)
+        raise ValueError(f"{of_run} is a run, {other} is not: name two runs, or the frames of a video in {of_run}.")
+    of_both = (_of_runs if all(are_runs) else _of_videos)(args.a, args.b, lpips)
     if args.json is not None:
-        contents = {"a": str(args.a), "b": str(args.b)} | comparison.as_dict()
+        contents = {"a": str(args.a), "b": str(args.b)} | of_both
         with whole_file(args.json) as unfinished:
-            unfinished.write_text(json.dumps(contents, indent=2) + "\n")
+            unfinished.write_text(json.dumps(contents, indent=2, allow_nan=False) + "\n")
     return 0
 
 
-def compare(windows: Iterable[tuple[Frames, Frames]], lpips: Lpips | str) -> Comparison:
-    """Score two videos given in windows of frames [F, H, W, 3]; lpips is the metric, or the reason for having none."""
-    psnr_scores: list[float] = []
-    ssim_scores: list[float] = []
-    ms_ssim_scores: list[float] = []
-    lpips_scores: list[float] = []
-    flicker_scores: list[float] = []
-    flicker = Flicker()
-    height = width = 0
-    for a, b in windows:
-        height, width = a.shape[1:3]
-        if not isinstance(lpips, str) and min(height, width) < SMALLEST_SIDE:
-            lpips = f"n/a: it needs frames of at least {SMALLEST_SIDE} pixels a side, got {width} × {height}"
-        psnr_scores += psnr_db(a, b)
-        ssim_scores += ssim(a, b)
-        flicker_scores += flicker(a, b)
-        if min(height, width) >= MS_SSIM_SMALLEST_SIDE:
-            ms_ssim_scores += ms_ssim(a, b)
-        if not isinstance(lpips, str):
-            lpips_scores += lpips(a, b)
-    return Comparison(
-        num_frames=len(psnr_scores),
-        height=height,
-        width=width,
-        psnr_db=FrameScores(tuple(psnr_scores), higher_is_better=True),
-        ssim=FrameScores(tuple(ssim_scores), higher_is_better=True),
-        lpips=lpips if isinstance(lpips, str) else FrameScores(tuple(lpips_scores), higher_is_better=False),
-        ms_ssim=FrameScores(tuple(ms_ssim_scores), higher_is_better=True)
-        if ms_ssim_scores
-        else f"n/a: it needs frames of at least {MS_SSIM_SMALLEST_SIDE} pixels a side, got {width} × {height}",
-        flicker=FrameScores(tuple(flicker_scores), higher_is_better=False)
-        if flicker_scores
-        else "n/a: one frame has no change from frame to frame",
-    )
+def _of_videos(a: Path, b: Path, lpips: Lpips | NoLpips) -> dict[str, Any]:
+    scored = compare(windows_of(a, b), lpips)
+    title = f"{scored.num_frames} frames of {scored.width} × {scored.height}"
+    _print(title, ("", "mean", "worst frame"), scored.rows())
+    _print_notes(scored.notes())
+    return scored.as_dict()
 
 
-def windows_of(a: Path, b: Path) -> Iterator[tuple[Frames, Frames]]:
-    """Two videos side by side, a window of frames at a time.
-
-    Raises:
-        ValueError: different sizes or lengths, or a file that cannot be read.
-    """
-    pairs = _pairs(a, b)
-    while window := list(itertools.islice(pairs, WINDOW)):
-        yield np.stack([first for first, _ in window]), np.stack([second for _, second in window])
-
-
-def _pairs(a: Path, b: Path) -> Iterator[tuple[Any, Any]]:
-    frames_a, frames_b = read_frames(a), read_frames(b)
-    size = None
-    for index in itertools.count():
-        first, second = next(frames_a, None), next(frames_b, None)
-        if first is None and second is None:
-            return
-        if first is None or second is None:
-            length_a = index + sum(1 for _ in frames_a) + (first is not None)
-            length_b = index + sum(1 for _ in frames_b) + (second is not None)
-            raise ValueError(f"The videos differ in length: {a} has {length_a} frames, {b} has {length_b}.")
-        size = size or first.shape
-        for path, frame in ((a, first), (b, second)):
-            if frame.shape != size:
-                raise ValueError(
-                    f"The sizes differ: frame 0 of {a} is {size[1]} × {size[0]} (width × height), "
-                    f"frame {index} of {path} is {frame.shape[1]} × {frame.shape[0]}."
-                )
-        yield first, second
+def _of_runs(a: Path, b: Path, lpips: Lpips | NoLpips) -> dict[str, Any]:
+    differences = compare_runs(a, b, lpips)
+    notes = [f"A is {a}, B is {b}: each one's sparse videos against its own dense ones, on the same prompts and seeds."]
+    if isinstance(lpips, NoLpips) and all(row["metric"] != "lpips" for row in differences):
+        notes.append(f"LPIPS {lpips.reason}.")
+    headings, rows = rows_of_runs(differences, lpips.net)
+    for config in dict.fromkeys(row[0] for row in rows):
+        # A terminal is too narrow for one more column.
+        _print(f"{config}: B against A", headings[1:], [row[1:] for row in rows if row[0] == config])
+    _print_notes([*notes, "Under B − A: the 95 % interval of its mean, by bootstrap. p: of the sign test."])
+    return {"lpips_net": lpips.net, "differences": differences}
 
 
-def _as_dict(scores: FrameScores | str) -> dict[str, Any] | str:
-    return scores if isinstance(scores, str) else scores.as_dict()
-
-
-def _mean_and_worst(scores: FrameScores | str, digits: str) -> tuple[str, str]:
-    if isinstance(scores, str):
-        return "n/a", "see below"
-    return in_words(scores.mean, digits), f"{in_words(scores.worst, digits)} (frame {scores.worst_frame})"
-
-
-def in_words(score: float, digits: str) -> str:
-    """A score for people to read."""
-    if math.isnan(score):
-        return "not a number"
-    return "infinite (equal)" if math.isinf(score) else format(score, digits)
-
-
-def _print(comparison: Comparison) -> None:
+def _print(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{comparison.num_frames} frames of {comparison.width} × {comparison.height}")
-    for heading in ("", "mean", "worst frame"):
-        table.add_column(heading, overflow="fold")
-    for row in comparison.rows():
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    for note in comparison.notes():
+    table = Table(title=escape(title))
+    for heading in headings:
+        table.add_column(escape(heading), overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(highlight=False).print(table)
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    from rich.console import Console
+
+    for note in notes:
         # Long addresses stay in one piece, to be copied.
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        Console().print(note, markup=False, highlight=False, soft_wrap=True)

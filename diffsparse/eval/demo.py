@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsparse.config import MIN_TOKENS_ON_CPU, PRESETS, SparseAttentionConfig, as_config
-from diffsparse.eval.compare import Comparison, compare
+from diffsparse.eval.comparison import Comparison, compare
 from diffsparse.eval.doctor import devices, versions
 from diffsparse.eval.generate import Generation, Sampling, choose_device, generate, load_pipeline
 from diffsparse.eval.head_picture import draw_head_classes
-from diffsparse.eval.lpips_metric import lpips_or_reason
+from diffsparse.eval.lpips_metric import add_lpips_arguments, lpips_or_reason
 from diffsparse.eval.side_by_side import side_by_side
 from diffsparse.eval.video_io import write_video
 from diffsparse.whole_file import whole_file
@@ -67,12 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where videos, picture and report go (default: diffsparse-demo)",
     )
     parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help="another pipeline with a demo.json")
-    parser.add_argument(
-        "--lpips-backbone",
-        type=Path,
-        metavar="FILE",
-        help="torchvision's AlexNet weights for LPIPS (default: looked for in torch's cache, never downloaded)",
-    )
+    add_lpips_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = _sampling(args)
     prompt = _prompt(args)
     device = choose_device(args.device)
-    lpips = lpips_or_reason(args.lpips_backbone)
+    lpips = lpips_or_reason(args.lpips_net, args.lpips_backbone)
     make_writable(args.output)
 
     started = time.perf_counter()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from diffsparse.eval.compare import Comparison
+from diffsparse.eval.comparison import Comparison
 from diffsparse.eval.generate import Generation
 
 if TYPE_CHECKING:

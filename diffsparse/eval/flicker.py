@@ -11,7 +11,7 @@ from diffsparse.eval.metrics import Frames, as_unit_floats, check_same_shape
 
 
 class Flicker:
-    """Scores windows of two videos one after the other; between them it keeps the last frame of each.
+    """Scores windows of two videos one after the other; between them it keeps the last difference.
 
     The score of two frames that follow each other is the mean of |(a' − a) − (b' − b)| over pixels and R, G, B, for
     values between 0 and 1: 0 where both videos change alike, even if they look different.
@@ -23,11 +23,11 @@ class Flicker:
     def __call__(self, a: Frames, b: Frames) -> list[float]:
         """The scores of the next frames [F, H, W, 3], each with the frame before: one less for the first window."""
         check_same_shape(a, b)
-        # What changes in one and not in the other is the change of their difference.
-        difference = as_unit_floats(a).astype(np.float64) - as_unit_floats(b)
-        if self._last is not None:
-            difference = np.concatenate([self._last, difference])
-        self._last = difference[-1:]
-        # [F - 1]
-        scores: list[float] = np.abs(np.diff(difference, axis=0)).mean(axis=(1, 2, 3)).tolist()
+        scores = []
+        for x, y in zip(a, b):
+            # What changes in one and not in the other is the change of their difference.
+            difference = as_unit_floats(x).astype(np.float64) - as_unit_floats(y)
+            if self._last is not None:
+                scores.append(float(np.abs(difference - self._last).mean()))
+            self._last = difference
         return scores

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+
+
+def of_differences(differences: Sequence[float]) -> dict[str, Any]:
+    """What is known of differences on the same videos, at least one: their number, mean, interval and sign test."""
+    return {
+        "num_pairs": len(differences),
+        "mean": math.fsum(differences) / len(differences),
+        "interval": bootstrap_interval(differences),
+        "sign_test": sign_test(differences),
+    }
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:

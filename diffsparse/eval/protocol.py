@@ -57,7 +57,7 @@ class Protocol:
 
 SCOPE_SOURCE = (
     "SCOPE, Tables 1 and 2: one H200, the whole pipeline in bfloat16, against dense attention with the same prompts. "
-    "Its prompts (Penguin), GPU and software are not those of this run"
+    "Its prompts (Penguin), GPU, software and perhaps the network of its LPIPS are not those of this run"
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffsparse.eval.demo import make_writable
 from diffsparse.eval.head_picture import draw_head_classes
-from diffsparse.eval.lpips_metric import lpips_or_reason
+from diffsparse.eval.lpips_metric import add_lpips_arguments, lpips_or_reason
 from diffsparse.eval.report_clips import make_clips
 from diffsparse.eval.report_data import collect
 from diffsparse.eval.report_markdown import as_markdown
@@ -29,12 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-megabytes", type=float, default=20.0, metavar="MB", help="of videos in the page (default: 20)"
     )
-    parser.add_argument(
-        "--lpips-backbone",
-        type=Path,
-        metavar="FILE",
-        help="torchvision's AlexNet weights for LPIPS (default: looked for in torch's cache, never downloaded)",
-    )
+    add_lpips_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.max_megabytes >= 0:
         raise ValueError(f"--max-megabytes must be at least 0, got {args.max_megabytes}.")
     output = args.output or args.runs[0]
-    data = collect(args.runs, lpips_or_reason(args.lpips_backbone))
+    data = collect(args.runs, lpips_or_reason(args.lpips_net, args.lpips_backbone))
     make_writable(output)
     clips, left_out = make_clips(data, int(args.max_megabytes * 1e6))
     page = as_page(data, clips, left_out, _head_pictures(data))

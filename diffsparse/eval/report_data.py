@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffsparse.eval.lpips_metric import Lpips
+from diffsparse.eval.lpips_metric import Lpips, NoLpips
 from diffsparse.eval.named_config import DENSE
-from diffsparse.eval.paired_statistics import bootstrap_interval, sign_test
+from diffsparse.eval.paired_statistics import bootstrap_interval, of_differences
 from diffsparse.eval.run_folder import Pair, RunFolder, read_manifest
 from diffsparse.eval.run_scores import scores_of
 
@@ -34,13 +34,14 @@ METRICS = {
 }
 
 
-def collect(runs: list[Path], lpips: Lpips | str) -> dict[str, Any]:
+def collect(runs: list[Path], lpips: Lpips | NoLpips) -> dict[str, Any]:
     """All of some runs, ready for JSON; what is missing is listed with why, as far as it is known.
 
     Raises:
         ValueError: a folder that is no run.
     """
-    data: dict[str, Any] = {"runs": [], "configs": [], "videos": [], "missing": [], "differences": []}
+    data: dict[str, Any] = {"lpips_net": lpips.net, "runs": [], "configs": [], "videos": []}
+    data |= {"missing": [], "differences": []}
     for index, path in enumerate(runs):
         manifest = read_manifest(path)
         data["runs"].append({"path": str(path)} | manifest)
@@ -57,7 +58,7 @@ def collect(runs: list[Path], lpips: Lpips | str) -> dict[str, Any]:
 
 
 def _videos(
-    run: int, folder: RunFolder, settings: dict[str, Any], lpips: Lpips | str
+    run: int, folder: RunFolder, settings: dict[str, Any], lpips: Lpips | NoLpips
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     videos, missing = [], []
     for prompt, text in enumerate(settings["prompts"]):
@@ -170,10 +171,7 @@ def _differences(run: int, names: list[str], videos: list[dict[str, Any]]) -> li
                         "second": second,
                         "metric": key,
                         "higher_is_better": metric.higher_is_better,
-                        "num_pairs": len(differences),
-                        "mean": statistics.fmean(differences),
-                        "interval": bootstrap_interval(differences),
-                        "sign_test": sign_test(differences),
+                        **of_differences(differences),
                     }
                 )
     return found

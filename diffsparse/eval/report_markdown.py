@@ -6,7 +6,16 @@ import re
 from typing import Any
 
 from diffsparse.eval.report_data import METRICS
-from diffsparse.eval.report_tables import differences, headline, label, notes, number, percent, published
+from diffsparse.eval.report_tables import (
+    differences,
+    headline,
+    label,
+    metric_labels,
+    notes,
+    number,
+    percent,
+    published,
+)
 
 
 def as_markdown(data: dict[str, Any]) -> str:
@@ -36,7 +45,7 @@ def table(headings: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _videos(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    headings = ["prompt", "seed", "config", *(metric.label for metric in METRICS.values()), "speed-up", "density"]
+    headings = ["prompt", "seed", "config", *metric_labels(data), "speed-up", "density"]
     rows = []
     for video in data["videos"]:
         scores = [video["scores"][key] for key in METRICS]

@@ -10,7 +10,16 @@ from diffsparse.eval.html_page import data_block, data_uri, fact_list, html_page
 from diffsparse.eval.pareto_plot import Point, pareto_svg
 from diffsparse.eval.report_clips import BRIGHTEST_ERROR, Clip
 from diffsparse.eval.report_data import METRICS, as_number
-from diffsparse.eval.report_tables import differences, headline, label, notes, number, percent, published
+from diffsparse.eval.report_tables import (
+    differences,
+    headline,
+    label,
+    metric_labels,
+    notes,
+    number,
+    percent,
+    published,
+)
 
 
 def as_page(
@@ -22,7 +31,7 @@ def as_page(
         "<h1>Sparse against dense attention</h1>",
         *_introduction(data),
         '<div class="scroll">',
-        _table(headings, rows + published(data), first="config"),
+        _table(*_what_matters_first(headings, rows + published(data)), first="config"),
         "</div>",
         '<p class="dim">Mean over the videos [95 % interval of the mean, by bootstrap]. Each video is compared with '
         "the dense one of the same prompt and seed. PSNR and the SSIMs: higher is closer. LPIPS and flicker "
@@ -44,18 +53,33 @@ def as_page(
     )
 
 
+def _what_matters_first(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The gain beside the name, where a narrow screen shows it; no column without any number, as the notes say why."""
+    there = [place for place in range(len(headings)) if any(row[place] != "n/a" for row in rows)]
+    first = {heading: place for place, heading in enumerate(["config", "speed-up", "density"])}
+    order = sorted(there, key=lambda place: first.get(headings[place], len(first)))
+    return [headings[place] for place in order], [[row[place] for place in order] for row in rows]
+
+
 def _introduction(data: dict[str, Any]) -> list[str]:
     lines = []
-    for run in data["runs"]:
+    for index, run in enumerate(data["runs"]):
         settings = run["settings"]
         sampling = settings["sampling"]
+        # Of the videos themselves: a pipeline may have rounded what was asked for.
+        lengths = dict.fromkeys(v["scores"]["num_frames"] for v in data["videos"] if v["run"] == index)
+        num_frames = ", ".join(map(str, lengths)) or sampling["num_frames"]
         devices = dict.fromkeys(made["device"] for made in run["made_by"])
         lines.append(
-            f'<p class="dim">{text(settings["model"])}: {len(settings["prompts"])} prompts, '
-            f"{len(settings['seeds'])} seeds, {sampling['width']} × {sampling['height']}, {sampling['num_frames']} "
+            f'<p class="dim">{text(settings["model"])}: {_count(settings["prompts"], "prompt")}, '
+            f"{_count(settings['seeds'], 'seed')}, {sampling['width']} × {sampling['height']}, {num_frames} "
             f"frames, {sampling['num_inference_steps']} steps, on {text(', '.join(devices))}.</p>"
         )
     return lines
+
+
+def _count(things: list[Any], of_what: str) -> str:
+    return f"{len(things)} {of_what}{'s' if len(things) != 1 else ''}"
 
 
 def _pareto(data: dict[str, Any]) -> list[str]:
@@ -99,7 +123,7 @@ def _player(data: dict[str, Any], clips: list[Clip], left_out: list[dict[str, An
             "height": clip.pane_height,
             "frames": clip.num_frames,
             "fps": clip.fps,
-            "about": _about(clip.video),
+            "about": _about(data, clip.video),
         }
         for clip in clips
     ]
@@ -130,8 +154,10 @@ def _player(data: dict[str, Any], clips: list[Clip], left_out: list[dict[str, An
 
 
 def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
-    headings = ["prompt", "seed", "config", *(m.label for m in METRICS.values()), "seconds", "speed-up", "density"]
-    headings.insert(0, "")
+    # Of a metric that no video has, the notes say why.
+    shown = [key for key in METRICS if any(not isinstance(video["scores"][key], str) for video in data["videos"])]
+    labels = dict(zip(METRICS, metric_labels(data)))
+    headings = ["", "prompt", "seed", "config", *(labels[key] for key in shown), "seconds", "speed-up", "density"]
     place = {id(clip.video): index for index, clip in enumerate(clips)}
     rows = []
     for video in data["videos"]:
@@ -142,14 +168,14 @@ def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
             sorted_cell(str(video["seed"]), video["seed"]),
             sorted_cell(_name(data, video), _name(data, video), "config"),
         ]
-        for key, metric in METRICS.items():
-            score = video["scores"][key]
+        for key in shown:
+            metric, score = METRICS[key], video["scores"][key]
             if isinstance(score, str):
                 cells.append(sorted_cell("n/a", None))
             else:
                 worst = f"frame {score['worst_frame']}: {number(score['worst'], metric.digits)}"
-                shown = number(score["mean"], metric.digits)
-                cells.append(sorted_cell(shown, as_number(score["mean"]), "number", worst))
+                mean = number(score["mean"], metric.digits)
+                cells.append(sorted_cell(mean, as_number(score["mean"]), "number", worst))
         cells += [
             sorted_cell(
                 number(video["seconds"], ".1f"), video["seconds"], "number", f"dense {video['dense_seconds']:.1f}"
@@ -226,11 +252,12 @@ def _name(data: dict[str, Any], video: dict[str, Any]) -> str:
 
 def _title(data: dict[str, Any], video: dict[str, Any]) -> str:
     psnr = number(video["scores"]["psnr_db"]["mean"], ".1f")
-    return f"{psnr} dB, {_name(data, video)}, seed {video['seed']}: {video['prompt']}"
+    return f"PSNR {psnr} dB, {_name(data, video)}, seed {video['seed']}: {video['prompt']}"
 
 
-def _about(video: dict[str, Any]) -> str:
+def _about(data: dict[str, Any], video: dict[str, Any]) -> str:
     return (
-        f"“{video['prompt']}”, seed {video['seed']}: dense {video['dense_seconds']:.1f} s, "
-        f"sparse {video['seconds']:.1f} s, {percent(video['overall_density'])} of the attention."
+        f"“{video['prompt']}”, seed {video['seed']}: dense in {video['dense_seconds']:.1f} s; sparse by "
+        f"{_name(data, video)} in {video['seconds']:.1f} s, with {percent(video['overall_density'])} of the "
+        "attention computed."
     )

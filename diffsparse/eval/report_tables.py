@@ -11,7 +11,7 @@ from diffsparse.eval.report_data import METRICS, as_number
 
 def headline(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row for each config: mean [95 % interval], worst frame."""
-    headings = ["config", "videos", *(metric.label for metric in METRICS.values())]
+    headings = ["config", "videos", *metric_labels(data)]
     headings += ["seconds a video", "speed-up", "density", "peak memory"]
     return headings, [_row(data, config) for config in data["configs"]]
 
@@ -35,13 +35,15 @@ def differences(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in data["differences"]:
         metric = METRICS[row["metric"]]
-        better = row["mean"] > 0 if row["higher_is_better"] else row["mean"] < 0
+        first, second = (_text(data, row["run"], row[place]) for place in ("first", "second"))
+        better = first if (row["mean"] > 0) == row["higher_is_better"] else second
+        chance = "" if row["sign_test"] < 0.05 else " (may be chance)"
         rows.append(
             [
-                f"{_text(data, row['run'], row['first'])} − {_text(data, row['run'], row['second'])}",
-                metric.label,
+                f"{first} − {second}",
+                _metric_label(data, row["metric"]),
                 f"{row['mean']:+{metric.digits}}{_interval(row['interval'], '+' + metric.digits)}",
-                "neither" if row["mean"] == 0 else "the first" if better else "the second",
+                "neither" if row["mean"] == 0 else f"{better}{chance}",
                 f"{row['sign_test']:.3f}",
                 str(row["num_pairs"]),
             ]
@@ -51,7 +53,7 @@ def differences(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def notes(data: dict[str, Any]) -> list[str]:
     """What a reader of the rows has to know besides."""
-    found = [f"{METRICS[key].label} {reason}." for key, reason in _reasons(data).items()]
+    found = [f"{_metric_label(data, key)} {reason}." for key, reason in _reasons(data).items()]
     found += [f"Published, not measured here: {source}." for source in {p.source: 0 for p in _protocols(data)}]
     for config in data["configs"]:
         name = label(data, config)
@@ -64,7 +66,7 @@ def notes(data: dict[str, Any]) -> list[str]:
         elif config["num_videos"] and config["density"] is None:
             found.append(f"{name}: sparse attention never ran; {_counts(config['dense_reasons'])}.")
         elif config["dense_reasons"]:
-            found.append(f"{name}: dense attention calls: {_counts(config['dense_reasons'])}.")
+            found.append(f"{name}: attention calls that were left dense: {_counts(config['dense_reasons'])}.")
         if config["num_videos"] and config["speed_up"] is None:
             found.append(f"{name}: no speed-up, since dense and sparse videos were made by different processes.")
     if data["missing"]:
@@ -75,6 +77,11 @@ def notes(data: dict[str, Any]) -> list[str]:
 def label(data: dict[str, Any], config: dict[str, Any]) -> str:
     """A config as the user named it, with its run where there are several."""
     return _text(data, config["run"], config["name"])
+
+
+def metric_labels(data: dict[str, Any]) -> list[str]:
+    """What each of `METRICS` is called in a heading: LPIPS with the net that it judges by."""
+    return [_metric_label(data, key) for key in METRICS]
 
 
 def number(value: float | str | None, digits: str) -> str:
@@ -111,6 +118,11 @@ def percent(share: float | None) -> str:
 def _protocols(data: dict[str, Any]) -> list[Protocol]:
     names = (run["settings"].get("protocol") for run in data["runs"])
     return [PROTOCOLS[name] for name in dict.fromkeys(names) if name in PROTOCOLS]
+
+
+def _metric_label(data: dict[str, Any], key: str) -> str:
+    label = METRICS[key].label
+    return f"{label}, {data['lpips_net']}" if key == "lpips" else label
 
 
 def _reasons(data: dict[str, Any]) -> dict[str, str]:

@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffsparse.eval.compare import compare, windows_of
-from diffsparse.eval.lpips_metric import Lpips
+from diffsparse.eval.comparison import compare, windows_of
+from diffsparse.eval.lpips_metric import Lpips, NoLpips
 from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.run_folder import Pair, RunFolder, write_json
 
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 """Raised when a metric changes or one is added: scores of older versions are computed again."""
 
 
-def scores_of(folder: RunFolder, config: str, pair: Pair, lpips: Lpips | str) -> dict[str, Any]:
+def scores_of(folder: RunFolder, config: str, pair: Pair, lpips: Lpips | NoLpips) -> dict[str, Any]:
     """How close a config's video is to the dense one: `Comparison.as_dict`, computed from the stored frames.
 
     Raises:
@@ -26,10 +26,11 @@ def scores_of(folder: RunFolder, config: str, pair: Pair, lpips: Lpips | str) ->
     kept = _read(file)
     if kept.get("version") == SCORES_VERSION and kept.get("of") == of:
         scores: dict[str, Any] = kept["scores"]
+        is_scored = scores["lpips_net"] == lpips.net and not isinstance(scores["lpips"], str)
         # Why LPIPS is missing may be another reason by now, or none.
-        if isinstance(scores["lpips"], str) and isinstance(lpips, str):
-            return scores | {"lpips": lpips}
-        if not isinstance(scores["lpips"], str):
+        if isinstance(lpips, NoLpips) and not is_scored:
+            return scores | {"lpips": lpips.reason, "lpips_net": lpips.net}
+        if is_scored:
             return scores
     scores = compare(windows_of(folder.frames(DENSE, pair), folder.frames(config, pair)), lpips).as_dict()
     write_json(file, {"version": SCORES_VERSION, "of": of, "scores": scores})

@@ -6,9 +6,11 @@ import contextlib
 import os
 import re
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ Image = NDArray[np.uint8]
 """One picture [H, W, 3]."""
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif"})
 
 
 def read_frames(path: Path) -> Iterator[Image]:
@@ -32,7 +35,14 @@ def read_frames(path: Path) -> Iterator[Image]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
-    return _read_folder(path) if path.is_dir() else _read_video(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        raise ValueError(f"{path} is one image: put it into a folder, and name that.")
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        expected = ", ".join(sorted(VIDEO_SUFFIXES))
+        raise ValueError(f"{path} is no video by its name; expected a folder of images, or a name in {expected}.")
+    return _read_video(path)
 
 
 def write_video(path: Path, frames: NDArray[Any], fps: float) -> None:
@@ -118,26 +128,49 @@ def _by_numbers(file: Path) -> list[tuple[int, str]]:
 
 
 def _read_video(file: Path) -> Iterator[Image]:
-    import imageio.v2
+    """The frames as ffmpeg decodes them, while this process works on the one before.
 
+    Not by imageio, which takes a file that breaks off for one that ends: what ffmpeg complains about is an error here.
+    """
+    import imageio_ffmpeg
+
+    source = ["-nostdin", "-v", "error", "-i", f"file:{file}", "-map", "0:v:0"]
+    # Each frame once, as stored: without passthrough a variable frame rate repeats and drops frames.
+    target = ["-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "-"]
     num_frames = 0
-    try:
-        # Each frame once, as stored: without passthrough a variable frame rate repeats and drops frames.
-        reader = imageio.v2.get_reader(
-            file,
-            format="FFMPEG",
-            output_params=["-fps_mode", "passthrough"],
-        )
-        with contextlib.closing(reader):
-            for frame in reader:
-                num_frames += 1
-                yield np.asarray(frame)
-    except GeneratorExit:
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+    with tempfile.TemporaryFile() as complaints:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), *source, *target]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints) as decoder:
+            assert decoder.stdout is not None
+            try:
+                while (frame := _next_ppm(decoder.stdout)) is not None:
+                    yield frame
+                    num_frames += 1
+            except BaseException:
+                # Whoever reads wants no more.
+                decoder.kill()
+                raise
+        complaints.seek(0)
+        lines = complaints.read().decode(errors="replace").strip().splitlines()
+    if lines or decoder.returncode != 0:
+        # The first line says what was wrong; without the addresses of ffmpeg's parts.
+        said = re.sub(r"\[[^\]]* @ 0x[0-9a-f]+\] *", "", lines[0]) if lines else f"exit code {decoder.returncode}"
         raise ValueError(
-            f"{file} cannot be read as a video (after {num_frames} frames): {lines[-1].strip()}"
-        ) from error
+            f"{file} cannot be read as a video (after {num_frames} frames): ffmpeg says “{said}”. "
+            "It may be cut off or damaged, or hold no video: copy it again, or make it anew."
+        )
     if num_frames == 0:
         raise ValueError(f"{file} holds no frames.")
+
+
+def _next_ppm(stream: IO[bytes]) -> Image | None:
+    """The next picture of a stream of PPMs of 8 bits, None at its end or where it breaks off."""
+    # "P6", width and height, and the largest value, each on a line.
+    lines = [stream.readline() for _ in range(3)]
+    if not lines[2]:
+        return None
+    width, height = (int(side) for side in lines[1].split())
+    data = stream.read(3 * width * height)
+    if len(data) < 3 * width * height:
+        return None
+    return np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)

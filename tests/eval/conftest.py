@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import tiny_wan_pipeline
+from torchvision.models import alexnet, squeezenet1_1
+from torchvision.models.vgg import cfgs, make_layers
 
+from diffsparse.eval.lpips_backbone import BACKBONES
 from diffsparse.eval.run_folder import Pair, RunFolder
 
 SAMPLING = {
@@ -76,6 +83,57 @@ def fake_run(tmp_path):
         return run.path
 
     return make
+
+
+class RandomBackbones:
+    """LPIPS' backbones with random weights, in files as torchvision's."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.networks = {}
+
+    def features(self, net):
+        if net not in self.networks:
+            torch.manual_seed(0)
+            make = {
+                "alex": lambda: alexnet(weights=None).features,
+                "vgg": lambda: make_layers(cfgs["D"]),
+                "squeeze": lambda: squeezenet1_1(weights=None).features,
+            }
+            self.networks[net] = make[net]().eval().requires_grad_(False)
+        return self.networks[net]
+
+    def file(self, net):
+        file = self.folder / f"{net}.pth"
+        if not file.is_file():
+            torch.save({f"features.{name}": value for name, value in self.features(net).state_dict().items()}, file)
+        return file
+
+    @contextlib.contextmanager
+    def trusted(self):
+        """While it lasts, they pass for the real ones."""
+        with pytest.MonkeyPatch.context() as patch:
+            for net in ("alex", "squeeze", "vgg"):
+                start = hashlib.sha256(self.file(net).read_bytes()).hexdigest()[:8]
+                patch.setitem(BACKBONES, net, dataclasses.replace(BACKBONES[net], file_name=f"{net}-{start}.pth"))
+            yield
+
+    def put_into(self, folder, net):
+        """Within `trusted`: a copy under the name that it has there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / BACKBONES[net].file_name).write_bytes(self.file(net).read_bytes())
+
+
+@pytest.fixture(scope="session")
+def random_backbones(tmp_path_factory):
+    return RandomBackbones(tmp_path_factory.mktemp("backbones"))
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """Where torch looks for backbones, not made yet."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
 
 
 ATTENTION = {

@@ -31,6 +31,7 @@ def fail_with(error, monkeypatch):
         ["comfyui-uninstall"],
         ["eval"],
         ["eval", "compare"],
+        ["eval", "fetch-lpips"],
     ],
 )
 def test_every_command_has_help(argv, capsys):

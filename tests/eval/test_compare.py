@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from diffsparse.eval import compare
-from diffsparse.eval.compare import WINDOW, windows_of
+from diffsparse.eval.comparison import WINDOW
+from diffsparse.eval.lpips_metric import NoLpips
 from diffsparse.eval.video_io import write_images, write_video
+
+NONE = NoLpips("alex", "n/a: get it at this address")
 
 
 @pytest.fixture(autouse=True)
 def no_lpips(monkeypatch):
-    monkeypatch.setattr(compare, "lpips_or_reason", lambda backbone: "n/a: get it at this address")
+    monkeypatch.setattr(compare, "lpips_or_reason", lambda net, backbone: NONE)
 
 
 def noise(frames, seed=0, height=32, width=48):
@@ -65,69 +68,26 @@ def test_missing_lpips_is_shown_with_the_way_to_get_it(tmp_path, capsys):
     assert json.loads((tmp_path / "scores.json").read_text())["lpips"].startswith("n/a")
 
 
-def test_a_video_compares_with_a_folder_of_its_frames(tmp_path):
-    smooth = np.broadcast_to(np.arange(48, dtype=np.uint8)[None, None, :, None] * 4, (3, 32, 48, 3))
-    write_video(tmp_path / "a.mp4", smooth, fps=8)
-    write_images(tmp_path / "b", smooth)
-    comparison = compare.compare(windows_of(tmp_path / "a.mp4", tmp_path / "b"), "n/a")
-    assert comparison.num_frames == 3
-    assert comparison.psnr_db.worst > 35
-
-
-def test_lpips_is_asked_window_by_window_and_not_for_tiny_frames():
-    def fake(a, b):
-        return [float(len(a))] * len(a)
-
-    frames = noise(2, height=64, width=64)
-    scored = compare.compare([(frames, frames), (frames[:1], frames[:1])], fake)
-    assert scored.lpips.per_frame == (2.0, 2.0, 1.0)
-    tiny = noise(2, height=16, width=64)
-    assert "64 × 16" in compare.compare([(tiny, tiny)], fake).lpips
-
-
-def test_ms_ssim_and_flicker_are_there_where_they_can_be_or_say_why_not():
-    large = noise(WINDOW + 1, height=176, width=180)
-    scored = compare.compare([(large[:WINDOW], large[:WINDOW]), (large[WINDOW:], large[WINDOW:])], "n/a")
-    assert len(scored.ms_ssim.per_frame) == WINDOW + 1
-    assert scored.flicker.per_frame == (0.0,) * WINDOW
-    small = compare.compare([(large[:1, :32], large[:1, :32])], "n/a")
-    assert "at least 176 pixels a side, got 180 × 32" in small.ms_ssim
-    assert "one frame" in small.flicker
-    assert {"MS-SSIM", "Flicker"} <= {note.split()[0] for note in small.notes()}
-    assert [mean for _, mean, _ in small.rows()[2:]] == ["n/a"] * 3
-
-
-def test_windows_hold_every_frame_once(tmp_path):
-    video = noise(2 * WINDOW + 1, height=4, width=4)
-    write_images(tmp_path / "a", video)
-    windows = list(windows_of(tmp_path / "a", tmp_path / "a"))
-    assert [len(a) for a, _ in windows] == [WINDOW, WINDOW, 1]
-    assert np.array_equal(np.concatenate([b for _, b in windows]), video)
-
-
-@pytest.mark.parametrize("lengths", [(3, 7), (7, 3), (1, 2)])
-def test_different_lengths_are_an_error_that_gives_both(tmp_path, lengths):
-    for name, length in zip("ab", lengths):
-        write_images(tmp_path / name, noise(length))
-    with pytest.raises(ValueError, match=rf"a has {lengths[0]} frames, .*b has {lengths[1]}\."):
-        run(tmp_path / "a", tmp_path / "b")
-
-
-def test_different_sizes_are_an_error_that_gives_both(tmp_path):
-    write_images(tmp_path / "a", noise(2))
-    write_images(tmp_path / "b", noise(2, height=34))
-    with pytest.raises(ValueError, match=r"48 × 32 .* 48 × 34"):
-        run(tmp_path / "a", tmp_path / "b")
-
-
-def test_a_folder_of_mixed_sizes_is_an_error(tmp_path):
-    write_images(tmp_path / "a", noise(2))
-    write_images(tmp_path / "other", noise(2, height=34))
-    (tmp_path / "other" / "00001.png").replace(tmp_path / "a" / "00001.png")
-    with pytest.raises(ValueError, match="frame 1 of"):
-        run(tmp_path / "a", tmp_path / "a")
-
-
 def test_a_json_that_cannot_be_written_is_found_before_the_work(tmp_path):
     with pytest.raises(ValueError, match="--json"):
         run("no-video.mp4", "no-video.mp4", "--json", tmp_path / "no" / "scores.json")
+
+
+def test_two_runs_are_compared_video_by_video(fake_run, tmp_path, capsys):
+    a = fake_run(["cat", "dog"], error=lambda *of: 0.2, name="a")
+    b = fake_run(["cat", "dog"], error=lambda *of: 0.1, name="b")
+    assert run(a, b, "--json", tmp_path / "runs.json") == 0
+    psnr = json.loads((tmp_path / "runs.json").read_text())["differences"][0]
+    assert (psnr["metric"], psnr["num_pairs"]) == ("psnr_db", 2)
+    # Half the error.
+    assert psnr["mean"] == pytest.approx(20 * math.log10(2), abs=0.1)
+    shown = capsys.readouterr().out
+    assert "n/a: get it at this address" in shown
+    assert f"A is {a}, B is {b}" in shown
+
+
+def test_a_run_against_a_video_is_an_error_with_a_way_out(fake_run, tmp_path):
+    of_run = fake_run(["cat"])
+    for pair in ((of_run, tmp_path / "b.mp4"), (tmp_path / "b.mp4", of_run)):
+        with pytest.raises(ValueError, match=rf"{of_run} is a run, .*b\.mp4 is not: name two runs"):
+            run(*pair)

@@ -11,6 +11,7 @@ import diffsparse
 from diffsparse import Adaptive, SparseAttentionConfig
 from diffsparse.eval import cli, demo
 from diffsparse.eval.generate import Sampling, generate, load_pipeline
+from diffsparse.eval.lpips_metric import NoLpips
 from diffsparse.eval.metrics import psnr_db
 from diffsparse.eval.video_io import read_frames
 
@@ -24,7 +25,7 @@ def sparse_on_tiny_models(monkeypatch, tmp_path):
         Adaptive(density=0.3, query_block_size=16, key_block_size=16), dense_steps=0.4, min_tokens=0
     )
     monkeypatch.setattr(demo, "as_config", lambda preset: config)
-    monkeypatch.setattr(demo, "lpips_or_reason", lambda backbone: "n/a: get it at this address")
+    monkeypatch.setattr(demo, "lpips_or_reason", lambda net, backbone: NoLpips("alex", "n/a: get it at this address"))
 
 
 @pytest.fixture

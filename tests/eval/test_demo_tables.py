@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 
 from diffsparse import SparseAttentionReport, TransformerReport
-from diffsparse.eval.compare import compare
+from diffsparse.eval.comparison import compare
 from diffsparse.eval.demo_tables import attention_table, quality_table, time_table
 from diffsparse.eval.generate import Generation
+from diffsparse.eval.lpips_metric import NoLpips
 
 
 def lines(table, width=200):
@@ -54,9 +55,9 @@ def test_times_stand_beside_their_ratio():
 def test_quality_shows_mean_and_worst():
     a = np.zeros((2, 16, 16, 3), dtype=np.float32)
     b = a + np.array([0.1, 0.01], dtype=np.float32).reshape(2, 1, 1, 1)
-    table = quality_table(compare([(a, b)], "n/a: get it"))
+    table = quality_table(compare([(a, b)], NoLpips("alex", "n/a: get it")))
     assert row(table, "PSNR")[1:] == ["30.00", "20.00 (frame 0)"]
-    assert row(table, "LPIPS")[1:] == ["n/a", "see below"]
+    assert row(table, "LPIPS, alex")[1:] == ["n/a", "see below"]
 
 
 def test_every_dense_reason_and_head_class_has_its_row():

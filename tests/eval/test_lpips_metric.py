@@ -1,45 +1,46 @@
-"""The backbone here is random, which only these tests may have: they are about the arithmetic and the loading."""
+"""The backbones here are random, which only these tests may have: they are about the arithmetic and the loading."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import lpips
 import numpy as np
 import pytest
 import torch
-from torchvision.models import alexnet
+import torchvision
+from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 
-from diffsparse.eval import lpips_metric
-from diffsparse.eval.lpips_metric import BACKBONE_NAME, SMALLEST_SIDE, Lpips, lpips_or_reason
+from diffsparse.eval.lpips_backbone import BACKBONES
+from diffsparse.eval.lpips_metric import Lpips, NoLpips, lpips_or_reason
+
+TORCHVISION_NAMES = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
+
+# Layers of torchvision's `features` after which the paper's code compares.
+COMPARED_AFTER = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29), "squeeze": (1, 4, 7, 9, 10, 11, 12)}
 
 
 @pytest.fixture(scope="module")
-def features():
-    torch.manual_seed(0)
-    return alexnet(weights=None).features.eval()
+def loaded(random_backbones):
+    """LPIPS on each net, loaded once: to build a VGG takes a second."""
+    made = {}
 
+    def load(net):
+        if net not in made:
+            with random_backbones.trusted():
+                made[net] = Lpips(random_backbones.file(net), net)
+        return made[net]
 
-@pytest.fixture(scope="module")
-def backbone(features, tmp_path_factory):
-    file = tmp_path_factory.mktemp("backbone") / BACKBONE_NAME
-    torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, file)
-    return file
-
-
-@pytest.fixture
-def trusted(backbone, monkeypatch):
-    """The random backbone passes for the real one."""
-    start = hashlib.sha256(backbone.read_bytes()).hexdigest()[:8]
-    monkeypatch.setattr(lpips_metric, "BACKBONE_SHA256_START", start)
-    return backbone
+    return load
 
 
 @pytest.fixture
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    return tmp_path / "hub" / "checkpoints"
+def references(random_backbones, monkeypatch):
+    """The lpips package and torchmetrics, as their users call them, find our backbone in torchvision."""
+    for net, name in TORCHVISION_NAMES.items():
+        model = SimpleNamespace(features=random_backbones.features(net))
+        monkeypatch.setattr(torchvision.models, name, lambda *args, model=model, **kwargs: model)
 
 
 def two_videos(height, width, frames=2):
@@ -48,72 +49,108 @@ def two_videos(height, width, frames=2):
     return a, np.clip(a + 0.2 * random.standard_normal(a.shape), 0, 1).astype(np.float32)
 
 
-def lpips_by_hand(features, a, b):
-    """Squared distances of unit features after each ReLU, weighted, mean over places, summed over layers."""
-    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-    weights = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth", map_location="cpu")
-    x, y = (((2 * torch.from_numpy(frames) - 1 - shift) / scale).permute(0, 3, 1, 2) for frames in (a, b))
+def as_torch(frames):
+    """[F, 3, H, W]"""
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
+def lpips_by_hand(net, features, a, b):
+    """Squared distances of unit features after some layers, weighted, mean over places, summed over layers."""
+    shift, scale = (torch.tensor(x).reshape(1, 3, 1, 1) for x in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
+    weights = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth", map_location="cpu")
+    x, y = ((2 * as_torch(frames) - 1 - shift) / scale for frames in (a, b))
     total, layer = torch.zeros(len(a)), 0
-    # Without the last pooling.
-    for module in features[:-1]:
+    for index, module in enumerate(features):
+        if layer == len(COMPARED_AFTER[net]):
+            break
         x, y = module(x), module(y)
-        if isinstance(module, torch.nn.ReLU):
-            distance = (x / x.norm(dim=1, keepdim=True) - y / y.norm(dim=1, keepdim=True)) ** 2
+        if index in COMPARED_AFTER[net]:
+            distance = (x / x.norm(dim=1, keepdim=True) - y / y.norm(dim=1, keepdim=True)).nan_to_num() ** 2
             weighted = distance * weights[f"lin{layer}.model.1.weight"].reshape(1, -1, 1, 1)
             total += weighted.sum(dim=1).mean(dim=(1, 2))
             layer += 1
     return total
 
 
-@pytest.mark.parametrize("size", [(64, 64), (SMALLEST_SIDE, 70)])
+@pytest.mark.parametrize("net", BACKBONES)
+@pytest.mark.parametrize("size", [(64, 64), (31, 71)])
 @torch.no_grad()
-def test_scores_are_those_of_the_backbone_in_the_file(trusted, features, size):
+def test_scores_are_those_of_the_backbone_in_the_file(loaded, random_backbones, net, size):
     a, b = two_videos(*size)
-    assert Lpips(trusted)(a, b) == pytest.approx(lpips_by_hand(features, a, b).tolist(), rel=1e-4)
+    expected = lpips_by_hand(net, random_backbones.features(net), a, b).tolist()
+    assert loaded(net)(a, b) == pytest.approx(expected, rel=1e-4)
 
 
-def test_equal_frames_are_at_distance_zero(trusted):
+@pytest.mark.parametrize("net", BACKBONES)
+@torch.no_grad()
+def test_scores_are_those_of_the_lpips_package_and_of_torchmetrics(loaded, references, net):
+    a, b = two_videos(33, 47, frames=1)
+    package = lpips.LPIPS(net=net, verbose=False)
+    scores = loaded(net)(a, b)
+    assert scores == [pytest.approx(package(2 * as_torch(a) - 1, 2 * as_torch(b) - 1).item(), rel=1e-5)]
+    # It divides by norms of 1e-8 more, we by 1e-10.
+    torchmetrics = learned_perceptual_image_patch_similarity(as_torch(a), as_torch(b), net_type=net, normalize=True)
+    assert scores == [pytest.approx(torchmetrics.item(), rel=1e-4)]
+
+
+@pytest.mark.parametrize("net", BACKBONES)
+def test_bytes_score_as_the_floats_they_stand_for(loaded, net):
+    a, b = ((255 * x).astype(np.uint8) for x in two_videos(32, 33, frames=1))
+    assert loaded(net)(a, b) == loaded(net)(a / np.float32(255), b / np.float32(255))
+
+
+@pytest.mark.parametrize("net", BACKBONES)
+def test_equal_frames_are_at_distance_zero(loaded, net):
     a, _ = two_videos(40, 40)
-    assert Lpips(trusted)(a, a) == [0.0, 0.0]
+    assert loaded(net)(a, a) == [0.0, 0.0]
 
 
-def test_no_backbone_gives_the_way_to_get_one(empty_cache):
-    reason = lpips_or_reason()
-    assert isinstance(reason, str)
-    assert reason.startswith("n/a: ")
-    assert BACKBONE_NAME in reason
-    assert "--lpips-backbone" in reason
-    assert str(empty_cache) in reason
+@pytest.mark.parametrize("net", BACKBONES)
+def test_the_smallest_side_is_the_smallest_that_works(loaded, net):
+    side = BACKBONES[net].smallest_side
+    a, b = two_videos(side, 40, frames=1)
+    assert 0 < loaded(net)(a, b)[0] < 10
+    with pytest.raises(RuntimeError, match="too small"):
+        loaded(net)(a[:, 1:], b[:, 1:])
 
 
-def test_the_cached_backbone_is_found(trusted, empty_cache):
-    empty_cache.mkdir(parents=True)
-    (empty_cache / BACKBONE_NAME).write_bytes(trusted.read_bytes())
-    assert isinstance(lpips_or_reason(), Lpips)
+@pytest.mark.parametrize("net", BACKBONES)
+def test_no_backbone_gives_the_ways_to_get_one(empty_cache, net):
+    missing = lpips_or_reason(net)
+    assert isinstance(missing, NoLpips)
+    assert missing.net == net
+    assert missing.reason.startswith("n/a: ")
+    for way in (f"fetch-lpips --net {net}", BACKBONES[net].address, "--lpips-backbone", str(empty_cache)):
+        assert way in missing.reason
 
 
-def test_other_weights_are_never_taken_for_the_backbone(backbone):
-    with pytest.raises(ValueError, match="not the AlexNet"):
-        lpips_or_reason(backbone)
+def test_the_cached_backbone_is_found(random_backbones, empty_cache):
+    with random_backbones.trusted():
+        random_backbones.put_into(empty_cache, "squeeze")
+        assert isinstance(lpips_or_reason("squeeze"), Lpips)
+        assert isinstance(lpips_or_reason("alex"), NoLpips)
 
 
 def test_a_damaged_cache_is_a_reason_and_not_an_error(empty_cache):
     empty_cache.mkdir(parents=True)
-    (empty_cache / BACKBONE_NAME).write_bytes(b"half a download")
-    assert "not the AlexNet" in lpips_or_reason()
+    (empty_cache / BACKBONES["vgg"].file_name).write_bytes(b"half a download")
+    assert "not the VGG-16" in lpips_or_reason("vgg").reason
 
 
-def test_a_named_backbone_that_is_missing_is_an_error(tmp_path):
+def test_a_named_backbone_that_cannot_serve_is_an_error(random_backbones, tmp_path):
     with pytest.raises(FileNotFoundError):
-        lpips_or_reason(tmp_path / "none.pth")
+        lpips_or_reason("alex", tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="not the SqueezeNet"):
+        lpips_or_reason("squeeze", random_backbones.file("squeeze"))
 
 
-def test_nothing_is_downloaded(trusted, empty_cache, monkeypatch):
+def test_nothing_is_downloaded(random_backbones, empty_cache, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("tried to download")
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    lpips_or_reason()
-    lpips_or_reason(trusted)
+    lpips_or_reason("squeeze")
+    with random_backbones.trusted():
+        lpips_or_reason("squeeze", random_backbones.file("squeeze"))

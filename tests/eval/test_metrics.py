@@ -2,13 +2,22 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from diffsparse.eval.metrics import MS_SSIM_SMALLEST_SIDE, MS_SSIM_WEIGHTS, FrameScores, ms_ssim, psnr_db, ssim
+from diffsparse.eval.metrics import (
+    MS_SSIM_SMALLEST_SIDE,
+    MS_SSIM_WEIGHTS,
+    FrameScores,
+    ms_ssim,
+    psnr_db,
+    ssim,
+    ssim_and_ms_ssim,
+)
 
 SIZES = [(11, 11), (13, 40), (57, 31)]
 
@@ -45,6 +54,35 @@ def test_ssim_is_that_of_torchmetrics_without_its_mirrored_border(size, noise):
     expected = full[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))
     # Variances are differences of float32 means near 1: 2^-24 each, seen against C2 = 9e-4.
     assert ssim(a, b) == pytest.approx(expected.tolist(), abs=4 * 2**-24 / 9e-4)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_psnr_and_ssim_of_one_frame_are_those_of_scikit_image(size, as_bytes):
+    reference = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed")
+    a, b = two_videos(size, frames=1)
+    if as_bytes:
+        a, b = ((255 * x).astype(np.uint8) for x in (a, b))
+    data_range = 255 if as_bytes else 1.0
+    psnr = reference.peak_signal_noise_ratio(a[0], b[0], data_range=data_range)
+    assert psnr_db(a, b) == [pytest.approx(psnr, rel=1e-6)]
+    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": -1}
+    expected = reference.structural_similarity(a[0], b[0], data_range=data_range, **wang)
+    assert ssim(a, b) == [pytest.approx(expected, abs=4 * 2**-24 / 9e-4)]
+
+
+def test_bytes_score_as_in_torchmetrics_with_its_range_of_255():
+    a, b = ((255 * x).astype(np.uint8) for x in two_videos((33, 47), frames=1))
+    x, y = (torch.from_numpy(frames).permute(0, 3, 1, 2).double() for frames in (a, b))
+    assert psnr_db(a, b) == [pytest.approx(peak_signal_noise_ratio(x, y, data_range=255.0).item(), rel=1e-6)]
+    _, full = structural_similarity_index_measure(x, y, data_range=255.0, return_full_image=True)
+    assert ssim(a, b) == [pytest.approx(full[..., 5:-5, 5:-5].mean().item(), abs=4 * 2**-24 / 9e-4)]
+
+
+def test_ssim_and_ms_ssim_at_once_are_what_each_is_alone():
+    a, b = ((255 * x).astype(np.uint8) for x in two_videos((177, 180), frames=2))
+    assert ssim_and_ms_ssim(a, b) == (ssim(a, b), ms_ssim(a, b))
+    assert ms_ssim(a, b) == ms_ssim(a / np.float32(255), b / np.float32(255))
 
 
 @pytest.mark.parametrize(("size", "noise"), [((176, 176), 0.5), ((181, 203), 0.02)])
@@ -90,6 +128,23 @@ def test_equal_frames_are_infinitely_close():
 def test_each_frame_is_scored_by_itself():
     a, b = two_videos((12, 14))
     assert psnr_db(a, b) == [psnr_db(a[i : i + 1], b[i : i + 1])[0] for i in range(3)]
+
+
+def test_the_number_of_torch_threads_is_left_as_it_was():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        a, b = two_videos((12, 14))
+        several = ssim(a, b)
+        in_a_new_thread = []
+        thread = threading.Thread(target=lambda: in_a_new_thread.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert [torch.get_num_threads(), *in_a_new_thread] == [3, 3]
+        torch.set_num_threads(1)
+        assert ssim(a, b) == several
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_scores_are_symmetric():

@@ -5,6 +5,7 @@ import base64
 import numpy as np
 import pytest
 
+from diffsparse.eval.lpips_metric import NoLpips
 from diffsparse.eval.report_clips import BRIGHTEST_ERROR, LARGEST_PANE, error_map, make_clips, three_panes
 from diffsparse.eval.report_data import collect
 from diffsparse.eval.video_io import read_frames
@@ -35,7 +36,7 @@ def test_three_panes_of_even_size_and_of_the_shape_of_the_video(size):
 
 def test_the_worst_of_each_config_comes_first_and_what_does_not_fit_is_told(fake_run, tmp_path):
     run = fake_run(["a", "b"], ["fast", "slow"], error=lambda config, p, s: (0.2 if config == "fast" else 0.1) + p / 20)
-    data = collect([run], "n/a: none")
+    data = collect([run], NoLpips("alex", "n/a: none"))
     clips, left_out = make_clips(data, 10**9)
     order = [("fast", 1), ("slow", 1), ("fast", 0), ("slow", 0)]
     assert [(clip.video["config"], clip.video["prompt_index"]) for clip in clips] == order

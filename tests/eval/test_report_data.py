@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from diffsparse.eval.lpips_metric import NoLpips
 from diffsparse.eval.report_data import collect
 from diffsparse.eval.run_folder import Pair, RunFolder
 
-NO_LPIPS = "n/a: none"
+NO_LPIPS = NoLpips("alex", "n/a: none")
 
 
 def test_means_worst_and_times_are_over_the_videos_of_a_config(fake_run):
@@ -21,7 +22,7 @@ def test_means_worst_and_times_are_over_the_videos_of_a_config(fake_run):
     assert fast["scores"]["psnr_db"]["mean"] == pytest.approx(sum(p["mean"] for p in psnr) / 4)
     assert fast["scores"]["psnr_db"]["worst"] == min(min(p["per_frame"]) for p in psnr)
     assert fast["scores"]["psnr_db"]["worst_of"].items() >= {"prompt_index": 1, "seed": 1}.items()
-    assert fast["scores"]["lpips"] == NO_LPIPS
+    assert fast["scores"]["lpips"] == NO_LPIPS.reason
     assert fast["speed_up"] == pytest.approx((10 / 5 + 10 / 6) / 2)
     assert fast["overall_density"] == 0.4
     assert fast["dense_reasons"] == {"early step": 8}

@@ -10,12 +10,13 @@ import pytest
 from page_reader import HOSTILE, Page
 
 from diffsparse.eval import report
+from diffsparse.eval.lpips_metric import NoLpips
 from diffsparse.eval.run_folder import Pair, RunFolder
 
 
 @pytest.fixture(autouse=True)
 def no_lpips(monkeypatch):
-    monkeypatch.setattr(report, "lpips_or_reason", lambda backbone: "n/a: get it at this address")
+    monkeypatch.setattr(report, "lpips_or_reason", lambda net, backbone: NoLpips("alex", "n/a: get it at this address"))
 
 
 def make_report(*argv):

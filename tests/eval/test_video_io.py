@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from pathlib import Path
 
 import imageio.v3
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
@@ -78,6 +81,69 @@ def test_a_folder_without_images_is_an_error(tmp_path):
         list(read_frames(tmp_path))
 
 
+def ffmpeg(*arguments):
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, arguments)], check=True)
+
+
+def texture(frames=30):
+    return np.random.default_rng(0).integers(0, 256, (frames, 64, 96, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_video_that_breaks_off_is_an_error_and_not_a_shorter_one(tmp_path, suffix):
+    write_video(tmp_path / f"whole{suffix}", texture(), fps=8)
+    contents = (tmp_path / f"whole{suffix}").read_bytes()
+    (tmp_path / f"half{suffix}").write_bytes(contents[: len(contents) // 2])
+    frames = read_frames(tmp_path / f"half{suffix}")
+    with pytest.raises(ValueError, match=rf"half\{suffix} cannot be read as a video \(after 1\d frames\): ffmpeg says"):
+        list(frames)
+
+
+def test_damage_in_the_middle_is_an_error_though_all_frames_come(tmp_path):
+    write_video(tmp_path / "a.mp4", texture(), fps=8)
+    contents = bytearray((tmp_path / "a.mp4").read_bytes())
+    middle = len(contents) // 2
+    contents[middle : middle + 3000] = np.random.default_rng(1).bytes(3000)
+    (tmp_path / "a.mp4").write_bytes(contents)
+    with pytest.raises(ValueError, match=r"a\.mp4 cannot be read as a video .* copy it again, or make it anew"):
+        list(read_frames(tmp_path / "a.mp4"))
+
+
+def test_sound_without_a_picture_is_an_error(tmp_path):
+    ffmpeg("-f", "lavfi", "-i", "sine=d=0.2", tmp_path / "sound.mp4")
+    with pytest.raises(ValueError, match=r"sound\.mp4 cannot be read as a video \(after 0 frames\)"):
+        list(read_frames(tmp_path / "sound.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("a.png", "is one image: put it into a folder"), ("a.txt", r"a name in \.avi")]
+)
+def test_what_is_no_video_by_its_name_is_an_error_with_a_way_out(tmp_path, name, says):
+    (tmp_path / name).write_bytes(b"something")
+    with pytest.raises(ValueError, match=rf"{name} .*{says}"):
+        read_frames(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["-y.mp4", "http:a.mp4", "a b %03d.mp4"])
+def test_a_name_is_only_a_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_video(Path("plain.mp4"), moving_square(), fps=8)
+    Path("plain.mp4").rename(name)
+    assert sum(1 for _ in read_frames(Path(name))) == 7
+
+
+def test_the_decoder_ends_with_the_reader(tmp_path, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: started.append(popen(*args, **more)) or started[-1])
+    write_video(tmp_path / "a.mp4", texture(60), fps=8)
+    started.clear()
+    frames = read_frames(tmp_path / "a.mp4")
+    next(frames)
+    frames.close()
+    assert [decoder.poll() is not None for decoder in started] == [True]
+
+
 @pytest.mark.parametrize("contents", [b"", b"this is no video", os.urandom(5000)])
 def test_a_damaged_video_is_an_error_that_names_it(tmp_path, contents):
     (tmp_path / "bad.mp4").write_bytes(contents)
@@ -93,15 +159,10 @@ def test_a_damaged_image_is_an_error_that_names_it(tmp_path):
 
 
 def test_a_variable_frame_rate_repeats_and_drops_nothing(tmp_path):
-    import subprocess
-
-    import imageio_ffmpeg
-
     write_video(tmp_path / "even.mp4", moving_square(), fps=8)
     # Frame n at n² eighths of a second.
     retimed = ["-vf", "setpts=N*N/8/TB", "-fps_mode", "passthrough", "-c:v", "libx264"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(tmp_path / "even.mp4"), *retimed]
-    subprocess.run([*command, str(tmp_path / "uneven.mp4")], check=True)
+    ffmpeg("-i", tmp_path / "even.mp4", *retimed, tmp_path / "uneven.mp4")
     assert sum(1 for _ in read_frames(tmp_path / "uneven.mp4")) == 7
 
 

@@ -12,13 +12,16 @@ if (player) {
     const { width: w, height: h } = clip;
     canvas.width = mode === "side" ? 2 * w : w;
     canvas.height = h;
-    if (mode === "side") pen.drawImage(video, 0, 0, 2 * w, h, 0, 0, 2 * w, h);
+    pen.fillStyle = "#fff";
+    if (mode === "side") {
+      pen.drawImage(video, 0, 0, 2 * w, h, 0, 0, 2 * w, h);
+      pen.fillRect(w - 1, 0, 2, h);
+    }
     if (mode === "error") pen.drawImage(video, 2 * w, 0, w, h, 0, 0, w, h);
     if (mode === "wipe") {
       const x = Math.round(w * wipe.value / 100);
       pen.drawImage(video, 0, 0, w, h, 0, 0, w, h);
       pen.drawImage(video, w + x, 0, w - x, h, x, 0, w - x, h);
-      pen.fillStyle = "#fff";
       pen.fillRect(x - 1, 0, 2, h);
     }
     const now = Math.min(clip.frames - 1, Math.floor(video.currentTime * clip.fps + 1e-3));
