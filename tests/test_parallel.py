@@ -15,6 +15,7 @@ from diffusers.models._modeling_parallel import ContextParallelInput, ContextPar
 from enabled import DENSE, config, report_of, run
 from tiny.model import HEAD_DIM, TEXT_CHANNELS, Random
 from tiny_models import TINY
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from diffsparse import Adaptive
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
@@ -63,7 +64,10 @@ class Scenario:
             model.enable_sparse_attention(chosen, family=self.family)
         if self.compiled and ranks > 1:
             model.compile_repeated_blocks(fullgraph=True, backend="eager")
-        return run(model, call), None if chosen is None else report_of(model)
+        output = run(model, call)
+        # What is written to a file before the ranks have exchanged it would be whatever lay there.
+        output = output.wait() if isinstance(output, AsyncCollectiveTensor) else output
+        return output, None if chosen is None else report_of(model)
 
 
 def eight_text_tokens(model, call):
