@@ -99,8 +99,9 @@ class BlockSums:
         values = values.view(batch, heads, blocks, block_size, dim)
         peaks = scores.amax(3).clamp_min(_LEAST)  # [B, H, K, R]
         weights = scores.sub_(peaks[:, :, :, None]).exp_()
+        by_row = (weights.transpose(-1, -2) @ values).transpose(2, 3).contiguous()  # [B, H, R, K, D]
         return cls(
-            numerators=values.transpose(-1, -2) @ weights,
+            numerators=by_row.permute(0, 1, 3, 4, 2),
             denominators=weights.sum(3),
             peaks=peaks,
             tail=tail,
@@ -109,8 +110,8 @@ class BlockSums:
 
     def exact(self) -> Tensor:
         """Dense attention of the sampled rows, [B, H, D, R]."""
-        numerator, denominator = self._sum((self.peaks - self.peaks.amax(2, keepdim=True)).exp_())
-        return numerator / denominator
+        numerator, denominator = self._sum((self.peaks - self.peaks.amax(2, keepdim=True)).exp_()[:, :, None])
+        return (numerator / denominator)[:, :, 0]
 
     def mass(self) -> Tensor:
         """Share of each row's attention that each block holds, [B, H, K, R]."""
@@ -123,25 +124,27 @@ class BlockSums:
         `visible` [B|1, H|1, K, R] says which key blocks the query block of each row sees. A row that sees no key is
         NaN without the tail.
         """
-        peaks = self.peaks.masked_fill(~visible, _LEAST)
-        peak = peaks.amax(2, keepdim=True)  # [B, H, 1, R]
+        without_tail, with_tail = self.masked_each(visible[:, :, None])
+        return without_tail[:, :, 0], with_tail[:, :, 0]
+
+    def masked_each(self, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """As `masked`, for M masks at once: `visible` [B|1, H|1, M, K, R], the outputs [B, H, M, D, R]."""
+        peaks = self.peaks[:, :, None].masked_fill(~visible, _LEAST)
+        peak = peaks.amax(3, keepdim=True)  # [B, H, M, 1, R]
         numerator, denominator = self._sum((peaks - peak).exp_().masked_fill_(~visible, 0.0))
-        tail = self.tail.masked_fill(visible, -torch.inf)
-        peak_with_tail = torch.maximum(peak, tail.amax(2, keepdim=True))
-        share = (peak - peak_with_tail).exp_()  # [B, H, 1, R]
+        tail = self.tail[:, :, None].masked_fill(visible, -torch.inf)
+        peak_with_tail = torch.maximum(peak, tail.amax(3, keepdim=True))
+        share = (peak - peak_with_tail).exp_()  # [B, H, M, 1, R]
         tail = tail.sub_(peak_with_tail).exp_()
-        tail_numerator = self.pooled_value.transpose(-1, -2) @ tail
-        with_tail = (numerator * share + tail_numerator) / (denominator * share + tail.sum(2)[:, :, None])
+        tail_numerator = self.pooled_value.transpose(-1, -2)[:, :, None] @ tail
+        with_tail = (numerator * share + tail_numerator) / (denominator * share + tail.sum(3, keepdim=True))
         return numerator / denominator, with_tail
 
     def _sum(self, factors: Tensor) -> tuple[Tensor, Tensor]:
-        """Numerator [B, H, D, R] and denominator [B, H, 1, R] over blocks that count by `factors` [B, H, K, R]."""
-        if self.numerators.is_cuda:  # rows outermost in memory
-            by_row = self.numerators.permute(0, 1, 4, 2, 3)
-            numerator = (factors.transpose(2, 3)[:, :, :, None] @ by_row)[:, :, :, 0].transpose(2, 3)
-        else:
-            numerator = (self.numerators * factors[:, :, :, None]).sum(2)
-        return numerator, (self.denominators * factors).sum(2)[:, :, None]
+        """Numerators [B, H, M, D, R] and denominators [B, H, M, 1, R] over blocks that count by [B, H, M, K, R]."""
+        by_row = self.numerators.permute(0, 1, 4, 2, 3)  # rows outermost, as they lie in memory: [B, H, R, K, D]
+        numerators = (factors.permute(0, 1, 4, 2, 3) @ by_row).permute(0, 1, 3, 4, 2)
+        return numerators, (self.denominators[:, :, None] * factors).sum(3, keepdim=True)
 
 
 _LEAST = torch.finfo(torch.float32).min
@@ -167,6 +170,14 @@ def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
 
 
 def head_errors(output: Tensor, exact: Tensor) -> Tensor:
-    """Squared error over squared size of the sampled outputs [B, H, D, R], by head: [H]. NaN counts as infinite."""
-    error = (output - exact).square().sum(dim=(0, 2, 3)) / exact.square().sum(dim=(0, 2, 3)).clamp_min(1e-12)
+    """Squared error over squared size of the sampled outputs [B, H, ..., D, R], by head: [H, ...].
+
+    `exact` is broadcast to `output`. NaN counts as infinite.
+    """
+    error = (output - exact).square().sum(dim=(0, -2, -1)) / squared_sizes(exact)
     return error.nan_to_num(nan=torch.inf)
+
+
+def squared_sizes(exact: Tensor) -> Tensor:
+    """Squared size of the outputs [B, H, ..., D, R], by head: [H, ...], above 0."""
+    return exact.square().sum(dim=(0, -2, -1)).clamp_min(1e-12)

@@ -15,12 +15,15 @@ from diffusers.models._modeling_parallel import ContextParallelInput, ContextPar
 from enabled import DENSE, config, report_of, run
 from tiny.model import HEAD_DIM, TEXT_CHANNELS, Random
 from tiny_models import TINY
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from diffsparse import Adaptive
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.rank_order import RankOrder
 
-STRATEGY = Adaptive(density=0.4, query_block_size=8, key_block_size=8)
+SHARED = Adaptive(density=0.4, query_block_size=8, key_block_size=8)
+# The heads of a rank share their blocks among themselves, and no other sharing would be the same.
+STRATEGY = dataclasses.replace(SHARED, equal_heads=True)
 # Stock attention, what is enabled but dense, and sparse attention that no layer may fall back from.
 CONFIGS = {"stock": None, "dense": DENSE, "sparse": config(STRATEGY, strict=True)}
 
@@ -63,7 +66,10 @@ class Scenario:
             model.enable_sparse_attention(chosen, family=self.family)
         if self.compiled and ranks > 1:
             model.compile_repeated_blocks(fullgraph=True, backend="eager")
-        return run(model, call), None if chosen is None else report_of(model)
+        output = run(model, call)
+        # What is written to a file before the ranks have exchanged it would be whatever lay there.
+        output = output.wait() if isinstance(output, AsyncCollectiveTensor) else output
+        return output, None if chosen is None else report_of(model)
 
 
 def eight_text_tokens(model, call):
@@ -163,6 +169,7 @@ def work(rank, ranks, folder):
     results = {}
     runs = [(name, way, SCENARIOS[name], CONFIGS[way]) for name in SCENARIOS for way in CONFIGS]
     runs.append(("unknown cut", "sparse", UNKNOWN_CUT, config(STRATEGY)))
+    runs.append(("wan", "shared", SCENARIOS["wan"], config(SHARED, strict=True)))
     if ranks == 2:
         runs.append(("compiled", "sparse", COMPILED, CONFIGS["sparse"]))
     for name, way, scenario, chosen in runs:
@@ -208,6 +215,13 @@ def test_every_rank_has_what_one_process_has(name, results):
     heads = [report.num_heads for _, report in results[name, "sparse"]]
     assert sum(heads) == alone.num_heads
     assert max(heads) - min(heads) <= 1
+
+
+def test_no_rank_waits_for_another_where_heads_share_their_blocks(results):
+    _, alone = SCENARIOS["wan"].run(CONFIGS["sparse"])
+    for _, report in results["wan", "shared"]:
+        assert report.density == pytest.approx(alone.density)
+        assert (report.sparse_calls, report.dense_calls) == (alone.sparse_calls, 0)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from diffsparse.block_mask import BlockMask, num_blocks
 from diffsparse.grid import TokenGrid
-from diffsparse.heads import BlockSums, HeadClass, head_errors, sample_rows
+from diffsparse.heads import BlockSums, HeadClass, head_errors, sample_rows, squared_sizes
 from diffsparse.kernels.pooling import block_means
 from diffsparse.permutation import Permutation, axis_order, tile_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import block_distance, exact_blocks
+from diffsparse.strategies.error_budget import share_out
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -23,6 +24,8 @@ LARGE_QUERY_BLOCK = 128
 MANY_TOKENS = 16384
 NEGLIGIBLE_ERROR = 1e-4
 """A squared relative error that nobody sees; below it a head keeps its band."""
+SHARES = (0.5, 0.75, 1.0, 1.5, 2.0)
+"""What a head may get of the mean budget, and where between its error is measured."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,12 @@ class Adaptive:
 
     All candidates see the same number of key blocks. The one whose executed mask comes closest to exact attention on
     the sampled rows names the class and the token order of the head. Where the rows say that it helps, what a head
-    skips enters its softmax as the pooled mean of each block. Text is always exact: every query sees it, and it sees
-    every key.
+    skips enters its softmax as the pooled mean of each block. Then the layer's blocks are shared out: a head whose
+    error falls fast gets up to twice as many, one whose error does not as few as half. Text is always exact: every
+    query sees it, and it sees every key.
 
     Args:
-        density: share of the key blocks that a query block sees, 0–1.
+        density: share of the key blocks that a query block sees, 0–1, mean over the heads of a layer.
         query_block_size, key_block_size: tokens a block; None for 64, but for 128 queries from 16,384 tokens on: that
             is what the Hopper kernel takes, and planning is cheaper.
         tile: frames, height, width of the tiles of the third order, in tokens; None for a cube of 64 tokens, or for
@@ -80,6 +84,7 @@ class Adaptive:
         band_margin: how much larger the error of a band may be than that of content-chosen blocks for the head to
             keep its band, as a factor. A band's blocks stay right until the next plan, chosen blocks age.
         tail: whether skipped blocks may enter as their mean.
+        equal_heads: whether all heads of a layer get the same number of blocks, whatever their error.
         candidates: what each head chooses from.
         seed: of the sampled rows.
 
@@ -94,6 +99,7 @@ class Adaptive:
     sampled_rows: int = 64
     band_margin: float = 1.1
     tail: bool = True
+    equal_heads: bool = False
     candidates: tuple[Candidate, ...] = CANDIDATES
     seed: int = 0
 
@@ -109,8 +115,9 @@ class Adaptive:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-        if not isinstance(self.tail, bool):
-            raise ValueError(f"`tail` must be True or False, got {self.tail!r}.")
+        for name in ("tail", "equal_heads"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if self.tile is not None and (
             not isinstance(self.tile, tuple)
             or len(self.tile) != 3
@@ -132,13 +139,14 @@ class Adaptive:
 
     def executed_density(self, grid: TokenGrid) -> float:
         """Share of key blocks that a plan computes exactly on this grid, text included, whatever query and key are."""
-        return float(_layout(grid, self._sized(grid), torch.device("cpu")).band.float().mean())
+        layout = _layout(grid, self._sized(grid), torch.device("cpu"))
+        return float(((layout.band_rank < layout.budget) | layout.always).float().mean())
 
     def plan_bytes(self, grid: TokenGrid, num_heads: int) -> int:
         """Bytes of the lists of key blocks that a layer's plan keeps for a batch of one: int32, with their lengths."""
         layout = _layout(grid, self._sized(grid), torch.device("cpu"))
-        query_blocks, key_blocks = layout.band.shape
-        return 4 * num_heads * query_blocks * (1 + (key_blocks if layout.has_text else layout.budget))
+        query_blocks, key_blocks = layout.always.shape
+        return 4 * num_heads * query_blocks * (1 + (key_blocks if layout.has_text else layout.counts[-1]))
 
     def _sized(self, grid: TokenGrid) -> _Sized:
         """These options with the block sizes for a grid."""
@@ -159,23 +167,25 @@ class _Sized(Adaptive):
     def _plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         layout = _layout(call.grid, self, query.device)
         scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-        choices = [
+        parts = [
             self._choose(query[:, heads], key[:, heads], value[:, heads], layout, call.key_length, scale)
             for heads in head_slices(query, self.sampled_rows)
         ]
-        visible, tail, order, classes = (
-            torch.cat(parts, dim=axis)
-            for axis, parts in zip((1, 0, 0, 0), zip(*((c.visible, c.tail, c.order, c.classes) for c in choices)))
-        )
+        choice = _Choice.joined(parts)
+        counts = share_out(choice.errors, layout.counts, layout.budget)
+        # Where a head's share lies between two that were measured, the tail is that of the smaller.
+        measured = torch.tensor(layout.counts, device=query.device)
+        share = torch.searchsorted(measured, counts, right=True) - 1
         mask = BlockMask.from_visible(
-            visible,
+            (choice.rank < counts[:, None, None]) | layout.always,
             call.grid.num_tokens,
             self.query_block_size,
             self.key_block_size,
-            capacity=None if layout.has_text else layout.budget,
+            capacity=None if layout.has_text else layout.counts[-1],
         )
-        permutation = Permutation(layout.orders, layout.inverse, choice=order)
-        return AttentionPlan(permutation, mask, tail[None] if self.tail else None, classes)
+        permutation = Permutation(layout.orders, layout.inverse, choice=choice.order)
+        tail = choice.tail.gather(1, share[:, None])[:, 0]
+        return AttentionPlan(permutation, mask, tail[None] if self.tail else None, choice.classes)
 
     def _choose(
         self, query: Tensor, key: Tensor, value: Tensor, layout: _Layout, key_length: Tensor | None, scale: float
@@ -192,40 +202,63 @@ class _Sized(Adaptive):
             exact = sums.exact()
             block_of_row = layout.inverse[number].index_select(0, layout.rows) // self.query_block_size
             for candidate in self.candidates:
-                if candidate.order != name:
-                    continue
-                visible = self._visible(candidate.rule, pooled_query, pooled_key, layout)
-                outputs = sums.masked(visible.index_select(2, block_of_row).transpose(-1, -2))
-                choice = self._judge(candidate, visible, *(head_errors(output, exact) for output in outputs))
-                best = choice if best is None else best.or_better(choice)
+                if candidate.order == name:
+                    rank = self._rank(candidate.rule, pooled_query, pooled_key, layout)
+                    choice = self._judge(candidate, rank, sums, exact, block_of_row, layout)
+                    best = choice if best is None else best.or_better(choice)
         assert best is not None
         return best
 
-    def _judge(self, candidate: Candidate, visible: Tensor, error: Tensor, error_with_tail: Tensor) -> _Choice:
-        """The candidate with what it costs each head: the smaller of the two errors [H]."""
+    def _judge(
+        self,
+        candidate: Candidate,
+        rank: Tensor,
+        sums: BlockSums,
+        exact: Tensor,
+        block_of_row: Tensor,
+        layout: _Layout,
+    ) -> _Choice:
+        """The candidate with what it costs each head: the smaller of the errors with and without the tail."""
+        always = layout.always[block_of_row]  # [R, K]
+        seen = torch.stack([(rank.index_select(2, block_of_row) < count) | always for count in layout.counts], dim=2)
+        error, error_with_tail = (
+            head_errors(output, exact[:, :, None]) for output in sums.masked_each(seen.transpose(-1, -2))
+        )  # [H, N]
         tail = error_with_tail < error
         if self.tail:
             error = torch.minimum(error, error_with_tail)
+        penalised = error[:, layout.counts.index(layout.budget)]
         if candidate.head_class is HeadClass.TEXTURAL:
-            error = error * self.band_margin + NEGLIGIBLE_ERROR
+            penalised = penalised * self.band_margin + NEGLIGIBLE_ERROR
         return _Choice(
-            error,
-            visible.expand(-1, len(error), -1, -1),
+            penalised,
+            error * squared_sizes(exact)[:, None],
+            rank.expand(-1, len(error), -1, -1),
             tail,
-            torch.full_like(tail, ORDERS.index(candidate.order), dtype=torch.long),
-            torch.full_like(tail, candidate.head_class, dtype=torch.long),
+            torch.full_like(penalised, ORDERS.index(candidate.order), dtype=torch.long),
+            torch.full_like(penalised, candidate.head_class, dtype=torch.long),
         )
 
-    def _visible(self, rule: str, pooled_query: Tensor, pooled_key: Tensor, layout: _Layout) -> Tensor:
-        """The block map [B|1, H|1, Q, K] of a rule, `layout.always` included."""
+    def _rank(self, rule: str, pooled_query: Tensor, pooled_key: Tensor, layout: _Layout) -> Tensor:
+        """The place of each key block in the order in which a rule wants them, [B|1, H|1, Q, K] int32.
+
+        `layout.always` comes first. Beyond the largest share of a head all have the same place, K.
+        """
         if rule == "band":
-            return layout.band[None, None]
+            return layout.band_rank[None, None]
         scores = pooled_query @ pooled_key.transpose(-1, -2)
         if rule == "random":
             generator = torch.Generator(scores.device).manual_seed(self.seed)
             scores = torch.rand(scores.shape, generator=generator, device=scores.device)
-        top = scores.masked_fill(layout.always, torch.inf).topk(layout.budget, dim=-1, sorted=False).indices
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, True) | layout.always
+        return _ranks(scores.masked_fill(layout.always, torch.inf), layout.counts[-1])
+
+
+def _ranks(scores: Tensor, count: int) -> Tensor:
+    """The place of each of scores [..., K], the highest first, int32; K for those behind the first `count`."""
+    first = scores.topk(count, dim=-1).indices
+    places = torch.arange(count, dtype=torch.int32, device=scores.device)
+    ranks = torch.full_like(scores, scores.shape[-1], dtype=torch.int32)
+    return ranks.scatter_(-1, first, places.expand_as(first))
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,25 +266,34 @@ class _Choice:
     """What each head would run, all on the device.
 
     Attributes:
-        error: [H], what it costs.
-        visible: [B|1, H, Q, K] bool, the block map.
-        tail: [H] bool, whether the pooled tail helps.
+        error: [H], what it costs at the mean budget, by which candidates are compared.
+        errors: [H, N], squared error on the sampled rows at each share of the budget.
+        rank: [B|1, H, Q, K] int32, in which order blocks are taken.
+        tail: [H, N] bool, whether the pooled tail helps there.
         order, classes: [H] int64, index into ORDERS and `HeadClass`.
     """
 
     error: Tensor
-    visible: Tensor
+    errors: Tensor
+    rank: Tensor
     tail: Tensor
     order: Tensor
     classes: Tensor
+
+    @classmethod
+    def joined(cls, parts: list[_Choice]) -> _Choice:
+        """The heads of all parts."""
+        names = (field.name for field in fields(cls))
+        return cls(*(torch.cat([getattr(part, n) for part in parts], dim=1 if n == "rank" else 0) for n in names))
 
     def or_better(self, other: _Choice) -> _Choice:
         """For each head this one, or the other where its error is smaller."""
         better = other.error < self.error
         return _Choice(
             torch.where(better, other.error, self.error),
-            torch.where(better[:, None, None], other.visible, self.visible),
-            torch.where(better, other.tail, self.tail),
+            torch.where(better[:, None], other.errors, self.errors),
+            torch.where(better[:, None, None], other.rank, self.rank),
+            torch.where(better[:, None], other.tail, self.tail),
             torch.where(better, other.order, self.order),
             torch.where(better, other.classes, self.classes),
         )
@@ -265,8 +307,9 @@ class _Layout:
         orders, inverse: frame-major, token-major and tile order, [3, S].
         rows: the sampled rows, [R].
         always: what every query block of every order sees, [Q, K] bool: text, and itself.
-        band: the blocks nearest to the diagonal, [Q, K] bool, with `always`.
-        budget: key blocks that a query block without text sees.
+        band_rank: the place of each block by its distance from the diagonal, [Q, K] int32, `always` first.
+        budget: key blocks that a query block without text sees, mean over the heads.
+        counts: what a head may get instead, ascending.
         has_text: whether any row sees all.
         starts_with_video: whether the frame-major order is the tokens' own.
     """
@@ -275,8 +318,9 @@ class _Layout:
     inverse: Tensor
     rows: Tensor
     always: Tensor
-    band: Tensor
+    band_rank: Tensor
     budget: int
+    counts: list[int]
     has_text: bool
     starts_with_video: bool
 
@@ -304,15 +348,16 @@ def _layout(grid: TokenGrid, options: _Sized, device: torch.device) -> _Layout:
     distance = block_distance(query_blocks, key_blocks, options.query_block_size, options.key_block_size)
     seen_by_all = int(always[:first_text_query].sum(-1).max()) if first_text_query else 0
     budget = min(key_blocks, max(round(options.density * key_blocks), seen_by_all, 1))
-    nearest = distance.masked_fill(always, -1.0).topk(budget, dim=-1, largest=False).indices
-    band = torch.zeros_like(always).scatter_(-1, nearest, True) | always
+    shares = (1.0,) if options.equal_heads else SHARES
+    counts = sorted({min(max(round(share * budget), seen_by_all, 1), key_blocks) for share in shares} | {budget})
     return _Layout(
         orders=orders.to(device),
         inverse=torch.argsort(orders, dim=-1).to(device),
         rows=sample_rows(grid, options.sampled_rows, options.seed).to(device),
         always=always.to(device),
-        band=band.to(device),
+        band_rank=_ranks(-distance.masked_fill(always, -1.0), counts[-1]).to(device),
         budget=budget,
+        counts=counts,
         has_text=has_text,
         starts_with_video=grid.text_before == 0,
     )

@@ -48,8 +48,9 @@ def random_qkv(grid: TokenGrid, batch: int = 1, heads: int = 3, dtype: torch.dty
     "grid", [GRID, TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
 )
 @pytest.mark.parametrize("density", [0.1, 0.5])
-def test_text_is_exact_and_the_budget_is_kept(grid, density):
-    options = Adaptive(density=density, **SMALL)
+@pytest.mark.parametrize("equal_heads", [True, False])
+def test_text_is_exact_and_the_budget_is_kept(grid, density, equal_heads):
+    options = Adaptive(density=density, equal_heads=equal_heads, **SMALL)
     visible = options.plan(*random_qkv(grid, batch=2), AttentionCall(grid)).mask.visible()
     text_blocks = slice(grid.num_video_tokens // 16, None) if grid.num_tokens > grid.num_video_tokens else slice(0, 0)
     assert visible[:, :, text_blocks].all()
@@ -57,7 +58,13 @@ def test_text_is_exact_and_the_budget_is_kept(grid, density):
     video_rows = visible[:, :, : grid.num_video_tokens // 16]
     keys = visible.shape[-1]
     least = len(range(keys)[text_blocks]) + 1
-    assert (video_rows.sum(-1) == min(keys, max(round(density * keys), least))).all()
+    budget = min(keys, max(round(density * keys), least))
+    counts = video_rows.sum(-1)  # [B, H, Q]
+    assert (counts.sum(1) == 3 * budget).all()
+    assert (counts == counts[..., :1]).all()
+    assert (counts >= min(least, budget)).all()
+    if equal_heads:
+        assert (counts == budget).all()
 
 
 @pytest.mark.parametrize("grid", [GRID, TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20)])
@@ -67,6 +74,21 @@ def test_density_and_size_of_a_plan_are_known_beforehand(grid, density):
     mask = adaptive.plan(*random_qkv(grid), AttentionCall(grid)).mask
     assert adaptive.executed_density(grid) == pytest.approx(mask.density.mean().item())
     assert adaptive.plan_bytes(grid, 3) == mask.key_blocks.nbytes + mask.counts.nbytes
+
+
+def test_heads_that_gain_from_more_blocks_get_them_and_the_layer_is_closer_to_dense():
+    generator = torch.Generator().manual_seed(0)
+    easy = planted_head(HeadClass.SPATIAL, GRID, generator)
+    hard = planted_head(HeadClass.TEXTURAL, GRID, generator)
+    query, key, value = (torch.stack(parts)[None] for parts in zip(easy, hard))
+    dense = F.scaled_dot_product_attention(query, key, value)
+    errors = {}
+    for equal_heads in (True, False):
+        plan = Adaptive(density=0.2, equal_heads=equal_heads, **SMALL).plan(query, key, value, AttentionCall(GRID))
+        errors[equal_heads] = (plan.attend(query, key, value) - dense).norm()
+    easy_density, hard_density = plan.mask.density.tolist()
+    assert hard_density > 1.5 * easy_density
+    assert errors[False] < 0.8 * errors[True]
 
 
 def test_every_query_block_sees_itself():
