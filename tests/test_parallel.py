@@ -264,3 +264,8 @@ def test_rank_order_is_the_order_of_pieces_that_ranks_put_together(lengths, rank
     own, gathered = (x.view(1, 1, -1, 1).expand(2, 3, -1, 4) for x in (torch.arange(sum(lengths)), gathered))
     assert torch.equal(order.undo(gathered), own)
     assert torch.equal(order.apply(own), gathered)
+
+
+def test_a_sequence_that_one_rank_has_is_not_copied():
+    x, order = torch.ones(1, 1, 13, 1), RankOrder((3, 10), ranks=1)
+    assert order.undo(x) is order.apply(x) is x
