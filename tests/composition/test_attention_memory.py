@@ -94,7 +94,10 @@ def attention_as_one_operator(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     # The function within our operator, which would be taken as a whole on the meta device.
     monkeypatch.setattr(processors, "_attend", processors._attend._init_fn)
-    return masks
+    yield masks
+    # Or later tests of torch.compile would go on with what stands in here.
+    torch._dynamo.reset()
+    processors._sparse_class.cache_clear()
 
 
 @pytest.mark.parametrize("name", MODELS)
