@@ -62,7 +62,7 @@ class AttentionPlan:
             query,
             key,
             value,
-            self.mask.key_blocks,
+            self.mask.lists(),
             self.mask.counts,
             query_block_size=self.mask.query_block_size,
             key_block_size=self.mask.key_block_size,

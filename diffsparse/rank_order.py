@@ -26,7 +26,7 @@ class RankOrder:
 
     def undo(self, x: Tensor) -> Tensor:
         """The tokens of x [B, H, S, D], which come in this order, in their own."""
-        if len(self.lengths) == 1:
+        if self._is_own:
             return x
         pieces = x.split([size for sizes in zip(*self._sizes()) for size in sizes], dim=2)
         parts = len(self.lengths)
@@ -34,10 +34,15 @@ class RankOrder:
 
     def apply(self, x: Tensor) -> Tensor:
         """The tokens of x [B, H, S, D], which come in their own order, in this one."""
-        if len(self.lengths) == 1:
+        if self._is_own:
             return x
         pieces = x.split([size for sizes in self._sizes() for size in sizes], dim=2)
         return torch.cat([piece for rank in range(self.ranks) for piece in pieces[rank :: self.ranks]], dim=2)
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether this is the tokens' own order: then nothing needs a copy."""
+        return self.ranks == 1 or len(self.lengths) == 1
 
     def _sizes(self) -> list[list[int]]:
         """Tokens that each rank has of each tensor, [tensor][rank]."""

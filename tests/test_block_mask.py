@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffsparse.block_mask import BlockMask
+from diffsparse.block_mask import BlockMask, count_complete
+from diffsparse.kernels.block_sparse import check_lists
 
 
 def random_visible(batch: int = 2, heads: int = 3, queries: int = 5, keys: int = 9) -> torch.Tensor:
@@ -30,6 +31,42 @@ def test_a_capacity_keeps_lists_that_fit():
     assert torch.equal(mask.visible(), visible)
 
 
+@pytest.mark.parametrize("num_complete", [1, 2, 5])
+def test_rows_that_see_everything_need_no_list(num_complete):
+    visible = torch.zeros(1, 2, 5, 9, dtype=torch.bool)
+    visible[..., [2, 7]] = True
+    visible[:, :, 5 - num_complete :] = True
+    full = BlockMask.from_visible(visible, 65, 16, 8)
+    mask = BlockMask.from_visible(visible, 65, 16, 8, capacity=2, num_complete=num_complete)
+    assert mask.key_blocks.shape == (1, 2, 5 - num_complete, 2)
+    assert torch.equal(mask.visible(), visible)
+    assert torch.equal(mask.counts, full.counts)
+    check_lists(mask.lists(), mask.counts, 9)
+    for query_block, count in enumerate(mask.counts[0, 0].tolist()):
+        listed = (m.lists()[:, :, query_block, :count] for m in (mask, full))
+        assert torch.equal(*listed)
+
+
+def test_complete_rows_are_counted_from_the_end():
+    for counts, expected in (
+        ([[9, 3, 9, 9], [9, 9, 9, 9]], 2),
+        ([[9, 9, 9, 3], [9, 9, 9, 9]], 0),
+        ([[3, 9, 9, 9]], 3),
+        ([[9, 9, 9, 9]], 3),
+    ):
+        assert count_complete(torch.tensor(counts), 9) == expected
+
+
+def test_numbers_that_two_bytes_hold_take_no_more():
+    for num_key_blocks, dtype in ((9, torch.int16), (1 << 15, torch.int16), ((1 << 15) + 1, torch.int32)):
+        visible = torch.zeros(1, 1, 1, num_key_blocks, dtype=torch.bool)
+        visible[..., -1] = True
+        mask = BlockMask.from_visible(visible, num_key_blocks, num_key_blocks, 1, capacity=1)
+        assert mask.key_blocks.dtype == dtype
+        assert mask.lists().dtype == torch.int32
+        assert mask.lists().tolist() == [[[[num_key_blocks - 1]]]]
+
+
 def test_every_query_block_sees_a_key_block():
     mask = BlockMask.from_visible(torch.zeros(1, 2, 5, 9, dtype=torch.bool), 65, 16, 8)
     assert (mask.counts == 1).all()
@@ -45,5 +82,7 @@ def test_density_is_the_share_of_visible_blocks_by_head():
 def test_refuses_lists_that_do_not_fit_the_tokens():
     with pytest.raises(ValueError, match=r"`key_blocks`.*5.*65 tokens"):
         BlockMask(torch.zeros(1, 1, 4, 2, dtype=torch.int32), torch.ones(1, 1, 4, dtype=torch.int32), 65, 16, 8)
+    with pytest.raises(ValueError, match=r"`key_blocks`.*3.*65 tokens.*2 of them without a list"):
+        BlockMask(torch.zeros(1, 1, 5, 2, dtype=torch.int32), torch.ones(1, 1, 5, dtype=torch.int32), 65, 16, 8, 2)
     with pytest.raises(ValueError, match="`counts`"):
         BlockMask(torch.zeros(1, 1, 5, 2, dtype=torch.int32), torch.ones(1, 1, 4, dtype=torch.int32), 65, 16, 8)

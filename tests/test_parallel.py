@@ -4,7 +4,6 @@ import dataclasses
 import multiprocessing
 import sys
 import traceback
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +38,7 @@ class Scenario:
         anything: sizes and heads that the ranks do not divide.
         plan: model -> how its tensors are cut, where that is not diffusers' own plan.
         family: the user's own description.
+        ring: the ranks form a ring, which hands keys and values on, in place of Ulysses' exchange.
         enabled_first: before it is spread over ranks.
         compiled: whether its blocks are compiled, where ranks are more than one.
     """
@@ -49,6 +49,7 @@ class Scenario:
     anything: bool = False
     plan: object = None
     family: object = None
+    ring: bool = False
     enabled_first: bool = False
     compiled: bool = False
     config: dict = dataclasses.field(default_factory=lambda: {"num_attention_heads": 4})
@@ -60,7 +61,8 @@ class Scenario:
         if chosen is not None and self.enabled_first:
             model.enable_sparse_attention(chosen, family=self.family)
         if ranks > 1:
-            parallel = ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=self.anything)
+            degrees = {"ring_degree": ranks} if self.ring else {"ulysses_degree": ranks}
+            parallel = ContextParallelConfig(**degrees, ulysses_anything=self.anything)
             model.enable_parallelism(config=parallel, cp_plan=self.plan and self.plan(model))
         if chosen is not None and not self.enabled_first:
             model.enable_sparse_attention(chosen, family=self.family)
@@ -149,6 +151,17 @@ UNKNOWN_CUT = Scenario(
     plan=hunyuan_video_plan,
     family=dataclasses.replace(HUNYUAN_VIDEO, text_apart=None),
 )
+RING = Scenario("wan", (3, 4, 4), ring=True)
+
+
+RING_CONFIGS = {"stock": None, "dense": DENSE, "sparse": config(STRATEGY)}
+
+
+def attention_with_logsumexp(ctx, query, key, value, mask, dropout_p, is_causal, scale, *args, **kwargs):
+    """What a ring asks of a backend, [B, S, H, D] and [B, S, H]; none of diffusers' that run on a CPU has it."""
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, scale=scale)
+    return output.transpose(1, 2), lse.transpose(1, 2)
 
 
 def gather_uneven(piece, dim, group):
@@ -164,15 +177,18 @@ def work(rank, ranks, folder):
     torch.accelerator.device_count = lambda: ranks
     torch._C._get_accelerator = lambda: torch.device("cpu")
     context_parallel._all_gather_anything = gather_uneven
+    stock_attention = attention_dispatch._native_attention_forward_op
     meeting = f"file://{folder}/meeting"
     torch.distributed.init_process_group("cpu:gloo", init_method=meeting, rank=rank, world_size=ranks)
     results = {}
     runs = [(name, way, SCENARIOS[name], CONFIGS[way]) for name in SCENARIOS for way in CONFIGS]
     runs.append(("unknown cut", "sparse", UNKNOWN_CUT, config(STRATEGY)))
     runs.append(("wan", "shared", SCENARIOS["wan"], config(SHARED, strict=True)))
+    runs += [("ring", way, RING, chosen) for way, chosen in RING_CONFIGS.items()]
     if ranks == 2:
         runs.append(("compiled", "sparse", COMPILED, CONFIGS["sparse"]))
     for name, way, scenario, chosen in runs:
+        attention_dispatch._native_attention_forward_op = attention_with_logsumexp if scenario.ring else stock_attention
         try:
             results[name, way] = scenario.run(chosen, ranks)
         except Exception:
@@ -246,26 +262,14 @@ def test_text_that_nobody_knows_how_to_put_in_order_keeps_the_layers_dense(resul
         assert report.dense_reasons == {reason: report.num_layers}
 
 
-def test_a_ring_stays_dense_with_a_reason(monkeypatch):
-    # The rings of diffusers need attention that returns its logsumexp, which none on a CPU does: a stand-in is called.
-    model = TINY["wan"].make()
-    call = TINY["wan"].call(model, (3, 7, 5))
-    ring = SimpleNamespace(context_parallel_config=SimpleNamespace(ring_degree=2, ulysses_degree=1))
-    configs, stock = [], attention_dispatch.dispatch_attention_fn
-
-    def without_ring(*args, parallel_config=None, **kwargs):
-        configs.append(parallel_config)
-        return stock(*args, **kwargs)
-
-    with torch.no_grad():
-        expected = model(**call)[0]
-        model.enable_sparse_attention(config(STRATEGY))
-        for block in model.blocks:
-            block.attn1.processor._parallel_config = ring
-        monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", without_ring)
-        assert torch.equal(model(**call)[0], expected)
-    assert configs == [ring] * len(model.blocks)
-    assert report_of(model).dense_reasons == {"context parallelism by a ring": len(model.blocks)}
+def test_a_ring_runs_as_without_sparse_attention_and_says_why(results):
+    alone, _ = RING.run(None)
+    for way in ("dense", "sparse"):
+        for (stock, _), (output, report) in zip(results["ring", "stock"], results["ring", way]):
+            torch.testing.assert_close(stock, alone)
+            assert torch.equal(output, stock)
+            assert report.sparse_calls == 0
+            assert report.dense_reasons == {"context parallelism by a ring": report.num_layers}
 
 
 @pytest.mark.parametrize("lengths", [(13,), (3, 10), (7, 1, 6), (10, 2)])
@@ -278,3 +282,8 @@ def test_rank_order_is_the_order_of_pieces_that_ranks_put_together(lengths, rank
     own, gathered = (x.view(1, 1, -1, 1).expand(2, 3, -1, 4) for x in (torch.arange(sum(lengths)), gathered))
     assert torch.equal(order.undo(gathered), own)
     assert torch.equal(order.apply(own), gathered)
+
+
+def test_a_sequence_that_one_rank_has_is_not_copied():
+    x, order = torch.ones(1, 1, 13, 1), RankOrder((3, 10), ranks=1)
+    assert order.undo(x) is order.apply(x) is x

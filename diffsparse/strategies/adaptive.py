@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from diffsparse.block_mask import BlockMask, num_blocks
+from diffsparse.block_mask import BlockMask, list_dtype, num_blocks
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import BlockSums, HeadClass, head_errors, sample_rows, squared_sizes
 from diffsparse.kernels.pooling import block_means
@@ -143,10 +143,11 @@ class Adaptive:
         return float(((layout.band_rank < layout.budget) | layout.always).float().mean())
 
     def plan_bytes(self, grid: TokenGrid, num_heads: int) -> int:
-        """Bytes of the lists of key blocks that a layer's plan keeps for a batch of one: int32, with their lengths."""
+        """Bytes of the lists of key blocks that a layer's plan keeps for a batch of one, with their lengths."""
         layout = _layout(grid, self._sized(grid), torch.device("cpu"))
         query_blocks, key_blocks = layout.always.shape
-        return 4 * num_heads * query_blocks * (1 + (key_blocks if layout.has_text else layout.counts[-1]))
+        bytes_of_lists = list_dtype(key_blocks).itemsize * (query_blocks - layout.num_complete) * layout.counts[-1]
+        return num_heads * (4 * query_blocks + bytes_of_lists)
 
     def _sized(self, grid: TokenGrid) -> _Sized:
         """These options with the block sizes for a grid."""
@@ -181,7 +182,8 @@ class _Sized(Adaptive):
             call.grid.num_tokens,
             self.query_block_size,
             self.key_block_size,
-            capacity=None if layout.has_text else layout.counts[-1],
+            capacity=layout.counts[-1],
+            num_complete=layout.num_complete,
         )
         permutation = Permutation(layout.orders, layout.inverse, choice=choice.order)
         tail = choice.tail.gather(1, share[:, None])[:, 0]
@@ -310,7 +312,7 @@ class _Layout:
         band_rank: the place of each block by its distance from the diagonal, [Q, K] int32, `always` first.
         budget: key blocks that a query block without text sees, mean over the heads.
         counts: what a head may get instead, ascending.
-        has_text: whether any row sees all.
+        num_complete: query blocks with text, the last ones, which see all.
         starts_with_video: whether the frame-major order is the tokens' own.
     """
 
@@ -321,7 +323,7 @@ class _Layout:
     band_rank: Tensor
     budget: int
     counts: list[int]
-    has_text: bool
+    num_complete: int
     starts_with_video: bool
 
     def ordered(self, x: Tensor, number: int) -> Tensor:
@@ -343,7 +345,7 @@ def _layout(grid: TokenGrid, options: _Sized, device: torch.device) -> _Layout:
     query_blocks = num_blocks(grid.num_tokens, options.query_block_size)
     key_blocks = num_blocks(grid.num_tokens, options.key_block_size)
     first_text_query = grid.num_video_tokens // options.query_block_size
-    has_text = grid.num_tokens > grid.num_video_tokens
+    num_complete = query_blocks - first_text_query if grid.num_tokens > grid.num_video_tokens else 0
     always = exact_blocks(grid, options.query_block_size, options.key_block_size)
     distance = block_distance(query_blocks, key_blocks, options.query_block_size, options.key_block_size)
     seen_by_all = int(always[:first_text_query].sum(-1).max()) if first_text_query else 0
@@ -358,6 +360,6 @@ def _layout(grid: TokenGrid, options: _Sized, device: torch.device) -> _Layout:
         band_rank=_ranks(-distance.masked_fill(always, -1.0), counts[-1]).to(device),
         budget=budget,
         counts=counts,
-        has_text=has_text,
+        num_complete=num_complete,
         starts_with_video=grid.text_before == 0,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffsparse.block_mask import BlockMask, num_blocks
+from diffsparse.block_mask import BlockMask, count_complete, num_blocks
 from diffsparse.calibration import OWN_ORDER, Calibration, count_bits, named_order, unpack_bits
 from diffsparse.grid import TokenGrid
 from diffsparse.permutation import Permutation
@@ -96,6 +96,7 @@ class Calibrated:
             made.query_block_size,
             made.key_block_size,
             capacity=max(tables.longest[number] for number in maps),
+            num_complete=tables.num_complete,
         )
         same = all(head.order == head.key_order for head in entry.heads)
         own = same and all(tables.is_own[head.order] for head in entry.heads)
@@ -119,12 +120,15 @@ class _Tables:
     """What all plans of a calibration share, on one device.
 
     Attributes:
-        maps: the packed block maps, [N, Q, P] uint8; `longest`, how many blocks the fullest row of each sees.
+        maps: the packed block maps, [N, Q, P] uint8.
+        num_complete: how many rows at the end of all maps see every block; `longest`, how many blocks the fullest of
+            the other rows of each map sees.
         orders, inverses: [M, S] int64; `is_own`, which of them are the tokens' own.
         heads: the `HeadPlan` of each entry and head, 0 for dense entries, [E, H, 6] int64.
     """
 
     maps: Tensor
+    num_complete: int
     longest: list[int]
     orders: Tensor
     inverses: Tensor
@@ -138,9 +142,12 @@ class _Tables:
             [named_order(order, made.grid) if isinstance(order, str) else order.long() for order in made.orders]
         )
         no_heads = ((0,) * 6,) * made.num_heads
+        counts = count_bits(made.maps)  # [N, Q]
+        num_complete = count_complete(counts, num_blocks(made.grid.num_tokens, made.key_block_size))
         return cls(
             maps=made.maps.to(device),
-            longest=count_bits(made.maps).amax(1).tolist(),
+            num_complete=num_complete,
+            longest=counts[:, : counts.shape[1] - num_complete].amax(1).tolist(),
             orders=orders.to(device),
             inverses=torch.argsort(orders, dim=-1).to(device),
             is_own=[isinstance(order, str) and order == OWN_ORDER for order in made.orders],

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from diffsparse.block_mask import BlockMask
+from diffsparse.block_mask import BlockMask, count_complete
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import BlockSums, head_errors, sample_rows
 from diffsparse.kernels.pooling import block_means
@@ -55,16 +55,18 @@ class FixedMasks:
         """
         order_of = tuple(number for number, _ in masks)
         visible = torch.stack([block_map for _, block_map in masks])
-        longest = int(visible.sum(-1).max())
-        lists = BlockMask.from_visible(visible[None], orders.shape[1], query_block_size, key_block_size, longest)
+        counts = visible.sum(-1)
+        num_complete = count_complete(counts, visible.shape[-1])
+        longest = int(counts[:, : counts.shape[1] - num_complete].max())
+        lists = BlockMask.from_visible(
+            visible[None], orders.shape[1], query_block_size, key_block_size, longest, num_complete
+        )
         return cls(
             orders=Permutation.of(orders.to(device)),
             order_of=order_of,
             choice=torch.tensor(order_of, device=device),
             visible=visible.to(device),
-            mask=BlockMask(
-                lists.key_blocks.to(device), lists.counts.to(device), orders.shape[1], query_block_size, key_block_size
-            ),
+            mask=replace(lists, key_blocks=lists.key_blocks.to(device), counts=lists.counts.to(device)),
             key_orders=None if key_orders is None else Permutation.of(key_orders.to(device)),
         )
 
@@ -74,12 +76,10 @@ class FixedMasks:
         keys = self.key_orders
         return AttentionPlan(
             Permutation(self.orders.orders, self.orders.inverses, order),
-            BlockMask(
-                self.mask.key_blocks.index_select(1, chosen),
-                self.mask.counts.index_select(1, chosen),
-                self.mask.num_tokens,
-                self.mask.query_block_size,
-                self.mask.key_block_size,
+            replace(
+                self.mask,
+                key_blocks=self.mask.key_blocks.index_select(1, chosen),
+                counts=self.mask.counts.index_select(1, chosen),
             ),
             classes=classes,
             key_permutation=None if keys is None else Permutation(keys.orders, keys.inverses, order),

@@ -91,6 +91,11 @@ def test_heads_that_gain_from_more_blocks_get_them_and_the_layer_is_closer_to_de
     assert errors[False] < 0.8 * errors[True]
 
 
+def test_text_does_not_make_the_plan_of_a_real_model_large():
+    # HunyuanVideo at 720p: 118,800 tokens of video and 256 of text in 931 query blocks, of which three have text.
+    assert Adaptive().plan_bytes(TokenGrid(33, 45, 80, text_after=256), 24) == 24 * (928 * 930 * 2 + 931 * 4)
+
+
 def test_every_query_block_sees_itself():
     visible = Adaptive(density=0.05, **SMALL).plan(*random_qkv(GRID), AttentionCall(GRID)).mask.visible()
     assert visible.diagonal(dim1=-2, dim2=-1).all()

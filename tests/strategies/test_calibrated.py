@@ -66,7 +66,7 @@ def served(made, call):
 def test_a_plan_computes_what_its_maps_and_orders_say():
     heads = (HeadPlan(0, 1, 2, 0, 1, 0), HeadPlan(1, 0, 0, 0, 2, 0))
     (query, key, value), plan = served(calibration(Entry(0, 0, "native", heads)), AttentionCall(GRID))
-    check_lists(plan.mask.key_blocks, plan.mask.counts, BLOCKS)
+    check_lists(plan.mask.lists(), plan.mask.counts, BLOCKS)
     output = plan.attend(query, key, value)
     places = torch.arange(GRID.num_tokens).view(2, 3, 5).permute(1, 2, 0).flatten()
     for head, (of_query, of_key) in enumerate([(BACKWARDS, places), (None, None)]):
@@ -85,6 +85,16 @@ def test_heads_without_anything_special_need_no_tensors_for_it():
     _, plan = served(calibration(), AttentionCall(GRID))
     assert (plan.permutation, plan.key_permutation, plan.tail, plan.skipped, plan.classes) == (None,) * 5
     assert plan.mask.counts.shape[1] == 1, "the lists of a map that all heads share are there once"
+
+
+def test_rows_that_see_everything_in_all_maps_have_no_list():
+    maps = MAPS.clone()
+    maps[:, -2:] = True
+    heads = (HeadPlan(0, 0, 0, 0, 0, 0), HeadPlan(1, 0, 0, 0, 0, 0))
+    made = calibration(Entry(0, 0, "native", heads), maps=pack_bits(maps))
+    mask = served(made, AttentionCall(GRID))[1].mask
+    assert mask.key_blocks.shape == (1, 2, BLOCKS - 2, 3)
+    assert torch.equal(mask.visible()[0], maps[:2])
 
 
 def test_tail_and_skipped_heads_come_back():

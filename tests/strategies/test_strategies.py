@@ -72,7 +72,7 @@ def test_every_query_block_sees_a_key_block_and_the_output_is_finite(strategy, g
     for layer, step in ((0, 3), (1, 7), (2, 15)):
         plan = strategy.plan(query, key, value, AttentionCall(grid, layer, 3, step, 20))
         assert isinstance(plan, AttentionPlan)
-        check_lists(plan.mask.key_blocks, plan.mask.counts, plan.mask.num_key_blocks)
+        check_lists(plan.mask.lists(), plan.mask.counts, plan.mask.num_key_blocks)
         output = plan.attend(query, key, value)
         assert output.shape == query.shape
         assert output.isfinite().all()
