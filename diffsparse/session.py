@@ -285,6 +285,7 @@ class Session:
                 num_layers=len(self.layer_names),
                 step=self.step.index,
                 num_steps=self.step.total,
+                progress=self.step.progress_beyond(self.config.dense_steps, self.config.replan_every),
                 key_length=key_length,
                 scale=scale,
                 model=self.model_name,

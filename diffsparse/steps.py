@@ -44,6 +44,21 @@ class Step:
             return fraction > 0 and self.index == 0
         return self.index < round(fraction * self.total)
 
+    def progress_beyond(self, fraction: float, num_served: int) -> float | None:
+        """How far the steps beyond the first `fraction` have come in the middle of the next `num_served`: 0–1.
+
+        This step is the first of those served, of which there may be fewer left. None without a total.
+        """
+        if self.total is None:
+            return None
+        return progress(self.index, num_served, round(fraction * self.total), self.total)
+
+
+def progress(index: int, num_served: int, first: int, total: int) -> float:
+    """Where between steps `first` and `total` the middle of `num_served` steps from `index` on lies, 0–1."""
+    middle = index + min(num_served, total - index) / 2
+    return (middle - first) / (total - first)
+
 
 class StepClock:
     """Reads the step off whatever runs the denoising loop, once for each call of the transformer.

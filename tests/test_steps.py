@@ -39,6 +39,21 @@ def test_no_step_is_early_where_none_is_asked_for():
     assert all(Step(i, 4, 0, False).is_within_first(1.0) for i in range(4))
 
 
+@pytest.mark.parametrize(("total", "every"), [(50, 4), (10, 4), (7, 3), (4, 4), (1, 4)])
+def test_the_sparse_steps_that_plans_serve_have_come_half_way_on_average(total, every):
+    first = round(0.2 * total)
+    plans = range(first, total, every)
+    served = [min(every, total - index) for index in plans]
+    progress = [Step(index, total, 0, False).progress_beyond(0.2, every) for index in plans]
+    assert sorted(progress) == progress
+    assert 0 < progress[0] <= progress[-1] < 1
+    assert sum(n * p for n, p in zip(served, progress)) == pytest.approx(0.5 * (total - first))
+
+
+def test_nobody_knows_the_progress_of_steps_without_a_total():
+    assert Step(3, None, 0, False).progress_beyond(0.2, 4) is None
+
+
 def test_the_cache_context_says_step_total_and_branch():
     clock, seen = StepClock(), []
     for index in range(2):

@@ -1,13 +1,16 @@
 """`diffsparse eval ablation`: what the adaptive strategy owes to its parts, on the demo model.
 
-Each fixed rule is the adaptive strategy with a single candidate, so that all run on the same kernel, at the same
-density, with the same dense steps. Videos of the same prompt and seed are compared with the dense one by PSNR.
+Each fixed rule is the adaptive strategy with a single candidate and the same density in every head and at every step,
+so that all run on the same kernel, at the same density, with the same dense steps. Then its parts come one after
+another: the choice among all candidates, blocks shared among heads, more of them for the first sparse steps. Videos of
+the same prompt and seed are compared with the dense one by PSNR.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from typing import Any
 
 from diffsparse.eval import sweep
 from diffsparse.eval.sweep_results import SweepResults, Variant
@@ -15,7 +18,8 @@ from diffsparse.heads import HeadClass
 from diffsparse.strategies.adaptive import CANDIDATES, Adaptive, Candidate
 
 SPATIAL_BAND, TEMPORAL_BAND, TOP_FRAME_MAJOR, TOP_TOKEN_MAJOR, TOP_TILES = CANDIDATES
-RULES: dict[str, tuple[Candidate, ...]] = {
+EVEN: dict[str, Any] = {"equal_heads": True, "front_load": 0.0}
+FIXED_RULES: dict[str, tuple[Candidate, ...]] = {
     "random blocks": (Candidate(HeadClass.TEXTURAL, "frame-major", "random"),),
     "spatial band": (SPATIAL_BAND,),
     "temporal band": (TEMPORAL_BAND,),
@@ -23,20 +27,27 @@ RULES: dict[str, tuple[Candidate, ...]] = {
     "top pooled scores, frame-major": (TOP_FRAME_MAJOR,),
     "top pooled scores, token-major": (TOP_TOKEN_MAJOR,),
     "top pooled scores, tiles": (TOP_TILES,),
-    "adaptive": CANDIDATES,
 }
+RULES: dict[str, dict[str, Any]] = {
+    **{name: EVEN | {"candidates": candidates} for name, candidates in FIXED_RULES.items()},
+    "choice of each head": EVEN,
+    "choice, blocks shared among heads": {"front_load": 0.0},
+    "adaptive": {},
+}
+"""Options of `Adaptive`, by what they stand for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How much of it, and where the results go."""
     sweep.add_arguments(parser, prompts=8, densities=[0.25, 0.125])
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES, metavar="RULE", help="(default: all)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Make what the file of results does not have yet, keep it there, print the table; or join files into one."""
     strategies = {
-        Variant(rule, density, tail): Adaptive(density=density, candidates=RULES[rule], tail=tail)
-        for rule in RULES
+        Variant(rule, density, tail): Adaptive(density=density, tail=tail, **RULES[rule])
+        for rule in args.rules
         for tail in (False, True)
         for density in args.densities
     }

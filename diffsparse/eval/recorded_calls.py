@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from diffsparse.enable import disable_sparse_attention, enable_sparse_attention
 from diffsparse.eval.generate import Sampling, generate
 from diffsparse.heads import sample_rows
 from diffsparse.plan import AttentionPlan
+from diffsparse.steps import progress
 from diffsparse.strategies.strategy import AttentionCall, Strategy
 
 REPLAN_EVERY = SparseAttentionConfig().replan_every
@@ -51,6 +52,9 @@ class _Recorder:
         if age in (0, REPLAN_EVERY - 1):
             rows = sample_rows(call.grid, SAMPLED_ROWS).to(query.device)
             exact = _exact(query.index_select(2, rows), key, value, call)
+            if call.num_steps is not None:
+                # Of a plan that serves `REPLAN_EVERY` steps, and not of the one that the recorder is asked for.
+                call = replace(call, progress=progress(call.step, REPLAN_EVERY, first_step, call.num_steps))
             self.calls.append(RecordedCall(query.clone(), key.clone(), value.clone(), call, age, rows, exact))
 
 

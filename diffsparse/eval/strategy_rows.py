@@ -55,7 +55,7 @@ def _stride_at(position: float) -> int:
 
 ROWS = (
     Row(REFERENCE, Adaptive(**BLOCKS)),
-    Row("random blocks", Adaptive(candidates=RANDOM, **BLOCKS)),
+    Row("random blocks", Adaptive(candidates=RANDOM, equal_heads=True, front_load=0.0, **BLOCKS)),
     Row("DraftAttention", DraftAttention(patch=(8, 8), **BLOCKS)),
     Row("FlexPrefill", FlexPrefill(block_size=64), "mass"),
     Row("MInference", MInference(block_size=64)),

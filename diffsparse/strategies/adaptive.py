@@ -24,7 +24,7 @@ LARGE_QUERY_BLOCK = 128
 MANY_TOKENS = 16384
 NEGLIGIBLE_ERROR = 1e-4
 """A squared relative error that nobody sees; below it a head keeps its band."""
-SHARES = (0.5, 0.75, 1.0, 1.5, 2.0)
+SHARES = (0.5, 0.75, 1.0, 1.25, 1.5)
 """What a head may get of the mean budget, and where between its error is measured."""
 
 
@@ -71,11 +71,13 @@ class Adaptive:
     All candidates see the same number of key blocks. The one whose executed mask comes closest to exact attention on
     the sampled rows names the class and the token order of the head. Where the rows say that it helps, what a head
     skips enters its softmax as the pooled mean of each block. Then the layer's blocks are shared out: a head whose
-    error falls fast gets up to twice as many, one whose error does not as few as half. Text is always exact: every
-    query sees it, and it sees every key.
+    error falls fast gets up to half as many again, one whose error does not as few as half. The first sparse steps,
+    whose errors all later ones build on, get more than the last. Text is always exact: every query sees it, and it sees
+    every key.
 
     Args:
-        density: share of the key blocks that a query block sees, 0–1, mean over the heads of a layer.
+        density: share of the key blocks that a query block sees, 0–1, mean over the heads of a layer and over the
+            sparse steps.
         query_block_size, key_block_size: tokens a block; None for 64, but for 128 queries from 16,384 tokens on: that
             is what the Hopper kernel takes, and planning is cheaper.
         tile: frames, height, width of the tiles of the third order, in tokens; None for a cube of 64 tokens, or for
@@ -85,6 +87,9 @@ class Adaptive:
             keep its band, as a factor. A band's blocks stay right until the next plan, chosen blocks age.
         tail: whether skipped blocks may enter as their mean.
         equal_heads: whether all heads of a layer get the same number of blocks, whatever their error.
+        front_load: how much the density changes over the sparse steps, 0–1: it falls evenly from `1 + front_load` times
+            `density` to `1 - front_load` times. Less where it would exceed 1; 0 where nothing says how many steps there
+            are.
         candidates: what each head chooses from.
         seed: of the sampled rows.
 
@@ -100,6 +105,7 @@ class Adaptive:
     band_margin: float = 1.1
     tail: bool = True
     equal_heads: bool = False
+    front_load: float = 0.75
     candidates: tuple[Candidate, ...] = CANDIDATES
     seed: int = 0
 
@@ -130,29 +136,37 @@ class Adaptive:
             or not all(isinstance(each, Candidate) for each in self.candidates)
         ):
             raise ValueError(f"`candidates` must be a tuple of at least one Candidate, got {self.candidates!r}.")
+        load = self.front_load
+        if isinstance(load, bool) or not isinstance(load, (int, float)) or not 0 <= load <= 1:
+            raise ValueError(f"`front_load` must be from 0 (the same density at each step) to 1, got {load!r}.")
         if not isinstance(self.band_margin, (int, float)) or not self.band_margin >= 1:
             raise ValueError(f"`band_margin` must be at least 1, got {self.band_margin!r}.")
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer, each head judged on its own; see `Strategy.plan`."""
-        return self._sized(call.grid)._plan(query, key, value, call)
+        return self._sized(call.grid, call.progress)._plan(query, key, value, call)
 
     def executed_density(self, grid: TokenGrid) -> float:
-        """Share of key blocks that a plan computes exactly on this grid, text included, whatever query and key are."""
+        """Share of key blocks computed exactly on this grid, text included, whatever query and key are.
+
+        Mean over the sparse steps.
+        """
         layout = _layout(grid, self._sized(grid), torch.device("cpu"))
         return float(((layout.band_rank < layout.budget) | layout.always).float().mean())
 
     def plan_bytes(self, grid: TokenGrid, num_heads: int) -> int:
-        """Bytes of the lists of key blocks that a layer's plan keeps for a batch of one, with their lengths."""
-        layout = _layout(grid, self._sized(grid), torch.device("cpu"))
+        """Bytes of the lists of key blocks that a layer's first plan, the largest, keeps for a batch of one."""
+        layout = _layout(grid, self._sized(grid, progress=0.0), torch.device("cpu"))
         query_blocks, key_blocks = layout.always.shape
         bytes_of_lists = list_dtype(key_blocks).itemsize * (query_blocks - layout.num_complete) * layout.counts[-1]
         return num_heads * (4 * query_blocks + bytes_of_lists)
 
-    def _sized(self, grid: TokenGrid) -> _Sized:
-        """These options with the block sizes for a grid."""
+    def _sized(self, grid: TokenGrid, progress: float | None = None) -> _Sized:
+        """These options with the block sizes for a grid, and the density for this part of the sparse steps."""
         query_block_size = LARGE_QUERY_BLOCK if grid.num_tokens >= MANY_TOKENS else BLOCK_SIZE
+        load = 0.0 if progress is None else min(self.front_load, 1 / self.density - 1) * (1 - 2 * progress)
         options = {field.name: getattr(self, field.name) for field in fields(Adaptive)}
+        options["density"] = self.density * (1 + load)
         options["query_block_size"] = self.query_block_size or query_block_size
         options["key_block_size"] = self.key_block_size or BLOCK_SIZE
         return _Sized(**options)
@@ -333,7 +347,7 @@ class _Layout:
         return Permutation(self.orders[number, None], self.inverse[number, None]).apply(x)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _layout(grid: TokenGrid, options: _Sized, device: torch.device) -> _Layout:
     orders = torch.stack(
         [

@@ -19,6 +19,8 @@ class AttentionCall:
         grid: where the tokens sit.
         layer: index of the self-attention layer, 0 first; `num_layers`, how many the transformer has.
         step: index of the denoising step, 0 first; `num_steps`, how many there are, None when nothing says so.
+        progress: how far the sparse steps have come in the middle of those that the plan is to serve, 0–1; None when
+            nothing says so.
         key_length: [B] int32, keys at or beyond it do not exist; None when all do.
         scale: factor on the scores, D ** -0.5 if None.
         model: the transformer's class; empty where nothing says so.
@@ -29,6 +31,7 @@ class AttentionCall:
     num_layers: int = 1
     step: int = 0
     num_steps: int | None = None
+    progress: float | None = None
     key_length: Tensor | None = None
     scale: float | None = None
     model: str = ""

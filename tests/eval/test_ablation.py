@@ -2,19 +2,26 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
-from diffsparse.eval import ablation, cli
-
-
-@pytest.fixture(autouse=True)
-def two_rules(monkeypatch):
-    monkeypatch.setattr(ablation, "RULES", {name: ablation.RULES[name] for name in ("random blocks", "adaptive")})
+from diffsparse.eval import cli
 
 
 def run(model, output, *more):
     command = ["eval", "ablation", "--model", str(model), "--device", "cpu", "--output", str(output)]
-    return cli.main([*command, "--prompts", "1", "--densities", "0.5", "--steps", "2", *more])
+    return cli.main(
+        [
+            *command,
+            "--prompts",
+            "1",
+            "--densities",
+            "0.5",
+            "--steps",
+            "2",
+            "--rules",
+            "random blocks",
+            "adaptive",
+            *more,
+        ]
+    )
 
 
 def test_every_rule_is_measured_with_and_without_tail(tiny_model, tmp_path, capsys):
