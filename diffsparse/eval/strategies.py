@@ -24,6 +24,7 @@ from diffsparse.eval.with_tail import with_tail
 from diffsparse.strategies.strategy import Strategy
 
 DIALS = Path("strategies-dials.json")
+TAILS = {"both": (False, True), "with": (True,), "without": (False,)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[row.name for row in ROWS],
         metavar="NAME",
         help=f"rows of the table (default: all: {', '.join(row.name for row in ROWS)})",
+    )
+    parser.add_argument(
+        "--tail",
+        choices=list(TAILS),
+        default="both",
+        help="whether what is skipped enters as its mean (default: both, each in rows of its own)",
     )
     parser.add_argument(
         "--dials",
@@ -70,7 +77,7 @@ def _prepare(
     strategies = {
         Variant(row.name, density, tail): with_tail(row.at(dials.setting(row.name, density).position), tail)
         for row in _rows(args)
-        for tail in (False, True)
+        for tail in TAILS[args.tail]
         for density in args.densities
     }
     return strategies, {"dials": dials.settings}

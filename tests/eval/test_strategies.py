@@ -56,6 +56,14 @@ def test_dials_then_shards_then_one_table(run, tmp_path, capsys, monkeypatch):
     assert sum(len(json.loads(file.read_text())["videos"]) for file in files) == 2 * 2 * 2 * 2
 
 
+def test_rows_with_the_tail_alone_are_compared_too(run, tmp_path, capsys):
+    assert run("--tail", "with", "--output", "results.json") == 0
+    videos = json.loads((tmp_path / "results.json").read_text())["videos"]
+    assert {video["tail"] for video in videos} == {True}
+    assert len(videos) == 2 * 2 * 2
+    assert "| SVG2 + tail" in capsys.readouterr().out
+
+
 def test_a_shard_does_not_find_dials(run, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "generate", lambda *args: pytest.fail("made a video"))
     assert run("--shard", "1/2") == cli.USER_ERROR
