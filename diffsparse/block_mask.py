@@ -68,7 +68,7 @@ class BlockMask:
         num_listed = visible.shape[2] - num_complete
         counts = visible.sum(-1, dtype=torch.int32).clamp_(min=1)
         counts[:, :, :num_listed].clamp_(max=capacity)
-        counts[:, :, num_listed:] = num_key_blocks
+        counts[:, :, num_listed:].fill_(num_key_blocks)
         # A stable sort puts the visible blocks first and keeps them in memory order.
         hidden = visible[:, :, :num_listed].logical_not().to(torch.uint8)
         lists = torch.argsort(hidden, dim=-1, stable=True)[..., :capacity].to(list_dtype(num_key_blocks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
@@ -226,14 +227,17 @@ class _Numbers:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self._number_of: dict[bytes, int] = {}
+        self._lock = threading.Lock()
 
     def number(self, tensor: Tensor) -> int:
         """The number of an equal tensor, or of this one from now on."""
         contents = tensor.contiguous().numpy().tobytes()
-        if contents not in self._number_of:
-            self._number_of[contents] = len(self.tensors)
-            self.tensors.append(tensor)
-        return self._number_of[contents]
+        # ComfyUI has a thread for each of several GPUs.
+        with self._lock:
+            if contents not in self._number_of:
+                self._number_of[contents] = len(self.tensors)
+                self.tensors.append(tensor)
+            return self._number_of[contents]
 
 
 def _flags(flags: Tensor | None, size: tuple[int, int]) -> list[list[int]]:

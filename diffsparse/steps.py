@@ -29,6 +29,8 @@ class Step:
         is_first_of_generation: whether what was kept from earlier calls belongs to another generation.
         is_last_of_generation: whether this is the last call of the last step, as far as the steps before it say how
             many calls there are. False where nothing says how many steps there are.
+        sparse_from, sparse_until: the steps before the one and from the other on (None for the last) do not run, or
+            stay dense whatever the config says: a generation that begins late, a window of another program.
     """
 
     index: int
@@ -37,6 +39,8 @@ class Step:
     is_first_of_generation: bool
     branch_is_named: bool = False
     is_last_of_generation: bool = False
+    sparse_from: int = 0
+    sparse_until: int | None = None
 
     def is_within_first(self, fraction: float) -> bool:
         """Whether this step is among the first `fraction` of all; without a total, only step 0 is."""
@@ -51,13 +55,18 @@ class Step:
         """
         if self.total is None:
             return None
-        return progress(self.index, num_served, round(fraction * self.total), self.total)
+        first = max(round(fraction * self.total), self.sparse_from)
+        return progress(self.index, num_served, first, self.total if self.sparse_until is None else self.sparse_until)
 
 
-def progress(index: int, num_served: int, first: int, total: int) -> float:
-    """Where between steps `first` and `total` the middle of `num_served` steps from `index` on lies, 0–1."""
-    middle = index + min(num_served, total - index) / 2
-    return (middle - first) / (total - first)
+def progress(index: int, num_served: int, first: int, end: int) -> float:
+    """Where from step `first` to before step `end` the middle of `num_served` steps from `index` on lies, 0–1.
+
+    These steps are among them, whatever the two say.
+    """
+    first, end = min(first, index), max(end, index + 1)
+    middle = index + min(num_served, end - index) / 2
+    return (middle - first) / (end - first)
 
 
 class StepClock:
@@ -86,7 +95,7 @@ class StepClock:
 
     def tick(self, timestep: Any) -> Step:
         """The step of the transformer call that begins now; `timestep` is what the call was given."""
-        index, total, branch = self._read(timestep)
+        index, total, branch, begins_at = self._read(timestep)
         last = self._last
         same_step = last is not None and index == last.index
         is_named = branch is not None
@@ -99,7 +108,7 @@ class StepClock:
             self._calls_of_step_before = len(self._branches)
         self._branches = self._branches | {branch} if same_step and not is_first else {branch}
         is_last = index + 1 == total and len(self._branches) == self._calls_of_step_before
-        self._last = Step(index, total, branch, is_first, is_named, is_last)
+        self._last = Step(index, total, branch, is_first, is_named, is_last, sparse_from=begins_at)
         return self._last
 
     @contextmanager
@@ -111,27 +120,28 @@ class StepClock:
         finally:
             self._context = None
 
-    def _read(self, timestep: Any) -> tuple[int, int | None, Hashable]:
-        """Step index, number of steps, and the branch if a source names it."""
+    def _read(self, timestep: Any) -> tuple[int, int | None, Hashable, int]:
+        """Step index, number of steps, the branch if a source names it, and the step that comes first."""
         name, index, total = self._context or (None, None, None)
         if index is not None and total is not None:
-            return index, total, name
+            return index, total, name, 0
         pipeline = self._pipeline() if self._pipeline is not None else None
         guider: Any = getattr(pipeline, "guider", None)
         if getattr(guider, "_step", None) is not None and getattr(guider, "_num_inference_steps", None):
-            return guider._step, guider._num_inference_steps, name or getattr(guider, "_count_prepared", None)
+            name = name or getattr(guider, "_count_prepared", None)
+            return guider._step, guider._num_inference_steps, name, 0
         scheduler: Any = getattr(pipeline, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not None and hasattr(scheduler, "_step_index"):
-            current = scheduler._step_index
+            current, begin = scheduler._step_index, getattr(scheduler, "_begin_index", None)
             if current is None:
-                current = getattr(scheduler, "_begin_index", None)
-            if current is None:
-                current = self._beginning(timestep, timesteps)
+                current = begin if begin is not None else self._beginning(timestep, timesteps)
+            if begin is None:
+                begin = self._begun[1] if self._begun[0] is timesteps else 0
             if self._watch.takes_part(timesteps, current, timestep):
-                return current, len(timesteps), name
+                return current, len(timesteps), name, begin
             timesteps = None
-        return *self._by_timestep(_value(timestep), timesteps), name
+        return *self._by_timestep(_value(timestep), timesteps), name, 0
 
     def _beginning(self, timestep: Any, timesteps: Any) -> int:
         """The place in `timesteps` of the first `timestep` since they were made; 0 where it is not among them.

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -196,3 +198,27 @@ def test_plans_for_two_grids_or_block_sizes_are_refused(second, grid, message):
     recorder.plan(*[torch.zeros(1, 1, GRID.num_tokens, 8)] * 3, AttentionCall(GRID))
     with pytest.raises(ValueError, match=message):
         recorder.plan(*[torch.zeros(1, 1, grid.num_tokens, 8)] * 3, AttentionCall(grid))
+
+
+class _ListThatTakesItsTime(list):
+    def append(self, item):
+        time.sleep(0.02)
+        super().append(item)
+
+
+def test_threads_that_plan_at_once_keep_their_maps():
+    class ByLayer:
+        def plan(self, query, key, value, call):
+            return plan_of(every_row(call.layer))
+
+    recorder = PlanRecorder(ByLayer())
+    recorder._maps.tensors = _ListThatTakesItsTime()
+    qkv = [torch.zeros(1, 1, GRID.num_tokens, 8)] * 3
+    with ThreadPoolExecutor(4) as pool:
+        calls = [AttentionCall(GRID, layer, 4, 0, 10, model="Example") for layer in range(4)]
+        list(pool.map(lambda call: recorder.plan(*qkv, call), calls))
+    recorder.end_prompt()
+    made = recorder.calibration("Example()", dict.fromkeys(SETTINGS), "0.1.0")
+    for entry in made.entries:
+        visible = unpack_bits(made.maps[entry.heads[0].block_map], BLOCKS)
+        assert visible.nonzero()[:, 1].tolist() == [entry.layer] * BLOCKS

@@ -50,6 +50,29 @@ def test_the_sparse_steps_that_plans_serve_have_come_half_way_on_average(total, 
     assert sum(n * p for n, p in zip(served, progress)) == pytest.approx(0.5 * (total - first))
 
 
+@pytest.mark.parametrize("every", [1, 3, 4])
+def test_progress_is_that_of_the_steps_that_run_sparse(every):
+    # Of 20 steps the first 4 are dense, but the generation begins with the sixth, and the last three are not sparse.
+    steps = [Step(i, 20, 0, False, sparse_from=5, sparse_until=17) for i in range(5, 17, every)]
+    progress = [step.progress_beyond(0.2, every) for step in steps]
+    assert progress == pytest.approx([(i + every / 2) / 12 for i in range(0, 12, every)])
+    # Where the config's dense steps reach further, they count.
+    assert Step(8, 20, 0, False, sparse_from=5).progress_beyond(0.4, 12) == 0.5
+
+
+@pytest.mark.parametrize("step", [Step(5, 5, 0, False), Step(9, 5, 0, False), Step(1, 5, 0, False, sparse_from=3)])
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_progress_is_a_share_even_of_a_step_that_nobody_expected(step, fraction):
+    assert 0 < step.progress_beyond(fraction, 4) < 1
+
+
+def test_a_second_expert_goes_on_where_the_first_has_come_to():
+    scheduler = SimpleNamespace(timesteps=torch.tensor([900.0, 700.0, 400.0, 100.0]), _step_index=2, _begin_index=None)
+    pipeline = Pipeline(scheduler=scheduler)
+    step = StepClock(pipeline).tick(torch.tensor(400.0))
+    assert (step.index, step.sparse_from) == (2, 0)
+
+
 def test_nobody_knows_the_progress_of_steps_without_a_total():
     assert Step(3, None, 0, False).progress_beyond(0.2, 4) is None
 

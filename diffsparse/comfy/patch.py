@@ -178,7 +178,9 @@ class SparsePatch:
         sigma = options["sigmas"].max().item()
         index, total = step_of(sigma, sigmas), len(sigmas) - 1
         self._clock.tick(index, total)
-        step = Step(index, total, self._branches.name(options), is_first_of_generation=False)
+        first, end = self._window.sparse_steps(sigmas)
+        branch = self._branches.name(options)
+        step = Step(index, total, branch, is_first_of_generation=False, sparse_from=first, sparse_until=end)
         layout = self._model.layout(module, call)
         transformer.begin_call(step, layout, self._window.why_dense(sigma, index, total))
         return transformer, options

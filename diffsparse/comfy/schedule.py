@@ -35,6 +35,12 @@ class Window:
             return None
         return None if self.first_step_only and step > 0 and total <= FEW_STEPS else "early step"
 
+    def sparse_steps(self, sigmas: Sequence[float]) -> tuple[int, int]:
+        """The first sparse step of a schedule, and the one after the last; all where none is."""
+        total = len(sigmas) - 1
+        steps = [step for step, sigma in enumerate(sigmas[:-1]) if self.why_dense(sigma, step, total) is None]
+        return (steps[0], steps[-1] + 1) if steps else (0, total)
+
 
 def step_of(sigma: float, sigmas: Sequence[float]) -> int:
     """The step of a schedule `sigmas`, falling to the end of the last step, that `sigma` belongs to.

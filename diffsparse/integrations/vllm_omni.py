@@ -35,6 +35,8 @@ OBSTACLE = "diffsparse_obstacle"
 """The key under which `params` says why a call cannot be sparse."""
 POLICY = "diffsparse_policy"
 """The key under which `params` says why the user's own settings want a call dense."""
+SPARSE_STEPS = "diffsparse_sparse_steps"
+"""The key under which `params` says which steps `POLICY` leaves: the first, and the one after the last."""
 
 _OPTIONS = ("dense_steps", "min_tokens", "strict", "quantization")
 NO_STEP = "the call does not say which step it is"
@@ -82,7 +84,8 @@ class _Calls:
     def _session(self, config: SparseAttentionConfig, heads: int) -> Session:
         # The tally of a session has an entry for each head.
         if (config, heads) not in self._sessions:
-            self._sessions[config, heads] = Session("vLLM-Omni", _Served(), ("self-attention",), config)
+            planned_anew = dataclasses.replace(config, replan_every=1)
+            self._sessions[config, heads] = Session("vLLM-Omni", _Served(), ("self-attention",), planned_anew)
         return self._sessions[config, heads]
 
     def _attend(
@@ -105,7 +108,9 @@ class _Calls:
         if obstacle is not None:
             session.fall_back(0, obstacle)
             return None
-        session.begin(Step(index or 0, total, None, is_first_of_generation=True), params.get(LAYOUT))
+        first, end = params.get(SPARSE_STEPS, (0, total))
+        step = Step(index or 0, total, None, is_first_of_generation=True, sparse_from=first, sparse_until=end)
+        session.begin(step, params.get(LAYOUT))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         try:
             return session.attend(0, query, key, value, None, softmax_scale)

@@ -15,7 +15,7 @@ from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_context_available
 
-from diffsparse.integrations.vllm_omni import LAYOUT, NO_STEP, OBSTACLE, POLICY, attn_fn, read_config
+from diffsparse.integrations.vllm_omni import LAYOUT, NO_STEP, OBSTACLE, POLICY, SPARSE_STEPS, attn_fn, read_config
 
 
 class DiffSparseBackend(AttentionBackend):
@@ -114,6 +114,8 @@ class DiffSparseImpl(AttentionImpl):
         step, total = getattr(context, "denoise_step_idx", None), getattr(context, "total_denoise_steps", None)
         mask = getattr(metadata, "attn_mask", None)
         params: dict[str, Any] = {"denoise_step_idx": step, "total_denoise_steps": total, "attn_mask": mask}
+        if total is not None:
+            params[SPARSE_STEPS] = self._start_step, total - self._end_step
         if (policy := self._policy(step, total)) is not None:
             return params | {POLICY: policy}
         if (self._start_step and step is None) or (self._end_step and (step is None or total is None)):

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from diffsparse.pipelines.family import Family, Layout
 from diffsparse.pipelines.position_ids import read_once
 
@@ -31,11 +29,6 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     if len(gists) == 1:
         return Layout(1, height, width, text_before=gists.pop(), text_after=references)
     return Layout(1, height, width, text_after=references + max(gists))
-
-
-def _lengths(mask: Tensor) -> list[int]:
-    lengths: list[int] = mask.sum(1).tolist()
-    return lengths
 
 
 def _gist_tokens(config: Any, length: int) -> int:

@@ -15,7 +15,7 @@ from diffsparse.kernels.pooling import block_means
 from diffsparse.permutation import Permutation, axis_order, tile_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import block_distance, exact_blocks
-from diffsparse.strategies.error_budget import share_out
+from diffsparse.strategies.error_budget import on_device, share_out
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -189,8 +189,7 @@ class _Sized(Adaptive):
         choice = _Choice.joined(parts)
         counts = share_out(choice.errors, layout.counts, layout.budget)
         # Where a head's share lies between two that were measured, the tail is that of the smaller.
-        measured = torch.tensor(layout.counts, device=query.device)
-        share = torch.searchsorted(measured, counts, right=True) - 1
+        share = torch.searchsorted(on_device(tuple(layout.counts), query.device), counts, right=True) - 1
         mask = BlockMask.from_visible(
             (choice.rank < counts[:, None, None]) | layout.always,
             call.grid.num_tokens,
@@ -258,7 +257,7 @@ class _Sized(Adaptive):
     def _rank(self, rule: str, pooled_query: Tensor, pooled_key: Tensor, layout: _Layout) -> Tensor:
         """The place of each key block in the order in which a rule wants them, [B|1, H|1, Q, K] int32.
 
-        `layout.always` comes first. Beyond the largest share of a head all have the same place, K.
+        `layout.always` comes first. Beyond the largest share of a head scores all have the same place, K.
         """
         if rule == "band":
             return layout.band_rank[None, None]
@@ -316,16 +315,15 @@ class _Choice:
 
 
 @dataclass(frozen=True, eq=False)
-class _Layout:
-    """What depends on the grid and the options alone.
+class _Geometry:
+    """What depends on the grid and the block sizes, at any density.
 
     Attributes:
         orders, inverse: frame-major, token-major and tile order, [3, S].
         rows: the sampled rows, [R].
         always: what every query block of every order sees, [Q, K] bool: text, and itself.
         band_rank: the place of each block by its distance from the diagonal, [Q, K] int32, `always` first.
-        budget: key blocks that a query block without text sees, mean over the heads.
-        counts: what a head may get instead, ascending.
+        seen_by_all: the most key blocks in `always` of a query block without text.
         num_complete: query blocks with text, the last ones, which see all.
         starts_with_video: whether the frame-major order is the tokens' own.
     """
@@ -335,8 +333,7 @@ class _Layout:
     rows: Tensor
     always: Tensor
     band_rank: Tensor
-    budget: int
-    counts: list[int]
+    seen_by_all: int
     num_complete: int
     starts_with_video: bool
 
@@ -347,33 +344,61 @@ class _Layout:
         return Permutation(self.orders[number, None], self.inverse[number, None]).apply(x)
 
 
-@functools.lru_cache(maxsize=64)
+@dataclass(frozen=True, eq=False)
+class _Layout(_Geometry):
+    """The geometry, and how many blocks a density makes of it.
+
+    Attributes:
+        budget: key blocks that a query block without text sees, mean over the heads.
+        counts: what a head may get instead, ascending.
+    """
+
+    budget: int
+    counts: list[int]
+
+
 def _layout(grid: TokenGrid, options: _Sized, device: torch.device) -> _Layout:
+    """Of the options. Plans of all densities share the tensors."""
+    sizes = options.query_block_size, options.key_block_size
+    tile = options.tile or ((4, 4, 4) if grid.frames > 1 else (1, 8, 8))
+    geometry = _geometry(grid, *sizes, tile, options.sampled_rows, options.seed, device)
+    key_blocks = geometry.always.shape[1]
+    least = max(geometry.seen_by_all, 1)
+    budget = min(max(round(options.density * key_blocks), least), key_blocks)
+    shares = (1.0,) if options.equal_heads else SHARES
+    counts = sorted({min(max(round(share * budget), least), key_blocks) for share in shares} | {budget})
+    return _Layout(**vars(geometry), budget=budget, counts=counts)
+
+
+@functools.lru_cache(maxsize=16)
+def _geometry(
+    grid: TokenGrid,
+    query_block_size: int,
+    key_block_size: int,
+    tile: tuple[int, int, int],
+    sampled_rows: int,
+    seed: int,
+    device: torch.device,
+) -> _Geometry:
     orders = torch.stack(
         [
             axis_order(grid, ("frame", "height", "width")),
             axis_order(grid, ("height", "width", "frame")),
-            tile_order(grid, options.tile or ((4, 4, 4) if grid.frames > 1 else (1, 8, 8))),
+            tile_order(grid, tile),
         ]
     )
-    query_blocks = num_blocks(grid.num_tokens, options.query_block_size)
-    key_blocks = num_blocks(grid.num_tokens, options.key_block_size)
-    first_text_query = grid.num_video_tokens // options.query_block_size
-    num_complete = query_blocks - first_text_query if grid.num_tokens > grid.num_video_tokens else 0
-    always = exact_blocks(grid, options.query_block_size, options.key_block_size)
-    distance = block_distance(query_blocks, key_blocks, options.query_block_size, options.key_block_size)
-    seen_by_all = int(always[:first_text_query].sum(-1).max()) if first_text_query else 0
-    budget = min(key_blocks, max(round(options.density * key_blocks), seen_by_all, 1))
-    shares = (1.0,) if options.equal_heads else SHARES
-    counts = sorted({min(max(round(share * budget), seen_by_all, 1), key_blocks) for share in shares} | {budget})
-    return _Layout(
+    query_blocks = num_blocks(grid.num_tokens, query_block_size)
+    key_blocks = num_blocks(grid.num_tokens, key_block_size)
+    first_text_query = grid.num_video_tokens // query_block_size
+    always = exact_blocks(grid, query_block_size, key_block_size)
+    distance = block_distance(query_blocks, key_blocks, query_block_size, key_block_size)
+    return _Geometry(
         orders=orders.to(device),
         inverse=torch.argsort(orders, dim=-1).to(device),
-        rows=sample_rows(grid, options.sampled_rows, options.seed).to(device),
+        rows=sample_rows(grid, sampled_rows, seed).to(device),
         always=always.to(device),
-        band_rank=_ranks(-distance.masked_fill(always, -1.0), counts[-1]).to(device),
-        budget=budget,
-        counts=counts,
-        num_complete=num_complete,
+        band_rank=_ranks(-distance.masked_fill(always, -1.0), key_blocks).to(device),
+        seen_by_all=int(always[:first_text_query].sum(-1).max()) if first_text_query else 0,
+        num_complete=query_blocks - first_text_query if grid.num_tokens > grid.num_video_tokens else 0,
         starts_with_video=grid.text_before == 0,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -20,13 +21,13 @@ def share_out(errors: Tensor, counts: list[int], mean: int) -> Tensor:
         counts: N numbers of blocks, ascending, `mean` among them.
         mean: blocks a head.
     """
-    steps = torch.tensor([after - before for before, after in itertools.pairwise(counts)], device=errors.device)
-    if not len(steps):
+    if len(counts) == 1:
         return torch.full((len(errors),), mean, device=errors.device)
+    steps = on_device(tuple(after - before for before, after in itertools.pairwise(counts)), errors.device)
     finite = errors.nan_to_num(nan=torch.inf, posinf=torch.inf)
     largest = finite.masked_fill(finite.isinf(), 0.0).amax()
     finite = torch.where(finite.isinf(), 1e3 * largest + 1.0, finite)
-    pieces = -_convex(finite.double(), counts).diff(dim=-1)  # [H, N - 1], what each step takes off the error
+    pieces = -_convex(finite, counts).diff(dim=-1)  # [H, N - 1], what each step takes off the error
     slopes = pieces / steps.clamp_min(1)
     # Stable, so that heads that fall alike are served in their order, and the pieces of one head in theirs.
     order = torch.argsort(slopes.flatten(), descending=True, stable=True)
@@ -35,6 +36,12 @@ def share_out(errors: Tensor, counts: list[int], mean: int) -> Tensor:
     given = torch.minimum(wanted, (left - (wanted.cumsum(0) - wanted)).clamp_min(0))
     shares = torch.zeros_like(given).scatter_(0, order, given).view(len(errors), -1)
     return counts[0] + shares.sum(-1)
+
+
+@functools.lru_cache(maxsize=64)
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """The numbers as a tensor, int64. Kept, since copying them waits for the device."""
+    return torch.tensor(numbers, device=device)
 
 
 def _convex(errors: Tensor, counts: list[int]) -> Tensor:

@@ -69,6 +69,15 @@ def test_steps_outside_the_window_stay_dense(settings, steps, reasons):
     assert run(standins.patched(standins.patcher(), **settings), steps=steps).dense_reasons == reasons
 
 
+def test_a_strategy_is_told_how_far_the_window_is_done(monkeypatch):
+    told = []
+    plan = Adaptive.plan
+    monkeypatch.setattr(Adaptive, "plan", lambda *args: told.append(args[-1].progress) or plan(*args))
+    # Sparse are steps 2 to 8, of which a plan serves 4 and the next one 3.
+    run(standins.patched(standins.patcher(layers=1), start_percent=0.2, end_percent=0.85), steps=10)
+    assert told == pytest.approx([2 / 7, 5.5 / 7])
+
+
 def test_a_mask_keeps_attention_dense_and_is_counted():
     report = run(standins.patched(standins.patcher(mask=torch.zeros(400, 400))))
     assert report.dense_reasons == {"attention mask": 8, "early step": 2}

@@ -22,6 +22,11 @@ def test_a_window_is_dense_before_and_after_it():
     assert reasons == ["early step", None, None, None, "late step"]
 
 
+@pytest.mark.parametrize(("start", "end", "steps"), [(0.8, 0.4, (1, 3)), (1.0, 0.0, (0, 4)), (0.1, 0.05, (0, 4))])
+def test_the_sparse_steps_of_a_window(start, end, steps):
+    assert Window(start, end, first_step_only=False).sparse_steps(SIGMAS) == steps
+
+
 def test_few_steps_keep_only_the_first_dense():
     window = Window(sigma_start=0.2, sigma_end=0.0, first_step_only=True)
     assert [window.why_dense(0.9, step, 8) for step in range(3)] == ["early step", None, None]

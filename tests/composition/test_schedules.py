@@ -1,12 +1,16 @@
 """Schedulers of first and second order, and generations that begin in the middle of the schedule."""
 
+import dataclasses
+
 import diffusers
 import pytest
 import torch
-from enabled import FULL, config, report_of
+from enabled import FULL, SPARSE, config, report_of
 from PIL import Image
 from tiny_models import generate, tiny_wan_pipeline
 from tiny_pipelines import generate_image, text, tiny_flux_pipeline
+
+from diffsparse import Adaptive
 
 LAYERS, BRANCHES = 2, 2
 
@@ -97,3 +101,18 @@ def test_early_steps_are_those_of_the_whole_schedule(make, strength, early):
     run()
     assert report_of(pipeline).dense_calls == early * calls_per_step
     assert report_of(pipeline).sparse_calls == (round(10 * strength) - early) * calls_per_step
+
+
+@pytest.mark.parametrize("make", [video_to_video, image_to_image])
+@pytest.mark.parametrize(("strength", "dense_steps"), [(0.5, 0.3), (1.0, 0.3), (0.8, 0.5)])
+def test_the_front_is_that_of_the_steps_that_run_sparse(make, strength, dense_steps, monkeypatch):
+    pipeline, run, _ = make(strength)
+    told = []
+    plan = Adaptive.plan
+    monkeypatch.setattr(Adaptive, "plan", lambda *args: told.append(args[-1].progress) or plan(*args))
+    pipeline.enable_sparse_attention(dataclasses.replace(SPARSE, dense_steps=dense_steps, replan_every=1))
+    for _ in range(2):  # A pipeline that is run again knows no more than at first.
+        told.clear()
+        run()
+        steps = round(10 * min(strength, 1 - dense_steps))
+        assert sorted(set(told)) == pytest.approx([(step + 0.5) / steps for step in range(steps)])

@@ -48,7 +48,9 @@ def exact(query, key, value, mask=None, scale=D**-0.5):
 def planned(query, key, value, density, step=4):
     """The same by the core alone."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    plan = Adaptive(density=density).plan(query, key, value, AttentionCall(GRID, step=step, num_steps=20))
+    # Of 20 steps the last 16 are sparse, and a plan is for the one that it is made in.
+    call = AttentionCall(GRID, step=step, num_steps=20, progress=(step - 4 + 0.5) / 16)
+    plan = Adaptive(density=density).plan(query, key, value, call)
     return plan.attend(query, key, value).transpose(1, 2)
 
 

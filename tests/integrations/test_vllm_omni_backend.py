@@ -91,9 +91,11 @@ def ran(engine):
 def test_a_video_runs_by_the_core(engine):
     at(engine, 5)
     qkv = inputs()
-    output = layer_of(engine, sparsity=0.75).forward_cuda(*qkv, metadata(engine))
+    output = layer_of(engine, sparsity=0.75, start_step=3, end_step=7).forward_cuda(*qkv, metadata(engine))
     query, key, value = (x.transpose(1, 2) for x in qkv)
-    plan = Adaptive(density=0.25).plan(query, key, value, AttentionCall(GRID, step=5, num_steps=20))
+    # Steps 3 to 12 are sparse, and 2.5 of these 10 are over in the middle of step 5.
+    call = AttentionCall(GRID, step=5, num_steps=20, progress=0.25)
+    plan = Adaptive(density=0.25).plan(query, key, value, call)
     assert torch.equal(output, plan.attend(query, key, value).transpose(1, 2))
     assert ran(engine) == (1, {})
 

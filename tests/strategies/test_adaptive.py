@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import HeadClass
-from diffsparse.strategies.adaptive import Adaptive
+from diffsparse.strategies.adaptive import Adaptive, _geometry
 from diffsparse.strategies.strategy import AttentionCall
 
 GRID = TokenGrid(12, 6, 8)
@@ -177,3 +178,37 @@ def test_heads_judged_a_few_at_a_time_get_the_same_plan(monkeypatch):
     assert torch.equal(together.permutation.order, apart.permutation.order)
     assert torch.equal(together.classes, apart.classes)
     assert torch.equal(together.tail, apart.tail)
+
+
+class _HostLog(TorchDispatchMode):
+    """The operators that read a value or make a tensor of Python numbers: on a GPU each of them waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in _WAITS:
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+_WAITS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.lift_fresh}
+
+
+@pytest.mark.parametrize("grid", [GRID, TokenGrid(3, 5, 7, 2, 9)])
+def test_a_second_layer_is_planned_without_waiting_for_the_device(grid):
+    call = AttentionCall(grid, progress=0.3)
+    Adaptive(**SMALL).plan(*random_qkv(grid), call)
+    with _HostLog() as log:
+        plan = Adaptive(**SMALL).plan(*random_qkv(grid), call)
+        plan.mask.lists()
+    assert log.seen == []
+
+
+def test_plans_of_all_densities_share_what_depends_on_the_grid_alone():
+    _geometry.cache_clear()
+    for density in (0.1, 0.2, 0.6):
+        for progress in (None, 0.1, 0.9):
+            Adaptive(density=density, **SMALL).plan(*random_qkv(GRID), AttentionCall(GRID, progress=progress))
+    assert _geometry.cache_info().misses == 1
