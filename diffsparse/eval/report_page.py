@@ -12,6 +12,7 @@ from diffsparse.eval.report_clips import BRIGHTEST_ERROR, Clip
 from diffsparse.eval.report_data import METRICS, as_number
 from diffsparse.eval.report_tables import (
     differences,
+    filled,
     headline,
     label,
     metric_labels,
@@ -55,9 +56,9 @@ def as_page(
 
 def _what_matters_first(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
     """The gain beside the name, where a narrow screen shows it; no column without any number, as the notes say why."""
-    there = [place for place in range(len(headings)) if any(row[place] != "n/a" for row in rows)]
+    headings, rows = filled(headings, rows)
     first = {heading: place for place, heading in enumerate(["config", "speed-up", "density"])}
-    order = sorted(there, key=lambda place: first.get(headings[place], len(first)))
+    order = sorted(range(len(headings)), key=lambda place: first.get(headings[place], len(first)))
     return [headings[place] for place in order], [[row[place] for place in order] for row in rows]
 
 
@@ -157,7 +158,9 @@ def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
     # Of a metric that no video has, the notes say why.
     shown = [key for key in METRICS if any(not isinstance(video["scores"][key], str) for video in data["videos"])]
     labels = dict(zip(METRICS, metric_labels(data)))
-    headings = ["", "prompt", "seed", "config", *(labels[key] for key in shown), "seconds", "speed-up", "density"]
+    has_attention = any(video["attention_seconds"] is not None for video in data["videos"])
+    headings = ["", "prompt", "seed", "config", *(labels[key] for key in shown), "seconds"]
+    headings += ["in attention"] * has_attention + ["speed-up", "density"]
     place = {id(clip.video): index for index, clip in enumerate(clips)}
     rows = []
     for video in data["videos"]:
@@ -176,10 +179,10 @@ def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
                 worst = f"frame {score['worst_frame']}: {number(score['worst'], metric.digits)}"
                 mean = number(score["mean"], metric.digits)
                 cells.append(sorted_cell(mean, as_number(score["mean"]), "number", worst))
+        for kind in ["", "attention_"][: 1 + has_attention]:
+            sparse, dense = video[f"{kind}seconds"], video[f"dense_{kind}seconds"]
+            cells.append(sorted_cell(number(sparse, ".1f"), sparse, "number", f"dense {number(dense, '.1f')}"))
         cells += [
-            sorted_cell(
-                number(video["seconds"], ".1f"), video["seconds"], "number", f"dense {video['dense_seconds']:.1f}"
-            ),
             sorted_cell(number(video["speed_up"], ".2f"), video["speed_up"]),
             sorted_cell(percent(video["overall_density"]), video["overall_density"]),
         ]

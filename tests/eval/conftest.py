@@ -73,6 +73,7 @@ def fake_run(tmp_path):
                         "num_frames": 3,
                         "total_seconds": 10.0 if is_dense else 5.0 + index,
                         "seconds_per_step": 2.0 if is_dense else 1.0,
+                        "attention_seconds": 4.0 if is_dense else 1.5 + index,
                         "peak_memory_bytes": 3_000_000_000,
                         "peak_memory_kind": "resident in the process",
                         "attention": None if is_dense else ATTENTION,

@@ -43,6 +43,11 @@ def test_the_page_stands_alone(fake_run, capsys):
     assert all(clip["uri"].startswith("data:video/mp4;base64,") for clip in clips)
     shown = capsys.readouterr().out
     assert "report.html" in shown
+    # Of two videos 1.5 and 2.5 seconds.
+    assert re.search(r"seconds in attention\s.*2\.0 \(dense 4\.0\)", shown)
+    assert page.text.count("2.0(dense 4.0)") == 2
+    assert page.text.count("2.5dense 4.0") == 2
+    assert (run / "report.md").read_text().count("2.0 (dense 4.0)") == 2
     assert "n/a: get it at this address" in shown
 
 
@@ -64,6 +69,14 @@ def test_a_hostile_prompt_or_config_is_only_text(fake_run):
     heading = next(line for line in markdown.splitlines() if line.startswith("| prompt"))
     row = next(line for line in markdown.splitlines() if "alert" in line and " | 0 | " in line)
     assert len(re.findall(r"(?<!\\)\|", row)) == heading.count("|")
+
+
+def test_what_no_video_has_counted_has_no_column(fake_run):
+    run = fake_run(["a cat"])
+    for file in run.glob("*/*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_seconds": None}))
+    make_report(run, "--max-megabytes", "0")
+    assert "in attention" not in Page((run / "report.html").read_text()).text
 
 
 def test_what_does_not_fit_is_left_out_and_told(fake_run):
