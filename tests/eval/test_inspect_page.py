@@ -93,6 +93,20 @@ def test_what_comes_from_outside_stays_text():
     assert HOSTILE in json.loads(hostile.data)["transformers"][0]["steps"][0]["dense"]
 
 
+def test_the_grid_is_painted_however_many_numbers_there_are(browser_page, tmp_path):
+    """As many as of two experts of 40 layers, 40 heads and 50 steps: a function does not take so many arguments."""
+    data = data_of()
+    (large,) = data["transformers"] = [transformer("transformer", layers=8, heads=16)]
+    sparse = {"dense": None, "heads": [MEASURE] * 16}
+    large["steps"] = [{"step": step, "layers": [sparse] * 8} for step in range(1250)]
+    data["sampling"]["num_inference_steps"] = 1250
+    (tmp_path / "inspect.html").write_text(as_page(data, {"map.png": b"PNG"}))
+    browser_page.goto((tmp_path / "inspect.html").as_uri())
+    for measure, shown in (("recall", "pale is 88 %"), ("error", "strong is 15 %")):
+        browser_page.locator(f"[data-measure={measure}]").click()
+        browser_page.locator("[data-role=legend]", has_text=shown).wait_for(timeout=10_000)
+
+
 @pytest.mark.parametrize(
     ("share", "shown"),
     [(None, "–"), (0.0, "0.0 %"), (0.0812, "8.1 %"), (0.0996, "10 %"), (0.25, "25 %"), (1.0, "100 %")],
