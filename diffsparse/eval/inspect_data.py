@@ -98,7 +98,6 @@ def _over_steps(transformer: str, layer: int, head: int, layers: list[dict[str, 
     }
 
 
-_NAMES = ("transformer", "layer", "head", "error")
 _MEANS = ("density", "recall", "error")
 
 

@@ -118,7 +118,8 @@ def _words(data: dict[str, Any]) -> list[str]:
         *classes,
         "</dl>",
         f'<p class="dim">Recall and error are measured on {data["sampled_rows"]} video tokens a head against all '
-        "keys, at every step, in the first guidance branch.</p></details>",
+        "keys, at the first attention call of every step: of the first guidance branch, or of both where the model "
+        "computes them at once.</p></details>",
     ]
 
 
@@ -217,7 +218,7 @@ def _maps(data: dict[str, Any], pictures: dict[str, bytes]) -> list[str]:
 
 def _maps_of_head(data: dict[str, Any], maps: list[dict[str, Any]], pictures: dict[str, bytes]) -> list[str]:
     name = head_name(data, maps[0])
-    why = "" if maps[0]["why"] is None else f": {maps[0]['why']}, at step {data['maps'][0]['step']}"
+    why = "" if maps[0]["why"] is None else f": {maps[0]['why']}, at step {maps[0]['step']}"
     figures = [
         f'<figure data-step="{shown["step"]}"><img alt="{text(name)} at step {shown["step"]}: {text(in_words(shown))}" '
         f'src="{data_uri("image/png", pictures[shown["file"]])}"></figure>'

@@ -85,6 +85,15 @@ def test_several_transformers_are_told_apart_and_one_needs_no_name():
     assert "transformer, layer" not in page_of().text
 
 
+def test_each_transformer_says_at_which_step_its_heads_were_chosen():
+    data = data_of(names=("transformer", "transformer_2"))
+    of_second = data["maps"][0] | {"transformer": "transformer_2", "step": 7}
+    data["maps"] += [of_second, of_second | {"step": 8}]
+    text = Page(as_page(data, {"map.png": b"PNG"})).text
+    assert "Transformer, layer 1, head 2: the largest error, at step 1" in text
+    assert "Transformer_2, layer 1, head 2: the largest error, at step 7" in text
+
+
 def test_what_comes_from_outside_stays_text():
     plain, hostile = page_of(), page_of(outside=HOSTILE)
     kinds = [{(tag, name) for tag, attributes in page.tags for name in attributes or [""]} for page in (plain, hostile)]
