@@ -6,10 +6,11 @@ import json
 import math
 from typing import Any
 
-from diffsparse.eval.html_page import data_block, data_uri, fact_list, html_page, sorted_cell, sorting_heads, text
+from diffsparse.eval.html_page import data_uri, fact_list, html_page, sorted_cell, sorting_heads, text
 from diffsparse.eval.pareto_plot import Point, pareto_svg
-from diffsparse.eval.report_clips import BRIGHTEST_ERROR, Clip
+from diffsparse.eval.report_clips import Clip
 from diffsparse.eval.report_data import METRICS, as_number
+from diffsparse.eval.report_player import player
 from diffsparse.eval.report_tables import (
     differences,
     filled,
@@ -20,6 +21,7 @@ from diffsparse.eval.report_tables import (
     number,
     percent,
     published,
+    video_label,
 )
 
 
@@ -43,7 +45,7 @@ def as_page(
         "</ul>",
         *_pareto(data),
         *_differences(data),
-        *_player(data, clips, left_out),
+        *player(data, clips, left_out),
         *_videos(data, clips),
         *_missing(data),
         *_heads(head_pictures),
@@ -113,47 +115,6 @@ def _differences(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def _player(data: dict[str, Any], clips: list[Clip], left_out: list[dict[str, Any]]) -> list[str]:
-    if not clips:
-        return []
-    options = [f'<option value="{index}">{text(_title(data, clip.video))}</option>' for index, clip in enumerate(clips)]
-    contents = [
-        {
-            "uri": clip.uri,
-            "width": clip.pane_width,
-            "height": clip.pane_height,
-            "frames": clip.num_frames,
-            "fps": clip.fps,
-            "about": _about(data, clip.video),
-        }
-        for clip in clips
-    ]
-    more = "" if not left_out else f" {len(left_out)} more would make the page too large: see the run’s folder."
-    return [
-        "<h2>Look at them</h2>",
-        "<noscript><p>The player and the sorting of the table need JavaScript.</p></noscript>",
-        '<div class="player">',
-        f'<div><select data-role="clip" aria-label="video">{"".join(options)}</select></div>',
-        '<div><button data-mode="side">side by side</button><button data-mode="wipe">wipe</button>'
-        '<button data-mode="error">error map</button></div>',
-        '<div class="titles" data-for="side wipe"><span>dense</span><span>sparse</span></div>',
-        '<canvas data-role="canvas"></canvas>',
-        '<div data-for="wipe">dense <input type="range" data-role="wipe" aria-label="wipe" min="0" max="100" '
-        'value="50"> sparse</div>',
-        f'<p class="dim" data-for="error">Mean error of red, green and blue: black is none, yellow '
-        f"{100 * BRIGHTEST_ERROR:.0f} % of the full range or more.</p>",
-        '<div><button data-role="play">play</button><button data-role="back" aria-label="frame back">‹</button>'
-        '<button data-role="on" aria-label="frame on">›</button>'
-        '<input type="range" data-role="place" aria-label="frame" min="0" value="0">'
-        '<span data-role="frame"></span></div>',
-        '<p class="dim" data-role="about"></p>',
-        "</div>",
-        '<p class="dim">Worst first. Compressed and scaled for this page; the numbers are of the stored frames.'
-        f"{more}</p>",
-        data_block("clips", contents),
-    ]
-
-
 def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
     # Of a metric that no video has, the notes say why.
     shown = [key for key in METRICS if any(not isinstance(video["scores"][key], str) for video in data["videos"])]
@@ -169,7 +130,7 @@ def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
             "<td></td>" if index is None else f'<td><button data-clip="{index}">look</button></td>',
             sorted_cell(video["prompt"], video["prompt"], "prompt"),
             sorted_cell(str(video["seed"]), video["seed"]),
-            sorted_cell(_name(data, video), _name(data, video), "config"),
+            sorted_cell(video_label(data, video), video_label(data, video), "config"),
         ]
         for key in shown:
             metric, score = METRICS[key], video["scores"][key]
@@ -199,7 +160,7 @@ def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
 def _missing(data: dict[str, Any]) -> list[str]:
     if not data["missing"]:
         return []
-    rows = [[v["prompt"], str(v["seed"]), _name(data, v), v["reason"]] for v in data["missing"]]
+    rows = [[v["prompt"], str(v["seed"]), video_label(data, v), v["reason"]] for v in data["missing"]]
     return ["<h2>Missing</h2>", '<div class="scroll">', _table(["prompt", "seed", "config", "why"], rows), "</div>"]
 
 
@@ -247,20 +208,3 @@ def _split(cell: str) -> str:
             lines = (mark.strip(", ") + rest).replace("], worst", "]\nworst").splitlines()
             return text(start) + "".join(f'<span class="range">{text(line)}</span>' for line in lines)
     return text(cell)
-
-
-def _name(data: dict[str, Any], video: dict[str, Any]) -> str:
-    return label(data, {"run": video["run"], "name": video["config"]})
-
-
-def _title(data: dict[str, Any], video: dict[str, Any]) -> str:
-    psnr = number(video["scores"]["psnr_db"]["mean"], ".1f")
-    return f"PSNR {psnr} dB, {_name(data, video)}, seed {video['seed']}: {video['prompt']}"
-
-
-def _about(data: dict[str, Any], video: dict[str, Any]) -> str:
-    return (
-        f"“{video['prompt']}”, seed {video['seed']}: dense in {video['dense_seconds']:.1f} s; sparse by "
-        f"{_name(data, video)} in {video['seconds']:.1f} s, with {percent(video['overall_density'])} of the "
-        "attention computed."
-    )

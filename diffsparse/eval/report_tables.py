@@ -83,6 +83,11 @@ def label(data: dict[str, Any], config: dict[str, Any]) -> str:
     return _text(data, config["run"], config["name"])
 
 
+def video_label(data: dict[str, Any], video: dict[str, Any]) -> str:
+    """The same of the config of a video."""
+    return _text(data, video["run"], video["config"])
+
+
 def metric_labels(data: dict[str, Any]) -> list[str]:
     """What each of `METRICS` is called in a heading: LPIPS with the net that it judges by."""
     return [_metric_label(data, key) for key in METRICS]

@@ -79,6 +79,16 @@ def test_what_no_video_has_counted_has_no_column(fake_run):
     assert "in attention" not in Page((run / "report.html").read_text()).text
 
 
+def test_the_player_claims_no_sparse_attention_where_none_ran(fake_run):
+    run = fake_run(["a cat"], ["seacache"])
+    file = run / "seacache" / "000-seed0.json"
+    nothing = {"density": None, "overall_density": None, "transformers": []}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention": nothing}))
+    make_report(run)
+    (clip,) = json.loads(Page((run / "report.html").read_text()).data)
+    assert clip["about"] == "“a cat”, seed 0: dense in 10.0 s; by seacache in 5.0 s."
+
+
 def test_what_does_not_fit_is_left_out_and_told(fake_run):
     run = fake_run(["a cat", "a dog"])
     make_report(run, "--max-megabytes", "0")
