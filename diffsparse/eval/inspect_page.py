@@ -9,9 +9,6 @@ from diffsparse.eval.head_picture import COLOURS, MEANINGS, OTHER_COLOUR
 from diffsparse.eval.html_page import data_uri, fact_list, html_page, sorted_cell, sorting_heads, text
 from diffsparse.eval.inspect_grid import MEASURES, heads_grid
 
-STYLES = "report/report.css", "inspect/inspect.css"
-SCRIPTS = "report/sorting.js", "inspect/inspect.js"
-
 
 def as_page(data: dict[str, Any], pictures: dict[str, bytes]) -> str:
     """The page; `data` as in the JSON file, `pictures` the PNGs of the attention maps by their file names."""
@@ -26,7 +23,7 @@ def as_page(data: dict[str, Any], pictures: dict[str, bytes]) -> str:
         *_table(data),
         *_origin(data),
     ]
-    return html_page("diffsparse: what each attention head keeps", body, STYLES, SCRIPTS)
+    return html_page("diffsparse: what each attention head keeps", body, own="inspect")
 
 
 def head_name(data: dict[str, Any], of: dict[str, Any]) -> str:

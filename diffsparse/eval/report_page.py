@@ -51,9 +51,7 @@ def as_page(
         *_heads(head_pictures),
         *_origin(data),
     ]
-    return html_page(
-        "diffsparse: sparse against dense", body, ["report/report.css"], ["report/sorting.js", "report/report.js"]
-    )
+    return html_page("diffsparse: sparse against dense", body, own="report")
 
 
 def _what_matters_first(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
