@@ -80,6 +80,7 @@ def _picture(attention: dict[str, Any]) -> bytes:
 def _print(data: dict[str, Any], output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     headings, rows = headline(data)
     console = Console(highlight=False)
@@ -87,9 +88,10 @@ def _print(data: dict[str, Any], output: Path) -> None:
     table = Table(title="Sparse against dense: mean [95 % interval], worst frame", title_justify="left")
     table.add_column("")
     for row in rows:
-        table.add_column(row[0].replace("[", r"\["), overflow="fold")
+        # As Text: in what comes from outside, brackets are no markup.
+        table.add_column(Text(row[0]), overflow="fold")
     for index, heading in enumerate(headings[1:], start=1):
-        table.add_row(heading, *(row[index].replace("[", r"\[") for row in rows))
+        table.add_row(heading, *(Text(row[index]) for row in rows))
     console.print(table)
     if data["published"]:
         _print_published(data, console)

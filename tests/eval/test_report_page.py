@@ -51,12 +51,16 @@ def test_the_page_stands_alone(fake_run, capsys):
     assert "n/a: get it at this address" in shown
 
 
-def test_a_hostile_prompt_or_config_is_only_text(fake_run):
-    plain, hostile = fake_run(["a cat"], name="plain"), fake_run([HOSTILE], ["<b>", "fast"], name="<i>")
+def test_a_hostile_prompt_or_config_is_only_text(fake_run, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    name = r"<i>\[red]"
+    plain, hostile = fake_run(["a cat"], name="plain"), fake_run([HOSTILE], ["<b>", "fast"], name=name)
     RunFolder(hostile).remove("fast", Pair(0, 0))
     RunFolder(hostile).note_failure("fast", Pair(0, 0), HOSTILE)
     make_report(plain)
     assert make_report(hostile, plain, "--output", hostile) == 1
+    # The heading of its column, in which brackets are no colour.
+    assert re.search(rf"┃ {re.escape(f'{hostile}: fast')} +┃", capsys.readouterr().out)
     pages = [Page((run / "report.html").read_text()) for run in (plain, hostile)]
     kinds = [{(tag, name) for tag, attributes in page.tags for name in attributes or [""]} for page in pages]
     # A missing video adds no kind of element that the plain page has not.
