@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or args.runs[0]
     data = collect(args.runs, lpips_or_reason(args.lpips_net, args.lpips_backbone))
     make_writable(output)
-    clips, left_out = make_clips(data, int(args.max_megabytes * 1e6))
+    clips, left_out = make_clips(data, args.max_megabytes * 1e6)
     page = as_page(data, clips, left_out, _head_pictures(data))
     as_json = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     for name, contents in (("report.html", page), ("report.md", as_markdown(data)), ("report.json", as_json)):
