@@ -11,7 +11,7 @@ from diffsparse.eval.report_data import METRICS, as_number
 def headline(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row for each config: mean [95 % interval], worst frame."""
     headings = ["config", "videos", *metric_labels(data)]
-    headings += ["seconds a video", "seconds in attention layers", "speed-up", "density", "peak memory"]
+    headings += ["seconds a video", "in attention", "speed-up", "density", "peak memory"]
     return headings, [_row(data, config) for config in data["configs"]]
 
 
@@ -63,7 +63,9 @@ def notes(data: dict[str, Any]) -> list[str]:
         name = label(data, config)
         psnr = config["scores"]["psnr_db"]
         if not isinstance(psnr, str) and psnr["num_identical"]:
-            found.append(f"{name}: {psnr['num_identical']} videos equal the dense ones, left out of the mean PSNR.")
+            count = psnr["num_identical"]
+            equal = "1 video equals the dense one" if count == 1 else f"{count} videos equal the dense ones"
+            found.append(f"{name}: {equal}, left out of the mean PSNR.")
         kind = data["runs"][config["run"]]["settings"]["configs"][config["name"]].get("kind", "sparse attention")
         if "sparse attention" not in kind:
             found.append(f"{name}: {kind}; nothing sparse ran.")

@@ -44,7 +44,7 @@ def test_the_page_stands_alone(fake_run, capsys):
     shown = capsys.readouterr().out
     assert "report.html" in shown
     # Of two videos 1.5 and 2.5 seconds.
-    assert re.search(r"seconds in attention\s.*2\.0 \(dense 4\.0\)", shown)
+    assert re.search(r"\sin attention\s.*2\.0 \(dense 4\.0\)", shown)
     assert page.text.count("2.0(dense 4.0)") == 2
     assert page.text.count("2.5dense 4.0") == 2
     assert (run / "report.md").read_text().count("2.0 (dense 4.0)") == 2
