@@ -198,6 +198,13 @@ def test_a_model_that_does_not_say_how_it_is_called_has_to_be_told(own_tiny_mode
     assert told == [Sampling(height=48, width=64, num_frames=5, num_inference_steps=2)]
 
 
+@pytest.mark.parametrize(("variable", "value"), [("RANK", "abc"), ("RANK", "-1"), ("WORLD_SIZE", "0")])
+def test_what_no_launcher_sets_is_said(tiny_model, prompts, tmp_path, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"{variable} in the environment must be .* got '{value}'. Unset it"):
+        start(tiny_model, prompts, tmp_path / "run")
+
+
 def test_ranks_begin_at_different_pairs(tiny_model, prompts, tmp_path, monkeypatch):
     starts = []
     monkeypatch.setattr(run, "make_videos", lambda job, *rest: starts.append(job.pairs[0].prompt) or 0)
