@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffsparse.eval.generate import transformers_of
@@ -65,8 +66,6 @@ def _self_attention(pipe: Any) -> list[nn.Module] | None:
 
 
 def _event_on_gpu(device: str) -> Any:
-    import torch
-
     event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))
     return event

@@ -19,10 +19,14 @@ text = html.escape
 """What comes from outside goes through here."""
 
 
-def html_page(title: str, body: Iterable[str], styles: Iterable[str], scripts: Iterable[str]) -> str:
-    """A whole page; `styles` and `scripts` are files in the assets, put in one after the other."""
+def html_page(title: str, body: Iterable[str], own: str) -> str:
+    """A whole page; `own` names its style and script in the assets, as "report" does report/report.css and report.js.
+
+    They come after what all pages share: the look, and tables that sort.
+    """
     style, script = (
-        "".join((ASSETS / name).read_text(encoding="utf-8") for name in names) for names in (styles, scripts)
+        "".join((ASSETS / name).read_text(encoding="utf-8") for name in names)
+        for names in (("page/page.css", f"{own}/{own}.css"), ("page/sorting.js", f"{own}/{own}.js"))
     )
     policy = (
         f"default-src 'none'; img-src data:; media-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'"

@@ -149,7 +149,8 @@ def _steps(texts: list[str], num_steps: int) -> tuple[int, ...]:
             )
         if number[2] and float(text) > 1:
             raise ValueError(f"--at-steps {text}: a fraction is from 0.0 to 1.0; for a step leave the point out.")
-        step = min(int(float(text) * num_steps), num_steps - 1) if number[2] else int(text)
+        # 0.29 of 100 is 28.999…
+        step = min(int(round(float(text) * num_steps, 6)), num_steps - 1) if number[2] else int(text)
         if step >= num_steps:
             raise ValueError(f"--at-steps {text}: with {num_steps} steps the last one is {num_steps - 1}.")
         steps.add(step)

@@ -6,11 +6,8 @@ import itertools
 from typing import Any
 
 from diffsparse.eval.head_picture import COLOURS, MEANINGS, OTHER_COLOUR
-from diffsparse.eval.html_page import data_block, data_uri, fact_list, html_page, sorted_cell, sorting_heads, text
-
-STYLES = "report/report.css", "inspect/inspect.css"
-SCRIPTS = "report/sorting.js", "inspect/inspect.js"
-MEASURES = ("class", "density", "recall", "error")
+from diffsparse.eval.html_page import data_uri, fact_list, html_page, sorted_cell, sorting_heads, text
+from diffsparse.eval.inspect_grid import MEASURES, heads_grid
 
 
 def as_page(data: dict[str, Any], pictures: dict[str, bytes]) -> str:
@@ -21,12 +18,12 @@ def as_page(data: dict[str, Any], pictures: dict[str, bytes]) -> str:
         *_headline(data),
         *_notes(data),
         *_words(data),
-        *_grids(data),
+        *heads_grid(data),
         *_maps(data, pictures),
         *_table(data),
         *_origin(data),
     ]
-    return html_page("diffsparse: what each attention head keeps", body, STYLES, SCRIPTS)
+    return html_page("diffsparse: what each attention head keeps", body, own="inspect")
 
 
 def head_name(data: dict[str, Any], of: dict[str, Any]) -> str:
@@ -118,82 +115,9 @@ def _words(data: dict[str, Any]) -> list[str]:
         *classes,
         "</dl>",
         f'<p class="dim">Recall and error are measured on {data["sampled_rows"]} video tokens a head against all '
-        "keys, at every step, in the first guidance branch.</p></details>",
+        "keys, at the first attention call of every step: of the first guidance branch, or of both where the model "
+        "computes them at once.</p></details>",
     ]
-
-
-def _grids(data: dict[str, Any]) -> list[str]:
-    transformers = [each for each in data["transformers"] if each["num_heads"]]
-    if not transformers:
-        return []
-    num_steps = data["sampling"]["num_inference_steps"]
-    buttons = "".join(f'<button data-measure="{name}">{name}</button>' for name in MEASURES)
-    contents = {
-        "steps": num_steps,
-        "colours": COLOURS | {"other": OTHER_COLOUR},
-        "transformers": [_compact(each) for each in transformers],
-    }
-    grids = itertools.chain.from_iterable(_grid(index, each) for index, each in enumerate(transformers))
-    return [
-        "<h2>Every head</h2>",
-        "<noscript><p>The coloured grid, the choice of steps and the sorting of the table need JavaScript; all numbers "
-        "are in the table, too.</p></noscript>",
-        '<div class="player" id="every-head">',
-        f"<div>{buttons}</div>",
-        f'<div><input type="range" data-role="step" aria-label="step" min="-1" max="{num_steps - 1}" value="-1">'
-        '<strong data-role="step-name"></strong></div>',
-        '<p class="dim" data-role="legend"></p>',
-        '<div class="beside"><div>',
-        *grids,
-        "</div><div>",
-        '<p data-role="about"></p>',
-        '<svg data-role="curve" class="curve" viewBox="0 0 640 190" role="img" aria-label="over the steps"></svg>',
-        '<p class="dim">A click on a head shows how it changes over the steps.</p>',
-        "</div></div></div>",
-        data_block("measures", contents),
-    ]
-
-
-def _grid(index: int, transformer: dict[str, Any]) -> list[str]:
-    heads = range(transformer["num_heads"])
-    many = " many" if len(heads) > 16 else ""
-    rows = [
-        f"<tr><th>{layer}</th>"
-        + "".join(
-            f'<td><button data-transformer="{index}" data-layer="{layer}" data-head="{head}" '
-            f'aria-label="layer {layer}, head {head}"></button></td>'
-            for head in heads
-        )
-        + "</tr>"
-        for layer in range(transformer["num_layers"])
-    ]
-    return [
-        f'<div class="scroll"><table class="heads{many}"><caption>{text(transformer["name"])}: layers down, heads '
-        "across</caption>",
-        f"<thead><tr><th></th>{''.join(f'<th>{head}</th>' for head in heads)}</tr></thead><tbody>",
-        *rows,
-        "</tbody></table></div>",
-    ]
-
-
-def _compact(transformer: dict[str, Any]) -> dict[str, Any]:
-    """What the page's script needs of a transformer: [class, density, recall, error] of every head."""
-
-    def four(head: dict[str, Any]) -> list[Any]:
-        return [head["class"], *(round(head[name], 5) for name in MEASURES[1:])]
-
-    return {
-        "name": transformer["name"],
-        "heads": transformer["num_heads"],
-        "means": [four(head) for head in transformer["heads"]],
-        "steps": [
-            {
-                "dense": dict.fromkeys(layer["dense"] for layer in step["layers"] if layer["dense"]),
-                "heads": [four(head) for layer in step["layers"] for head in layer["heads"]],
-            }
-            for step in transformer["steps"]
-        ],
-    }
 
 
 def _maps(data: dict[str, Any], pictures: dict[str, bytes]) -> list[str]:
@@ -217,7 +141,7 @@ def _maps(data: dict[str, Any], pictures: dict[str, bytes]) -> list[str]:
 
 def _maps_of_head(data: dict[str, Any], maps: list[dict[str, Any]], pictures: dict[str, bytes]) -> list[str]:
     name = head_name(data, maps[0])
-    why = "" if maps[0]["why"] is None else f": {maps[0]['why']}, at step {data['maps'][0]['step']}"
+    why = "" if maps[0]["why"] is None else f": {maps[0]['why']}, at step {maps[0]['step']}"
     figures = [
         f'<figure data-step="{shown["step"]}"><img alt="{text(name)} at step {shown["step"]}: {text(in_words(shown))}" '
         f'src="{data_uri("image/png", pictures[shown["file"]])}"></figure>'

@@ -165,13 +165,11 @@ def _between(palest: str, strongest: str, level: NDArray[Any]) -> NDArray[Any]:
 
 
 def _grids(transformer: dict[str, Any]) -> dict[str, Any]:
-    """Colours of the classes [L, H, 3] and each measure [L, H] of a transformer's heads; a dense head is exact."""
+    """Colours of the classes [L, H, 3] and each measure [L, H] of a transformer's heads."""
     from matplotlib.colors import to_rgb
 
     shape = transformer["num_layers"], transformer["num_heads"]
-    grids: dict[str, Any] = {"class": np.ones((*shape, 3))}
-    exact = {"density": 1.0, "recall": 1.0, "error": 0.0}
-    grids |= {name: np.full(shape, value) for name, value in exact.items()}
+    grids: dict[str, Any] = {"class": np.empty((*shape, 3))} | {name: np.empty(shape) for name in MEASURES}
     for head in transformer["heads"]:
         place = head["layer"], head["head"]
         grids["class"][place] = to_rgb(COLOURS.get(head["class"], OTHER_COLOUR))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,11 +63,23 @@ class Watch:
     _chosen_at: dict[str, int] = field(default_factory=dict)
 
     def see(self, layer: int, call: Attended) -> None:
-        """An attention call of a layer has run by a plan."""
+        """An attention call of a layer has run by a plan.
+
+        Raises:
+            ValueError: its numbers are not finite, or a head to be drawn is not there.
+        """
         place = Place(self.transformer, self.step, layer)
         if place in self.measures:
             return
-        self.measures[place] = measure(call)
+        measures = measure(call)
+        for number, of_head in enumerate(measures):
+            if not (math.isfinite(of_head.recall) and math.isfinite(of_head.error)):
+                raise ValueError(
+                    f"There is nothing to measure: the attention of {place.transformer}, layer {layer}, head {number}, "
+                    f"at step {place.step} holds infinity or what is not a number. Look whether the dense video is "
+                    f"whole; if it is not, load the model in another dtype."
+                )
+        self.measures[place] = measures
         if self.step in self.map_steps:
             for head in self._heads_to_draw(layer, call.query.shape[1]):
                 self.maps[head, self.step] = attention_maps(call, head.head)

@@ -110,6 +110,13 @@ PROTOCOLS = {
 """By the name that a run keeps. The rows are of text to video; the paper has image to video too, a run has not."""
 
 
+def published_rows(protocol: str | None) -> list[dict[str, Any]]:
+    """What was published of a run's protocol, each row with its source, ready for JSON; none without a protocol."""
+    if protocol not in PROTOCOLS:
+        return []
+    return [row._asdict() | {"source": PROTOCOLS[protocol].source} for row in PROTOCOLS[protocol].rows]
+
+
 def choose_protocol(model: str) -> str:
     """The name of SCOPE's protocol for a model, by its folder's pipeline class or by its name on the hub.
 

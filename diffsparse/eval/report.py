@@ -6,7 +6,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffsparse.eval.demo import make_writable
 from diffsparse.eval.head_picture import draw_head_classes
@@ -15,9 +15,12 @@ from diffsparse.eval.report_clips import make_clips
 from diffsparse.eval.report_data import collect
 from diffsparse.eval.report_markdown import as_markdown
 from diffsparse.eval.report_page import as_page
-from diffsparse.eval.report_tables import headline, label, notes
+from diffsparse.eval.report_tables import filled, headline, label, notes, published
 from diffsparse.report import SparseAttentionReport, TransformerReport
 from diffsparse.whole_file import whole_file
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or args.runs[0]
     data = collect(args.runs, lpips_or_reason(args.lpips_net, args.lpips_backbone))
     make_writable(output)
-    clips, left_out = make_clips(data, int(args.max_megabytes * 1e6))
+    clips, left_out = make_clips(data, args.max_megabytes * 1e6)
     page = as_page(data, clips, left_out, _head_pictures(data))
     as_json = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     for name, contents in (("report.html", page), ("report.md", as_markdown(data)), ("report.json", as_json)):
@@ -77,6 +80,7 @@ def _picture(attention: dict[str, Any]) -> bytes:
 def _print(data: dict[str, Any], output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     headings, rows = headline(data)
     console = Console(highlight=False)
@@ -84,12 +88,25 @@ def _print(data: dict[str, Any], output: Path) -> None:
     table = Table(title="Sparse against dense: mean [95 % interval], worst frame", title_justify="left")
     table.add_column("")
     for row in rows:
-        table.add_column(row[0].replace("[", r"\["), overflow="fold")
+        # As Text: in what comes from outside, brackets are no markup.
+        table.add_column(Text(row[0]), overflow="fold")
     for index, heading in enumerate(headings[1:], start=1):
-        table.add_row(heading, *(row[index].replace("[", r"\[") for row in rows))
+        table.add_row(heading, *(Text(row[index]) for row in rows))
     console.print(table)
+    if data["published"]:
+        _print_published(data, console)
     for note in notes(data):
         console.print(note, markup=False, soft_wrap=True)
     console.print(
         f"Open {output / 'report.html'}; report.md and report.json lie beside it.", markup=False, soft_wrap=True
     )
+
+
+def _print_published(data: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    headings, rows = filled(headline(data)[0], published(data, mark=""))
+    table = Table(*headings, title="Published, not measured here", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -35,7 +35,7 @@ class Clip:
     fps: float
 
 
-def make_clips(data: dict[str, Any], largest_bytes: int) -> tuple[list[Clip], list[dict[str, Any]]]:
+def make_clips(data: dict[str, Any], largest_bytes: float) -> tuple[list[Clip], list[dict[str, Any]]]:
     """Clips of a report's videos as far as they fit, and the videos left out.
 
     The worst video of each config comes first, by PSNR, then the others, worst first.

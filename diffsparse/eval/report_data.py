@@ -12,6 +12,7 @@ from typing import Any
 from diffsparse.eval.lpips_metric import Lpips, NoLpips
 from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.paired_statistics import bootstrap_interval, of_differences
+from diffsparse.eval.protocol import published_rows
 from diffsparse.eval.run_folder import Pair, RunFolder, read_manifest
 from diffsparse.eval.run_scores import scores_of
 
@@ -41,7 +42,7 @@ def collect(runs: list[Path], lpips: Lpips | NoLpips) -> dict[str, Any]:
         ValueError: a folder that is no run.
     """
     data: dict[str, Any] = {"lpips_net": lpips.net, "runs": [], "configs": [], "videos": []}
-    data |= {"missing": [], "differences": []}
+    data |= {"missing": [], "differences": [], "published": []}
     for index, path in enumerate(runs):
         manifest = read_manifest(path)
         data["runs"].append({"path": str(path)} | manifest)
@@ -54,6 +55,9 @@ def collect(runs: list[Path], lpips: Lpips | NoLpips) -> dict[str, Any]:
         ]
         data["configs"] += configs
         data["differences"] += _differences(index, [config["name"] for config in configs], videos)
+    # Runs that follow the same protocol share its rows.
+    for name in dict.fromkeys(run["settings"].get("protocol") for run in data["runs"]):
+        data["published"] += published_rows(name)
     return data
 
 
@@ -91,6 +95,9 @@ def _video(dense: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
         "seconds_per_step": record["seconds_per_step"],
         "dense_seconds": dense["total_seconds"],
         "dense_seconds_per_step": dense["seconds_per_step"],
+        # Runs of earlier versions have not counted them.
+        "attention_seconds": record.get("attention_seconds"),
+        "dense_attention_seconds": dense.get("attention_seconds"),
         "speed_up": dense["total_seconds"] / record["total_seconds"] if comparable else None,
         "speed_up_steps": dense["seconds_per_step"] / record["seconds_per_step"] if comparable else None,
         "density": attention["density"],
@@ -119,6 +126,8 @@ def _summary(run: int, name: str, config: dict[str, str], videos: list[dict[str,
         "seconds": _mean(video["seconds"] for video in videos),
         "seconds_per_step": _mean(video["seconds_per_step"] for video in videos),
         "dense_seconds": _mean(video["dense_seconds"] for video in videos),
+        "attention_seconds": _mean(video["attention_seconds"] for video in videos),
+        "dense_attention_seconds": _mean(video["dense_attention_seconds"] for video in videos),
         "speed_up": _mean(video["speed_up"] for video in comparable),
         "speed_up_interval": bootstrap_interval([video["speed_up"] for video in comparable]),
         "speed_up_steps": _mean(video["speed_up_steps"] for video in comparable),

@@ -9,12 +9,12 @@ from diffsparse.eval.report_data import METRICS
 from diffsparse.eval.report_tables import (
     differences,
     headline,
-    label,
     metric_labels,
     notes,
     number,
     percent,
     published,
+    video_label,
 )
 
 
@@ -51,8 +51,7 @@ def _videos(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         scores = [video["scores"][key] for key in METRICS]
         cells = ["n/a" if isinstance(s, str) else number(s["mean"], m.digits) for s, m in zip(scores, METRICS.values())]
         end = [number(video["speed_up"], ".2f"), percent(video["overall_density"])]
-        name = label(data, {"run": video["run"], "name": video["config"]})
-        rows.append([video["prompt"], str(video["seed"]), name, *cells, *end])
+        rows.append([video["prompt"], str(video["seed"]), video_label(data, video), *cells, *end])
     return headings, rows
 
 

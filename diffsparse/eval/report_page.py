@@ -6,12 +6,14 @@ import json
 import math
 from typing import Any
 
-from diffsparse.eval.html_page import data_block, data_uri, fact_list, html_page, sorted_cell, sorting_heads, text
+from diffsparse.eval.html_page import data_uri, fact_list, html_page, sorted_cell, sorting_heads, text
 from diffsparse.eval.pareto_plot import Point, pareto_svg
-from diffsparse.eval.report_clips import BRIGHTEST_ERROR, Clip
+from diffsparse.eval.report_clips import Clip
 from diffsparse.eval.report_data import METRICS, as_number
+from diffsparse.eval.report_player import player
 from diffsparse.eval.report_tables import (
     differences,
+    filled,
     headline,
     label,
     metric_labels,
@@ -19,6 +21,7 @@ from diffsparse.eval.report_tables import (
     number,
     percent,
     published,
+    video_label,
 )
 
 
@@ -42,22 +45,20 @@ def as_page(
         "</ul>",
         *_pareto(data),
         *_differences(data),
-        *_player(data, clips, left_out),
+        *player(data, clips, left_out),
         *_videos(data, clips),
         *_missing(data),
         *_heads(head_pictures),
         *_origin(data),
     ]
-    return html_page(
-        "diffsparse: sparse against dense", body, ["report/report.css"], ["report/sorting.js", "report/report.js"]
-    )
+    return html_page("diffsparse: sparse against dense", body, own="report")
 
 
 def _what_matters_first(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
     """The gain beside the name, where a narrow screen shows it; no column without any number, as the notes say why."""
-    there = [place for place in range(len(headings)) if any(row[place] != "n/a" for row in rows)]
+    headings, rows = filled(headings, rows)
     first = {heading: place for place, heading in enumerate(["config", "speed-up", "density"])}
-    order = sorted(there, key=lambda place: first.get(headings[place], len(first)))
+    order = sorted(range(len(headings)), key=lambda place: first.get(headings[place], len(first)))
     return [headings[place] for place in order], [[row[place] for place in order] for row in rows]
 
 
@@ -112,52 +113,13 @@ def _differences(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def _player(data: dict[str, Any], clips: list[Clip], left_out: list[dict[str, Any]]) -> list[str]:
-    if not clips:
-        return []
-    options = [f'<option value="{index}">{text(_title(data, clip.video))}</option>' for index, clip in enumerate(clips)]
-    contents = [
-        {
-            "uri": clip.uri,
-            "width": clip.pane_width,
-            "height": clip.pane_height,
-            "frames": clip.num_frames,
-            "fps": clip.fps,
-            "about": _about(data, clip.video),
-        }
-        for clip in clips
-    ]
-    more = "" if not left_out else f" {len(left_out)} more would make the page too large: see the run’s folder."
-    return [
-        "<h2>Look at them</h2>",
-        "<noscript><p>The player and the sorting of the table need JavaScript.</p></noscript>",
-        '<div class="player">',
-        f'<div><select data-role="clip" aria-label="video">{"".join(options)}</select></div>',
-        '<div><button data-mode="side">side by side</button><button data-mode="wipe">wipe</button>'
-        '<button data-mode="error">error map</button></div>',
-        '<div class="titles" data-for="side wipe"><span>dense</span><span>sparse</span></div>',
-        '<canvas data-role="canvas"></canvas>',
-        '<div data-for="wipe">dense <input type="range" data-role="wipe" aria-label="wipe" min="0" max="100" '
-        'value="50"> sparse</div>',
-        f'<p class="dim" data-for="error">Mean error of red, green and blue: black is none, yellow '
-        f"{100 * BRIGHTEST_ERROR:.0f} % of the full range or more.</p>",
-        '<div><button data-role="play">play</button><button data-role="back" aria-label="frame back">‹</button>'
-        '<button data-role="on" aria-label="frame on">›</button>'
-        '<input type="range" data-role="place" aria-label="frame" min="0" value="0">'
-        '<span data-role="frame"></span></div>',
-        '<p class="dim" data-role="about"></p>',
-        "</div>",
-        '<p class="dim">Worst first. Compressed and scaled for this page; the numbers are of the stored frames.'
-        f"{more}</p>",
-        data_block("clips", contents),
-    ]
-
-
 def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
     # Of a metric that no video has, the notes say why.
     shown = [key for key in METRICS if any(not isinstance(video["scores"][key], str) for video in data["videos"])]
     labels = dict(zip(METRICS, metric_labels(data)))
-    headings = ["", "prompt", "seed", "config", *(labels[key] for key in shown), "seconds", "speed-up", "density"]
+    has_attention = any(video["attention_seconds"] is not None for video in data["videos"])
+    headings = ["", "prompt", "seed", "config", *(labels[key] for key in shown), "seconds"]
+    headings += ["in attention"] * has_attention + ["speed-up", "density"]
     place = {id(clip.video): index for index, clip in enumerate(clips)}
     rows = []
     for video in data["videos"]:
@@ -166,7 +128,7 @@ def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
             "<td></td>" if index is None else f'<td><button data-clip="{index}">look</button></td>',
             sorted_cell(video["prompt"], video["prompt"], "prompt"),
             sorted_cell(str(video["seed"]), video["seed"]),
-            sorted_cell(_name(data, video), _name(data, video), "config"),
+            sorted_cell(video_label(data, video), video_label(data, video), "config"),
         ]
         for key in shown:
             metric, score = METRICS[key], video["scores"][key]
@@ -176,10 +138,10 @@ def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
                 worst = f"frame {score['worst_frame']}: {number(score['worst'], metric.digits)}"
                 mean = number(score["mean"], metric.digits)
                 cells.append(sorted_cell(mean, as_number(score["mean"]), "number", worst))
+        for kind in ["", "attention_"][: 1 + has_attention]:
+            sparse, dense = video[f"{kind}seconds"], video[f"dense_{kind}seconds"]
+            cells.append(sorted_cell(number(sparse, ".1f"), sparse, "number", f"dense {number(dense, '.1f')}"))
         cells += [
-            sorted_cell(
-                number(video["seconds"], ".1f"), video["seconds"], "number", f"dense {video['dense_seconds']:.1f}"
-            ),
             sorted_cell(number(video["speed_up"], ".2f"), video["speed_up"]),
             sorted_cell(percent(video["overall_density"]), video["overall_density"]),
         ]
@@ -196,7 +158,7 @@ def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
 def _missing(data: dict[str, Any]) -> list[str]:
     if not data["missing"]:
         return []
-    rows = [[v["prompt"], str(v["seed"]), _name(data, v), v["reason"]] for v in data["missing"]]
+    rows = [[v["prompt"], str(v["seed"]), video_label(data, v), v["reason"]] for v in data["missing"]]
     return ["<h2>Missing</h2>", '<div class="scroll">', _table(["prompt", "seed", "config", "why"], rows), "</div>"]
 
 
@@ -244,20 +206,3 @@ def _split(cell: str) -> str:
             lines = (mark.strip(", ") + rest).replace("], worst", "]\nworst").splitlines()
             return text(start) + "".join(f'<span class="range">{text(line)}</span>' for line in lines)
     return text(cell)
-
-
-def _name(data: dict[str, Any], video: dict[str, Any]) -> str:
-    return label(data, {"run": video["run"], "name": video["config"]})
-
-
-def _title(data: dict[str, Any], video: dict[str, Any]) -> str:
-    psnr = number(video["scores"]["psnr_db"]["mean"], ".1f")
-    return f"PSNR {psnr} dB, {_name(data, video)}, seed {video['seed']}: {video['prompt']}"
-
-
-def _about(data: dict[str, Any], video: dict[str, Any]) -> str:
-    return (
-        f"“{video['prompt']}”, seed {video['seed']}: dense in {video['dense_seconds']:.1f} s; sparse by "
-        f"{_name(data, video)} in {video['seconds']:.1f} s, with {percent(video['overall_density'])} of the "
-        "attention computed."
-    )

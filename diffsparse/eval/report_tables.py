@@ -5,29 +5,33 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from diffsparse.eval.protocol import PROTOCOLS, Protocol
 from diffsparse.eval.report_data import METRICS, as_number
 
 
 def headline(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row for each config: mean [95 % interval], worst frame."""
     headings = ["config", "videos", *metric_labels(data)]
-    headings += ["seconds a video", "speed-up", "density", "peak memory"]
+    headings += ["seconds a video", "in attention", "speed-up", "density", "peak memory"]
     return headings, [_row(data, config) for config in data["configs"]]
 
 
-def published(data: dict[str, Any]) -> list[list[str]]:
-    """Rows for the same headings: what papers report whose protocol a run follows."""
+def published(data: dict[str, Any], mark: str = ": published, not measured here") -> list[list[str]]:
+    """Rows for the same headings: what papers report whose protocol a run follows, `mark` after each name."""
     rows = []
-    for protocol in _protocols(data):
-        for of in protocol.rows:
-            # To as many digits as the paper has.
-            scores = {"psnr_db": f"{of.psnr_db:.2f}", "ssim": f"{of.ssim:.3f}", "lpips": f"{of.lpips:.3f}"}
-            cells = [scores.get(key, "n/a") for key in METRICS]
-            seconds = f"n/a (dense {number(of.dense_seconds, '.1f')})"
-            name = f"{of.method} on {of.model}: published, not measured here"
-            rows.append([name, "n/a", *cells, seconds, f"{number(of.speed_up, '.2f')}×", "n/a", "n/a"])
+    for of in data["published"]:
+        # To as many digits as the paper has.
+        scores = {"psnr_db": f"{of['psnr_db']:.2f}", "ssim": f"{of['ssim']:.3f}", "lpips": f"{of['lpips']:.3f}"}
+        cells = [scores.get(key, "n/a") for key in METRICS]
+        seconds = f"n/a (dense {of['dense_seconds']:.0f})"
+        name = f"{of['method']} on {of['model']}{mark}"
+        rows.append([name, "n/a", *cells, seconds, "n/a", f"{of['speed_up']:.2f}×", "n/a", "n/a"])
     return rows
+
+
+def filled(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The same without the columns in which no row has anything."""
+    there = [place for place in range(len(headings)) if any(row[place] != "n/a" for row in rows)]
+    return [headings[place] for place in there], [[row[place] for place in there] for row in rows]
 
 
 def differences(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -54,12 +58,14 @@ def differences(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def notes(data: dict[str, Any]) -> list[str]:
     """What a reader of the rows has to know besides."""
     found = [f"{_metric_label(data, key)} {reason}." for key, reason in _reasons(data).items()]
-    found += [f"Published, not measured here: {source}." for source in {p.source: 0 for p in _protocols(data)}]
+    found += [f"Published, not measured here: {source}." for source in {row["source"]: 0 for row in data["published"]}]
     for config in data["configs"]:
         name = label(data, config)
         psnr = config["scores"]["psnr_db"]
         if not isinstance(psnr, str) and psnr["num_identical"]:
-            found.append(f"{name}: {psnr['num_identical']} videos equal the dense ones, left out of the mean PSNR.")
+            count = psnr["num_identical"]
+            equal = "1 video equals the dense one" if count == 1 else f"{count} videos equal the dense ones"
+            found.append(f"{name}: {equal}, left out of the mean PSNR.")
         kind = data["runs"][config["run"]]["settings"]["configs"][config["name"]].get("kind", "sparse attention")
         if "sparse attention" not in kind:
             found.append(f"{name}: {kind}; nothing sparse ran.")
@@ -77,6 +83,11 @@ def notes(data: dict[str, Any]) -> list[str]:
 def label(data: dict[str, Any], config: dict[str, Any]) -> str:
     """A config as the user named it, with its run where there are several."""
     return _text(data, config["run"], config["name"])
+
+
+def video_label(data: dict[str, Any], video: dict[str, Any]) -> str:
+    """The same of the config of a video."""
+    return _text(data, video["run"], video["config"])
 
 
 def metric_labels(data: dict[str, Any]) -> list[str]:
@@ -103,11 +114,11 @@ def _row(data: dict[str, Any], config: dict[str, Any]) -> list[str]:
         else:
             worst = f"worst frame {number(score['worst'], metric.digits)}"
             row.append(f"{number(score['mean'], metric.digits)}{_interval(score['interval'], metric.digits)}, {worst}")
-    seconds = f"{number(config['seconds'], '.1f')} (dense {number(config['dense_seconds'], '.1f')})"
+    seconds = [_seconds(config[f"{kind}seconds"], config[f"dense_{kind}seconds"]) for kind in ("", "attention_")]
     memory = f"{_gigabytes(config['peak_memory_bytes'])} (dense {_gigabytes(config['dense_peak_memory_bytes'])})"
     times = number(config["speed_up"], ".2f")
     speed_up = times if config["speed_up"] is None else f"{times}×{_interval(config['speed_up_interval'], '.2f')}"
-    return [*row, seconds, speed_up, percent(config["overall_density"]), memory]
+    return [*row, *seconds, speed_up, percent(config["overall_density"]), memory]
 
 
 def percent(share: float | None) -> str:
@@ -115,9 +126,8 @@ def percent(share: float | None) -> str:
     return "n/a" if share is None else f"{100 * share:.0f} %"
 
 
-def _protocols(data: dict[str, Any]) -> list[Protocol]:
-    names = (run["settings"].get("protocol") for run in data["runs"])
-    return [PROTOCOLS[name] for name in dict.fromkeys(names) if name in PROTOCOLS]
+def _seconds(sparse: float | None, dense: float | None) -> str:
+    return "n/a" if sparse is None else f"{sparse:.1f} (dense {number(dense, '.1f')})"
 
 
 def _metric_label(data: dict[str, Any], key: str) -> str:

@@ -130,7 +130,7 @@ def read_job(args: argparse.Namespace) -> Job:
             raise ValueError(f"--seeds must be between 0 and {LARGEST_SEED}, got {seed}.")
     if len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"--seeds must differ, got {args.seeds}.")
-    rank, num_ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, num_ranks = _from_launcher("RANK", least=0), _from_launcher("WORLD_SIZE", least=1)
     num_pairs = len(prompts) * len(args.seeds)
     return Job(
         model=model,
@@ -150,7 +150,18 @@ def _device(name: str | None) -> str:
 
     device = choose_device(name)
     count = torch.cuda.device_count()
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}" if name is None and device == "cuda" else device
+    return f"cuda:{_from_launcher('LOCAL_RANK', least=0) % count}" if name is None and device == "cuda" else device
+
+
+def _from_launcher(variable: str, least: int) -> int:
+    """A number that a launcher says in the environment; the least one without a launcher."""
+    text = os.environ.get(variable, str(least))
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(
+            f"{variable} in the environment must be a number from {least} on, as launchers set it, got {text!r}. "
+            f"Unset it, or start the command by torchrun or accelerate."
+        )
+    return int(text)
 
 
 def _settings(job: Job) -> dict[str, Any]:

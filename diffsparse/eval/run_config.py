@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import re
 import types
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,9 @@ import diffsparse
 from diffsparse.config import PLAN_FILE_SUFFIX, PRESETS, SparseAttentionConfig
 from diffsparse.eval.baseline import BACKEND_PREFIX, AttentionBackend, Cache, cache_names
 from diffsparse.eval.named_config import DENSE, exported_strategies, read_config, read_options
+
+LONGEST_FOLDER_NAME = 150
+"""Characters. File systems take 255 bytes."""
 
 NOTHING_FIXED: Mapping[str, Any] = types.MappingProxyType({})
 
@@ -30,8 +34,15 @@ class RunConfig:
 
     @property
     def folder(self) -> str:
-        """A folder name that tells configs apart as the text does, with nothing that a file name must not have."""
-        return re.sub(r"[^A-Za-z0-9.,=+-]+", "_", self.text)
+        """A folder name that tells configs apart as the text does, with nothing that a file name must not have.
+
+        What is too long for one, such as 50 ratios of MagCache, ends in a checksum.
+        """
+        name = re.sub(r"[^A-Za-z0-9.,=+-]+", "_", self.text)
+        if len(name) <= LONGEST_FOLDER_NAME:
+            return name
+        checksum = hashlib.sha256(self.text.encode()).hexdigest()[:16]
+        return f"{name[: LONGEST_FOLDER_NAME - 17]}-{checksum}"
 
     @property
     def kind(self) -> str:

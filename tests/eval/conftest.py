@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from diffsparse.eval.lpips_backbone import BACKBONES
 from diffsparse.eval.run_folder import Pair, RunFolder
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 SAMPLING = {
     "height": 64,
@@ -40,9 +43,37 @@ def tiny_model(tmp_path_factory):
 @pytest.fixture
 def own_tiny_model(tiny_model, tmp_path):
     """A copy to break."""
-    import shutil
-
     return shutil.copytree(tiny_model, tmp_path / "broken-model")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    # Not for the whole session: while it lasts, no other test can run an event loop.
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip(f"no browser on the PATH: none of {', '.join(BROWSERS)}")
+    with playwright.sync_playwright() as started:
+        # What a browser does by itself over the network is not the page's.
+        quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+        launched = started.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu", *quiet])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def browser_page(browser):
+    """An empty page; afterwards: no error on its console, and no request but the first."""
+    page = browser.new_page()
+    complaints, requests = [], []
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: complaints.append(dialog.message))
+    page.on("request", lambda request: requests.append(request.url))
+    yield page
+    page.close()
+    assert complaints == []
+    assert [url for url in requests if not url.startswith(("data:", "blob:"))] == requests[:1]
 
 
 @pytest.fixture
@@ -73,6 +104,7 @@ def fake_run(tmp_path):
                         "num_frames": 3,
                         "total_seconds": 10.0 if is_dense else 5.0 + index,
                         "seconds_per_step": 2.0 if is_dense else 1.0,
+                        "attention_seconds": 4.0 if is_dense else 1.5 + index,
                         "peak_memory_bytes": 3_000_000_000,
                         "peak_memory_kind": "resident in the process",
                         "attention": None if is_dense else ATTENTION,

@@ -10,13 +10,14 @@ from diffsparse.eval.lpips_metric import Lpips, lpips_or_reason
 
 
 @pytest.fixture
-def server(random_backbones, tmp_path, monkeypatch):
+def server(random_backbones, tmp_path):
     """A folder that stands for torchvision's server, with SqueezeNet in it."""
     folder = tmp_path / "server"
-    with random_backbones.trusted():
+    # Undone in this order: pytest's own monkeypatch, the last to end, would put the trusted ones back for good.
+    with random_backbones.trusted(), pytest.MonkeyPatch.context() as patch:
         for net, backbone in BACKBONES.items():
             there = dataclasses.replace(backbone, folder_address=folder.as_uri() + "/")
-            monkeypatch.setitem(BACKBONES, net, there)
+            patch.setitem(BACKBONES, net, there)
         random_backbones.put_into(folder, "squeeze")
         yield folder
 

@@ -151,4 +151,5 @@ def test_ctrl_c_leaves_no_half_page(tiny_model, tmp_path, monkeypatch, capsys, d
 def test_steps_are_fractions_or_numbers():
     assert inspect_command._steps(["0.0", "0.5", "1.0", "3", "3"], 10) == (0, 3, 5, 9)
     assert inspect_command._steps(["1"], 2) == (1,)
+    assert inspect_command._steps([f"0.{percent:02}" for percent in range(100)], 100) == tuple(range(100))
     assert inspect_command._steps(list(inspect_command.AT_STEPS), 20) == (4, 10, 18)

@@ -85,12 +85,35 @@ def test_several_transformers_are_told_apart_and_one_needs_no_name():
     assert "transformer, layer" not in page_of().text
 
 
+def test_each_transformer_says_at_which_step_its_heads_were_chosen():
+    data = data_of(names=("transformer", "transformer_2"))
+    of_second = data["maps"][0] | {"transformer": "transformer_2", "step": 7}
+    data["maps"] += [of_second, of_second | {"step": 8}]
+    text = Page(as_page(data, {"map.png": b"PNG"})).text
+    assert "Transformer, layer 1, head 2: the largest error, at step 1" in text
+    assert "Transformer_2, layer 1, head 2: the largest error, at step 7" in text
+
+
 def test_what_comes_from_outside_stays_text():
     plain, hostile = page_of(), page_of(outside=HOSTILE)
     kinds = [{(tag, name) for tag, attributes in page.tags for name in attributes or [""]} for page in (plain, hostile)]
     assert kinds[1] == kinds[0]
     assert hostile.text.count(HOSTILE) == plain.text.count(HOSTILE) + 8
     assert HOSTILE in json.loads(hostile.data)["transformers"][0]["steps"][0]["dense"]
+
+
+def test_the_grid_is_painted_however_many_numbers_there_are(browser_page, tmp_path):
+    """As many as of two experts of 40 layers, 40 heads and 50 steps: a function does not take so many arguments."""
+    data = data_of()
+    (large,) = data["transformers"] = [transformer("transformer", layers=8, heads=16)]
+    sparse = {"dense": None, "heads": [MEASURE] * 16}
+    large["steps"] = [{"step": step, "layers": [sparse] * 8} for step in range(1250)]
+    data["sampling"]["num_inference_steps"] = 1250
+    (tmp_path / "inspect.html").write_text(as_page(data, {"map.png": b"PNG"}))
+    browser_page.goto((tmp_path / "inspect.html").as_uri())
+    for measure, shown in (("recall", "pale is 88 %"), ("error", "strong is 15 %")):
+        browser_page.locator(f"[data-measure={measure}]").click()
+        browser_page.locator("[data-role=legend]", has_text=shown).wait_for(timeout=10_000)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,20 @@ def test_the_heads_that_stand_out_are_known_layer_by_layer():
             assert len(shown) <= 2
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_attention_that_is_no_number_is_an_error_that_names_the_head(pipe, tiny_model, monkeypatch, wrong):
+    real = inspect_watch.measure
+
+    def broken(call):
+        call.value[0, 1, 5] = wrong
+        return real(call)
+
+    monkeypatch.setattr(inspect_watch, "measure", broken)
+    with pytest.raises(ValueError, match="transformer, layer 0, head 1, at step 1 holds infinity or what is not"):
+        watch_run(pipe, tiny_model, config())
+    assert not pipe.is_sparse_attention_enabled
+
+
 def test_a_head_that_no_layer_has_is_an_error_that_leaves_the_pipeline_as_it_was(pipe, tiny_model):
     with pytest.raises(ValueError, match="--heads 1:9: layer 1 of transformer has heads 0 to 1"):
         watch_run(pipe, tiny_model, config(), map_heads=((1, 9),))

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 
 import pytest
 
 from diffsparse import Adaptive, SparseAttentionConfig
 from diffsparse.eval import report, run, run_videos
-from diffsparse.eval.protocol import PROTOCOLS, choose_protocol
+from diffsparse.eval.protocol import PROTOCOLS, PublishedRow, choose_protocol
 
 WAN, HUNYUAN = "Wan-AI/Wan2.1-T2V-14B-Diffusers", "hunyuanvideo-community/HunyuanVideo"
 
@@ -96,7 +97,7 @@ def test_the_report_has_the_published_rows_beside_ours_and_says_so(fake_run, tmp
         assert len(rows) == len(protocol.rows)
         for row, published in zip(rows, protocol.rows):
             assert row[0] == f"| {published.method} on {published.model}: published, not measured here"
-            found = [row[2], row[3], row[5], row[8].rstrip("×")]
+            found = [row[2], row[3], row[5], row[9].rstrip("×")]
             assert list(map(float, found)) == [
                 published.psnr_db,
                 published.ssim,
@@ -107,9 +108,18 @@ def test_the_report_has_the_published_rows_beside_ours_and_says_so(fake_run, tmp
         assert headline.count("\n") == 2 + len(rows)
         page = (folder / "report.html").read_text()
         assert page.count(": published, not measured here<") == len(rows)
-        for shown in (markdown, page, capsys.readouterr().out):
+        in_json = json.loads((folder / "report.json").read_text())["published"]
+        assert [row["source"] for row in in_json] == [protocol.source] * len(rows)
+        assert [PublishedRow(**{key: row[key] for key in PublishedRow._fields}) for row in in_json] == [*protocol.rows]
+        terminal = capsys.readouterr().out
+        _, table = terminal.split("\nPublished, not measured here")[:2]
+        for published in protocol.rows:
+            numbers = f"{published.psnr_db:.2f}.*{published.ssim:.3f}.*{published.lpips:.3f}.*{published.speed_up:.2f}×"
+            assert re.search(numbers, table)
+        for shown in (markdown, page, terminal):
             assert "Published, not measured here: SCOPE, Tables 1 and 2" in shown
     del manifest["settings"]["protocol"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert report.run(parser.parse_args([str(folder), "--max-megabytes", "0"])) == 0
-    assert "published" not in (folder / "report.md").read_text().lower()
+    assert "published" not in ((folder / "report.md").read_text() + capsys.readouterr().out).lower()
+    assert json.loads((folder / "report.json").read_text())["published"] == []

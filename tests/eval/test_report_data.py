@@ -24,6 +24,7 @@ def test_means_worst_and_times_are_over_the_videos_of_a_config(fake_run):
     assert fast["scores"]["psnr_db"]["worst_of"].items() >= {"prompt_index": 1, "seed": 1}.items()
     assert fast["scores"]["lpips"] == NO_LPIPS.reason
     assert fast["speed_up"] == pytest.approx((10 / 5 + 10 / 6) / 2)
+    assert (fast["attention_seconds"], fast["dense_attention_seconds"]) == ((1.5 + 2.5) / 2, 4)
     assert fast["overall_density"] == 0.4
     assert fast["dense_reasons"] == {"early step": 8}
 
@@ -80,6 +81,17 @@ def test_times_of_different_processes_make_no_speed_up(fake_run):
     data = collect([run], NO_LPIPS)
     assert data["videos"][0]["speed_up"] is None
     assert data["configs"][0]["speed_up"] is None
+
+
+def test_a_run_of_before_attention_seconds_were_counted_has_none(fake_run):
+    run = fake_run(["a"])
+    for config in ("dense", "fast"):
+        file = run / config / "000-seed0.json"
+        record = json.loads(file.read_text())
+        del record["attention_seconds"]
+        file.write_text(json.dumps(record))
+    (config,) = collect([run], NO_LPIPS)["configs"]
+    assert (config["attention_seconds"], config["dense_attention_seconds"]) == (None, None)
 
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):

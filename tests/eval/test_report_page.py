@@ -43,15 +43,24 @@ def test_the_page_stands_alone(fake_run, capsys):
     assert all(clip["uri"].startswith("data:video/mp4;base64,") for clip in clips)
     shown = capsys.readouterr().out
     assert "report.html" in shown
+    # Of two videos 1.5 and 2.5 seconds.
+    assert re.search(r"\sin attention\s.*2\.0 \(dense 4\.0\)", shown)
+    assert page.text.count("2.0(dense 4.0)") == 2
+    assert page.text.count("2.5dense 4.0") == 2
+    assert (run / "report.md").read_text().count("2.0 (dense 4.0)") == 2
     assert "n/a: get it at this address" in shown
 
 
-def test_a_hostile_prompt_or_config_is_only_text(fake_run):
-    plain, hostile = fake_run(["a cat"], name="plain"), fake_run([HOSTILE], ["<b>", "fast"], name="<i>")
+def test_a_hostile_prompt_or_config_is_only_text(fake_run, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    name = r"<i>\[red]"
+    plain, hostile = fake_run(["a cat"], name="plain"), fake_run([HOSTILE], ["<b>", "fast"], name=name)
     RunFolder(hostile).remove("fast", Pair(0, 0))
     RunFolder(hostile).note_failure("fast", Pair(0, 0), HOSTILE)
     make_report(plain)
     assert make_report(hostile, plain, "--output", hostile) == 1
+    # The heading of its column, in which brackets are no colour.
+    assert re.search(rf"┃ {re.escape(f'{hostile}: fast')} +┃", capsys.readouterr().out)
     pages = [Page((run / "report.html").read_text()) for run in (plain, hostile)]
     kinds = [{(tag, name) for tag, attributes in page.tags for name in attributes or [""]} for page in pages]
     # A missing video adds no kind of element that the plain page has not.
@@ -66,12 +75,30 @@ def test_a_hostile_prompt_or_config_is_only_text(fake_run):
     assert len(re.findall(r"(?<!\\)\|", row)) == heading.count("|")
 
 
+def test_what_no_video_has_counted_has_no_column(fake_run):
+    run = fake_run(["a cat"])
+    for file in run.glob("*/*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_seconds": None}))
+    make_report(run, "--max-megabytes", "0")
+    assert "in attention" not in Page((run / "report.html").read_text()).text
+
+
+def test_the_player_claims_no_sparse_attention_where_none_ran(fake_run):
+    run = fake_run(["a cat"], ["seacache"])
+    file = run / "seacache" / "000-seed0.json"
+    nothing = {"density": None, "overall_density": None, "transformers": []}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention": nothing}))
+    make_report(run)
+    (clip,) = json.loads(Page((run / "report.html").read_text()).data)
+    assert clip["about"] == "“a cat”, seed 0: dense in 10.0 s; by seacache in 5.0 s."
+
+
 def test_what_does_not_fit_is_left_out_and_told(fake_run):
     run = fake_run(["a cat", "a dog"])
     make_report(run, "--max-megabytes", "0")
     assert "Look at them" not in Page((run / "report.html").read_text()).text
     size = len((run / "report.html").read_text())
-    make_report(run)
+    make_report(run, "--max-megabytes", "inf")
     clip = (len((run / "report.html").read_text()) - size) / 2e6
     make_report(run, "--max-megabytes", 1.2 * clip)
     assert "1 more would make the page too large" in Page((run / "report.html").read_text()).text
@@ -79,9 +106,9 @@ def test_what_does_not_fit_is_left_out_and_told(fake_run):
 
 def test_a_report_of_a_report_is_the_same(fake_run):
     run = fake_run(["a cat", "a dog"], ["fast", "slow"])
-    make_report(run)
+    make_report(run, "--max-megabytes", "0")
     first = (run / "report.json").read_text()
-    make_report(run)
+    make_report(run, "--max-megabytes", "0")
     assert (run / "report.json").read_text() == first
 
 

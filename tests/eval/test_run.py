@@ -3,18 +3,13 @@ from __future__ import annotations
 import argparse
 import json
 
-import numpy as np
 import pytest
+from noise_videos import Killed, fake_videos
 
-import diffsparse
 from diffsparse.eval import run, run_videos
-from diffsparse.eval.generate import Generation, Sampling
+from diffsparse.eval.generate import Sampling
 
 CONFIGS = ["fast:min_tokens=0", "adaptive:density=0.5,min_tokens=0,query_block_size=2,key_block_size=2"]
-
-
-class Killed(BaseException):
-    """What stops a process wherever it is."""
 
 
 @pytest.fixture
@@ -40,30 +35,9 @@ def contents(folder):
     return records
 
 
-def fake_videos(monkeypatch, stop=lambda n: None):
-    """Noise in place of videos, quick, decided by all that decides a video; the prompts of those made so far.
-
-    `stop(n)` may end the process at the n-th, warm-ups not counted.
-    """
-    made = []
-
-    def fake(pipe, prompt, seed, sampling, on_step=lambda: None):
-        if sampling.num_inference_steps > 1:
-            made.append(prompt)
-            stop(len(made))
-        for _ in range(sampling.num_inference_steps):
-            on_step()
-        sparse = diffsparse.is_sparse_attention_enabled(pipe)
-        random = np.random.default_rng([seed, sparse, *prompt.encode()])
-        return Generation(random.random((2, 6, 8, 3), dtype=np.float32), (0.5, 0.5), 1.5)
-
-    monkeypatch.setattr(run_videos, "generate", fake)
-    return made
-
-
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tiny_model, prompts, tmp_path, monkeypatch, capsys):
-    def kill_at_3(n):
-        if n == 3:
+    def kill_at_3(made):
+        if len(made) == 3:
             raise Killed
 
     with monkeypatch.context() as patch:
@@ -102,8 +76,8 @@ def test_a_damaged_video_is_made_again_and_a_new_config_uses_the_dense_ones(tiny
 
 
 def test_a_video_that_fails_leaves_the_rest_to_be_made(tiny_model, prompts, tmp_path, monkeypatch, capsys):
-    def fail_at_2(n):
-        if n == 2:
+    def fail_at_2(made):
+        if len(made) == 2:
             raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
@@ -196,6 +170,13 @@ def test_a_model_that_does_not_say_how_it_is_called_has_to_be_told(own_tiny_mode
     monkeypatch.setattr(run, "make_videos", lambda job, *rest: told.append(job.model.sampling) or 0)
     assert start(own_tiny_model, prompts, tmp_path / "run", "--size", "64x48", "--frames", 5) == 0
     assert told == [Sampling(height=48, width=64, num_frames=5, num_inference_steps=2)]
+
+
+@pytest.mark.parametrize(("variable", "value"), [("RANK", "abc"), ("RANK", "-1"), ("WORLD_SIZE", "0")])
+def test_what_no_launcher_sets_is_said(tiny_model, prompts, tmp_path, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"{variable} in the environment must be .* got '{value}'. Unset it"):
+        start(tiny_model, prompts, tmp_path / "run")
 
 
 def test_ranks_begin_at_different_pairs(tiny_model, prompts, tmp_path, monkeypatch):

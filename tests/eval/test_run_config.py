@@ -69,3 +69,13 @@ def test_two_configs_that_are_one_are_refused(texts):
 def test_a_folder_name_holds_nothing_that_a_file_system_refuses():
     assert read_run_config("adaptive:tile=(1, 2, 2), tail=False").folder == "adaptive_tile=_1,_2,_2_,_tail=False"
     assert read_run_config("fast+backend:native").folder == "fast+backend_native"
+
+
+def test_long_options_have_short_folder_names_that_differ_as_they_do(tmp_path):
+    ratios = [f"{1 + step / 1000}" for step in range(50)]
+    texts = [f"magcache:mag_ratios=[{','.join([*ratios[:-1], last])}]" for last in ("1.5", "1.6")]
+    folders = [config.folder for config in read_run_configs(texts)]
+    assert len(set(folders)) == 2
+    for folder in folders:
+        assert folder.startswith("magcache_mag_ratios=_1.0,1.001,")
+        (tmp_path / folder).mkdir()

@@ -11,24 +11,18 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
+from noise_videos import Killed, fake_videos
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import diffsparse
 from diffsparse.eval import report, run, run_folder, run_videos
-from diffsparse.eval.generate import Generation
 from diffsparse.eval.run_folder import Pair, RunFolder
 
 CONFIGS = [f"adaptive:density={d},min_tokens=0,query_block_size=2,key_block_size=2" for d in (0.3, 0.5, 0.7)]
 PROMPTS = ["a cat", "a dog", "a cow", "a hen"]
-
-
-class Killed(BaseException):
-    """What stops a process wherever it is."""
 
 
 @pytest.fixture
@@ -67,25 +61,23 @@ def _kinds(data):
     return [config | {"kind": of[config["name"]]["kind"]} for config in data["configs"]]
 
 
-def fake_videos(monkeypatch, stop=lambda prompt, steps: None):
-    """Noise in place of videos, decided by prompt, seed and whether it is sparse. `stop(prompt, steps)` may end it."""
-
-    def fake(pipe, prompt, seed, sampling, on_step=lambda: None):
-        stop(prompt, sampling.num_inference_steps)
-        noise = np.random.default_rng([seed, diffsparse.is_sparse_attention_enabled(pipe), *prompt.encode()])
-        return Generation(noise.random((2, 12, 16, 3), dtype=np.float32), (0.5, 0.5), 1.5)
-
-    monkeypatch.setattr(run_videos, "generate", fake)
-
-
-def test_processes_of_accelerate_make_what_one_makes_and_each_video_once(arguments, tmp_path):
+def test_processes_of_a_launcher_make_what_one_makes_and_each_video_once(arguments, tmp_path, monkeypatch, capfd):
+    """As `torchrun` and `accelerate launch` start them, but forked: nothing has to be imported again."""
     fewer = "--num-prompts", 2, "--seeds", 0, 1, "--config", CONFIGS[0]
+    fake_videos(monkeypatch)
     assert start(run, arguments("one", *fewer)) == 0
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
-    command = [sys.executable, *launch, "-m", "diffsparse.eval", "run", *arguments("two", *fewer)]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    made = re.findall(r"of 8: (.+): [\d.]+ s", done.stdout)
+    capfd.readouterr()
+    # One alone would be done before the other begins.
+    both, have_met = multiprocessing.get_context("fork").Barrier(2), []
+
+    def meet(made):
+        if not have_met:
+            have_met.append(both.wait(60))
+
+    fake_videos(monkeypatch, meet)
+    two = LaunchConfig(1, 1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
+    assert elastic_launch(two, start)(run, arguments("two", *fewer)) == {0: 0, 1: 0}
+    made = re.findall(r"of 8: (.+): [\d.]+ s", capfd.readouterr().out)
     assert len(made) == len(set(made)) == 8
     processes = {json.loads(file.read_text())["process"] for file in (tmp_path / "two").glob("*/*.json")}
     assert len(processes) == 2
@@ -96,9 +88,9 @@ def test_who_is_left_makes_the_rest_when_the_other_is_killed(arguments, tmp_path
     fork = multiprocessing.get_context("fork")
     reached = fork.Event()
 
-    def stop(prompt, steps):
-        # The second process hangs in its second prompt, after its warm-up, until it is killed.
-        if os.environ["RANK"] == "1" and prompt == PROMPTS[3]:
+    def stop(made):
+        # The second process hangs in its second prompt until it is killed.
+        if os.environ["RANK"] == "1" and made[-1] == PROMPTS[3]:
             reached.set()
             signal.pause()
 
@@ -154,7 +146,7 @@ def test_a_run_killed_twice_anywhere_ends_as_an_uninterrupted_one(arguments, tmp
     fake_videos(monkeypatch)
     assert start(run, arguments("whole")) == 0
     with monkeypatch.context() as patch:
-        fake_videos(patch, lambda prompt, steps: count_down())
+        fake_videos(patch, lambda made: count_down())
         for name in ("write_images", "write_json", "_checksum"):
             patch.setattr(run_folder, name, before_it(getattr(run_folder, name)))
         num_kills = 0
@@ -195,8 +187,7 @@ def test_a_disk_that_takes_no_more_costs_no_video_but_its_own(arguments, tmp_pat
 
 
 def test_no_hour_is_spent_on_a_video_that_the_disk_cannot_hold(arguments, monkeypatch, capsys):
-    made = []
-    fake_videos(monkeypatch, lambda prompt, steps: made.append(prompt))
+    made = fake_videos(monkeypatch)
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(run, "_check_room", lambda *of: None)
     monkeypatch.setattr(run_videos.shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -207,8 +198,7 @@ def test_no_hour_is_spent_on_a_video_that_the_disk_cannot_hold(arguments, monkey
 
 
 def test_a_config_that_the_model_cannot_have_is_found_before_the_first_video(arguments, tmp_path, monkeypatch):
-    made = []
-    fake_videos(monkeypatch, lambda prompt, steps: made.append(prompt))
+    made = fake_videos(monkeypatch)
     for config in ("fast:dense_layers=(99,)", "taylorseercache:cache_identifiers=['nowhere']"):
         with pytest.raises(ValueError, match=r"--config .* does not go with --model .*(99|nothing to keep)"):
             start(run, arguments("run", "--config", config))

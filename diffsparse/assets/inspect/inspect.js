@@ -21,7 +21,10 @@ if (everyHead) {
   // One scale for all steps, so that a colour keeps its meaning while the slider moves.
   const range = (column) => {
     const all = data.transformers.flatMap((t) => [t.means, ...t.steps.map((s) => s.heads)].flat().map((h) => h[column]));
-    return measure === "recall" ? [Math.min(...[0.9, ...all]), 1] : [0, measure === "error" ? Math.max(0.01, ...all) : 1];
+    // Not Math.min(...all): large models have more numbers than a function takes arguments.
+    const furthest = (pick, start) => all.reduce((found, value) => pick(found, value), start);
+    if (measure === "recall") return [furthest(Math.min, 0.9), 1];
+    return [0, measure === "error" ? furthest(Math.max, 0.01) : 1];
   };
   const paint = () => {
     const step = Number(slider.value), column = measures.indexOf(measure);
