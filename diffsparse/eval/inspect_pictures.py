@@ -87,7 +87,8 @@ def coloured(shown: AttentionMap) -> NDArray[Any]:
     """The colours of a map, [C, C, 3] from 0 to 1: blue what is computed exactly, orange what is skipped."""
     level = np.log10(np.maximum(shown.attention, WEAKEST) / WEAKEST) / np.log10(STRONGEST / WEAKEST)
     kept, skipped = (_between(*ends, level) for ends in ((KEPT_PALEST, KEPT), (SKIPPED_PALEST, SKIPPED)))
-    share = shown.kept[..., None]
+    # A mean of many may be 1 and a rounding, and matplotlib would complain on the terminal.
+    share = shown.kept[..., None].clip(0.0, 1.0)
     colours: NDArray[Any] = share * kept + (1 - share) * skipped
     return colours
 

@@ -33,6 +33,13 @@ def test_colours_say_how_much_attention_there_is_and_whether_it_is_kept():
     assert (np.diff(darker) < 0).all()
 
 
+def test_no_colour_is_beyond_what_can_be_shown():
+    for share in (np.nextafter(np.float32(1), np.float32(2)), -1e-7):
+        colours = coloured(map_of([[0.0, STRONGEST]], [[share, share]]))
+        assert colours.min() >= 0
+        assert colours.max() <= 1
+
+
 def test_a_picture_shows_both_maps(tmp_path):
     """All of the left one is skipped, half of the right one is computed."""
     strong = np.full((8, 8), STRONGEST)
