@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from diffsparse.eval.config_file import config_texts
 from diffsparse.eval.demo import LARGEST_SEED, make_writable
 from diffsparse.eval.environment import environment
 from diffsparse.eval.generate import choose_device
@@ -40,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["balanced"],
         metavar="CONFIG",
-        help="presets or strategies, with options: fast adaptive:density=0.2,dense_steps=0.1 (default: balanced)",
+        help="presets or strategies, with options: fast adaptive:density=0.2,dense_steps=0.1; a plan file; "
+        "a YAML file with a list of these (default: balanced)",
     )
     parser.add_argument(
         "--baseline",
@@ -132,11 +134,12 @@ def read_job(args: argparse.Namespace) -> Job:
         raise ValueError(f"--seeds must differ, got {args.seeds}.")
     rank, num_ranks = _from_launcher("RANK", least=0), _from_launcher("WORLD_SIZE", least=1)
     num_pairs = len(prompts) * len(args.seeds)
+    baselines = [name for name in args.baseline if name != DENSE]
     return Job(
         model=model,
         prompts=prompts,
         seeds=args.seeds,
-        configs=read_run_configs([*(name for name in args.baseline if name != DENSE), *args.config], fixed),
+        configs=read_run_configs(config_texts([*baselines, *args.config]), fixed),
         device=_device(args.device),
         offload=args.offload,
         protocol=protocol,
