@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from diffsparse.block_mask import BlockMask, list_dtype, num_blocks
+from diffsparse.block_mask import BlockMask, list_dtype
 from diffsparse.grid import TokenGrid
-from diffsparse.heads import BlockSums, HeadClass, head_errors, sample_rows, squared_sizes
+from diffsparse.heads import BlockSums, HeadClass, head_errors, squared_sizes
 from diffsparse.kernels.pooling import block_means
-from diffsparse.permutation import Permutation, axis_order, tile_order
+from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
-from diffsparse.strategies.always_exact import block_distance, exact_blocks
+from diffsparse.strategies.adaptive_geometry import ORDERS, Geometry, geometry_of, ranks
 from diffsparse.strategies.error_budget import on_device, share_out
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.strategy import AttentionCall
@@ -52,7 +51,6 @@ class Candidate:
                 raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}.")
 
 
-ORDERS = ("frame-major", "token-major", "tiles")
 RULES = ("band", "top", "random")
 
 CANDIDATES = (
@@ -265,15 +263,7 @@ class _Sized(Adaptive):
         if rule == "random":
             generator = torch.Generator(scores.device).manual_seed(self.seed)
             scores = torch.rand(scores.shape, generator=generator, device=scores.device)
-        return _ranks(scores.masked_fill(layout.always, torch.inf), layout.counts[-1])
-
-
-def _ranks(scores: Tensor, count: int) -> Tensor:
-    """The place of each of scores [..., K], the highest first, int32; K for those behind the first `count`."""
-    first = scores.topk(count, dim=-1).indices
-    places = torch.arange(count, dtype=torch.int32, device=scores.device)
-    ranks = torch.full_like(scores, scores.shape[-1], dtype=torch.int32)
-    return ranks.scatter_(-1, first, places.expand_as(first))
+        return ranks(scores.masked_fill(layout.always, torch.inf), layout.counts[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,37 +305,7 @@ class _Choice:
 
 
 @dataclass(frozen=True, eq=False)
-class _Geometry:
-    """What depends on the grid and the block sizes, at any density.
-
-    Attributes:
-        orders, inverse: frame-major, token-major and tile order, [3, S].
-        rows: the sampled rows, [R].
-        always: what every query block of every order sees, [Q, K] bool: text, and itself.
-        band_rank: the place of each block by its distance from the diagonal, [Q, K] int32, `always` first.
-        seen_by_all: the most key blocks in `always` of a query block without text.
-        num_complete: query blocks with text, the last ones, which see all.
-        starts_with_video: whether the frame-major order is the tokens' own.
-    """
-
-    orders: Tensor
-    inverse: Tensor
-    rows: Tensor
-    always: Tensor
-    band_rank: Tensor
-    seen_by_all: int
-    num_complete: int
-    starts_with_video: bool
-
-    def ordered(self, x: Tensor, number: int) -> Tensor:
-        """The tokens of x [B, H, S, D] in the order of this number, contiguous."""
-        if number == 0 and self.starts_with_video:
-            return x.contiguous()
-        return Permutation(self.orders[number, None], self.inverse[number, None]).apply(x)
-
-
-@dataclass(frozen=True, eq=False)
-class _Layout(_Geometry):
+class _Layout(Geometry):
     """The geometry, and how many blocks a density makes of it.
 
     Attributes:
@@ -361,44 +321,10 @@ def _layout(grid: TokenGrid, options: _Sized, device: torch.device) -> _Layout:
     """Of the options. Plans of all densities share the tensors."""
     sizes = options.query_block_size, options.key_block_size
     tile = options.tile or ((4, 4, 4) if grid.frames > 1 else (1, 8, 8))
-    geometry = _geometry(grid, *sizes, tile, options.sampled_rows, options.seed, device)
+    geometry = geometry_of(grid, *sizes, tile, options.sampled_rows, options.seed, device)
     key_blocks = geometry.always.shape[1]
     least = max(geometry.seen_by_all, 1)
     budget = min(max(round(options.density * key_blocks), least), key_blocks)
     shares = (1.0,) if options.equal_heads else SHARES
     counts = sorted({min(max(round(share * budget), least), key_blocks) for share in shares} | {budget})
     return _Layout(**vars(geometry), budget=budget, counts=counts)
-
-
-@functools.lru_cache(maxsize=16)
-def _geometry(
-    grid: TokenGrid,
-    query_block_size: int,
-    key_block_size: int,
-    tile: tuple[int, int, int],
-    sampled_rows: int,
-    seed: int,
-    device: torch.device,
-) -> _Geometry:
-    orders = torch.stack(
-        [
-            axis_order(grid, ("frame", "height", "width")),
-            axis_order(grid, ("height", "width", "frame")),
-            tile_order(grid, tile),
-        ]
-    )
-    query_blocks = num_blocks(grid.num_tokens, query_block_size)
-    key_blocks = num_blocks(grid.num_tokens, key_block_size)
-    first_text_query = grid.num_video_tokens // query_block_size
-    always = exact_blocks(grid, query_block_size, key_block_size)
-    distance = block_distance(query_blocks, key_blocks, query_block_size, key_block_size)
-    return _Geometry(
-        orders=orders.to(device),
-        inverse=torch.argsort(orders, dim=-1).to(device),
-        rows=sample_rows(grid, sampled_rows, seed).to(device),
-        always=always.to(device),
-        band_rank=_ranks(-distance.masked_fill(always, -1.0), key_blocks).to(device),
-        seen_by_all=int(always[:first_text_query].sum(-1).max()) if first_text_query else 0,
-        num_complete=query_blocks - first_text_query if grid.num_tokens > grid.num_video_tokens else 0,
-        starts_with_video=grid.text_before == 0,
-    )

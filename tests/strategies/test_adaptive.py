@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import HeadClass
-from diffsparse.strategies.adaptive import Adaptive, _geometry
+from diffsparse.strategies.adaptive import Adaptive
+from diffsparse.strategies.adaptive_geometry import geometry_of
 from diffsparse.strategies.strategy import AttentionCall
 
 GRID = TokenGrid(12, 6, 8)
@@ -207,8 +208,8 @@ def test_a_second_layer_is_planned_without_waiting_for_the_device(grid):
 
 
 def test_plans_of_all_densities_share_what_depends_on_the_grid_alone():
-    _geometry.cache_clear()
+    geometry_of.cache_clear()
     for density in (0.1, 0.2, 0.6):
         for progress in (None, 0.1, 0.9):
             Adaptive(density=density, **SMALL).plan(*random_qkv(GRID), AttentionCall(GRID, progress=progress))
-    assert _geometry.cache_info().misses == 1
+    assert geometry_of.cache_info().misses == 1

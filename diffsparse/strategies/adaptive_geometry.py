@@ -1,0 +1,90 @@
+"""Where the tokens of a grid lie in each of the default strategy's orders, and what depends on it at any density."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffsparse.block_mask import num_blocks
+from diffsparse.grid import TokenGrid
+from diffsparse.heads import sample_rows
+from diffsparse.permutation import Permutation, axis_order, tile_order
+from diffsparse.strategies.always_exact import block_distance, exact_blocks
+
+ORDERS = ("frame-major", "token-major", "tiles")
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """What depends on the grid and the block sizes, at any density.
+
+    Attributes:
+        orders, inverse: of each of `ORDERS`, [3, S].
+        rows: the sampled rows, [R].
+        always: what every query block of every order sees, [Q, K] bool: text, and itself.
+        band_rank: the place of each block by its distance from the diagonal, [Q, K] int32, `always` first.
+        seen_by_all: the most key blocks in `always` of a query block without text.
+        num_complete: query blocks with text, the last ones, which see all.
+        starts_with_video: whether the frame-major order is the tokens' own.
+    """
+
+    orders: Tensor
+    inverse: Tensor
+    rows: Tensor
+    always: Tensor
+    band_rank: Tensor
+    seen_by_all: int
+    num_complete: int
+    starts_with_video: bool
+
+    def ordered(self, x: Tensor, number: int) -> Tensor:
+        """The tokens of x [B, H, S, D] in the order of this number, contiguous."""
+        if number == 0 and self.starts_with_video:
+            return x.contiguous()
+        return Permutation(self.orders[number, None], self.inverse[number, None]).apply(x)
+
+
+@functools.lru_cache(maxsize=16)
+def geometry_of(
+    grid: TokenGrid,
+    query_block_size: int,
+    key_block_size: int,
+    tile: tuple[int, int, int],
+    sampled_rows: int,
+    seed: int,
+    device: torch.device,
+) -> Geometry:
+    """The geometry of a grid cut into blocks; `tile` is of the third order. Kept for the grids used last."""
+    orders = torch.stack(
+        [
+            axis_order(grid, ("frame", "height", "width")),
+            axis_order(grid, ("height", "width", "frame")),
+            tile_order(grid, tile),
+        ]
+    )
+    query_blocks = num_blocks(grid.num_tokens, query_block_size)
+    key_blocks = num_blocks(grid.num_tokens, key_block_size)
+    first_text_query = grid.num_video_tokens // query_block_size
+    always = exact_blocks(grid, query_block_size, key_block_size)
+    distance = block_distance(query_blocks, key_blocks, query_block_size, key_block_size)
+    return Geometry(
+        orders=orders.to(device),
+        inverse=torch.argsort(orders, dim=-1).to(device),
+        rows=sample_rows(grid, sampled_rows, seed).to(device),
+        always=always.to(device),
+        band_rank=ranks(-distance.masked_fill(always, -1.0), key_blocks).to(device),
+        seen_by_all=int(always[:first_text_query].sum(-1).max()) if first_text_query else 0,
+        num_complete=query_blocks - first_text_query if grid.num_tokens > grid.num_video_tokens else 0,
+        starts_with_video=grid.text_before == 0,
+    )
+
+
+def ranks(scores: Tensor, count: int) -> Tensor:
+    """The place of each of scores [..., K], the highest first, int32; K for those behind the first `count`."""
+    first = scores.topk(count, dim=-1).indices
+    places = torch.arange(count, dtype=torch.int32, device=scores.device)
+    behind = torch.full_like(scores, scores.shape[-1], dtype=torch.int32)
+    return behind.scatter_(-1, first, places.expand_as(first))
