@@ -7,16 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffsparse.kernels.block_sparse import BACKENDS
 from diffsparse.kernels.quantization import QUANTIZED
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.calibrated import Calibrated
 from diffsparse.strategies.strategy import Strategy
 
-MIN_TOKENS_ON_CPU = 4096
-MIN_TOKENS_ON_GPU = 16384
+MIN_TOKENS = 4096
 PLAN_FILE_SUFFIX = ".safetensors"
 
 
@@ -29,8 +26,8 @@ class SparseAttentionConfig:
         dense_steps: share of the denoising steps, from the first, that stay dense: 0.2 of 50 steps is 10. The first
             steps lay out the scene.
         dense_layers: indices of layers that stay dense, counted from 0; negative ones from the end.
-        min_tokens: shorter sequences stay dense, where sparse attention would not be faster; None for 4,096 on a CPU
-            and 16,384 on a GPU, which is done with shorter ones before a plan is made.
+        min_tokens: shorter sequences stay dense. None for 4,096, and from there on for what sparse attention is hardly
+            faster at on this machine: the first sparse call of each size is timed against the dense one.
         replan_every: steps for which a layer's plan is kept, unless the strategy has made it to last.
         strict: raise at the first dense fallback, instead of counting it in the report. Early steps, dense layers
             and short sequences are policy, not fallbacks.
@@ -83,11 +80,10 @@ class SparseAttentionConfig:
                 f"None computes in the dtype of the model."
             )
 
-    def fewest_tokens(self, device: torch.device) -> int:
-        """`min_tokens`, as it is on the device."""
-        if self.min_tokens is not None:
-            return self.min_tokens
-        return MIN_TOKENS_ON_CPU if device.type == "cpu" else MIN_TOKENS_ON_GPU
+    @property
+    def fewest_tokens(self) -> int:
+        """`min_tokens`, or the shortest sequence that is worth timing."""
+        return MIN_TOKENS if self.min_tokens is None else self.min_tokens
 
 
 PRESETS: dict[str, Callable[[], SparseAttentionConfig]] = {

@@ -56,6 +56,8 @@ MEASURED = {
 """By a part of the GPU's name and what attention computes in. Of docs/benchmarks/h200.json, which a test holds."""
 
 ASSUMED_EFFICIENCY = 0.9
+ASSUMED_CROSSOVER = 16384
+"""Tokens below which dense attention is taken to be done before a plan is made, as long as nobody has measured it."""
 
 
 @dataclass(frozen=True)
@@ -225,10 +227,12 @@ def predict_sparse_attention(
 
     dense_layers = resolve_dense_layers(chosen.dense_layers, len(names), type(transformer).__name__)
     num_dense_steps = round(chosen.dense_steps * num_inference_steps)
-    fewest = chosen.fewest_tokens(torch.device("cuda"))
+    fewest = ASSUMED_CROSSOVER if chosen.min_tokens is None else chosen.min_tokens
     why_dense = None
     if grid.num_tokens < fewest:
-        why_dense = f"fewer than {fewest:,} tokens, the config's `min_tokens`"
+        why_dense = f"fewer than {fewest:,} tokens"
+        if chosen.min_tokens is None:
+            why_dense += ", for which a GPU is taken to be as fast dense; it is timed when the model runs"
     elif num_dense_steps == num_inference_steps:
         why_dense = "all steps are dense steps"
     if why_dense is not None:

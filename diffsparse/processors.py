@@ -329,9 +329,9 @@ def _attend(
         output = _dense(query, key, value, mask, scale, by_dispatch, None)
     else:
         session, layer = found
-        sparse = session.attend(layer, query, key, value, mask, scale, ranks)
-        backend = _user_backend(session, layer)
-        output = _dense(query, key, value, mask, scale, by_dispatch, backend) if sparse is None else sparse
+        dense = functools.partial(_dense, query, key, value, mask, scale, by_dispatch, _user_backend(session, layer))
+        sparse = session.attend(layer, query, key, value, mask, scale, ranks, dense)
+        output = dense() if sparse is None else sparse
     return output.transpose(1, 2).contiguous()
 
 

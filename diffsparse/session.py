@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import MAX_HEAD_DIM, pick_backend
 from diffsparse.plan import AttentionPlan
 from diffsparse.rank_order import RankOrder
+from diffsparse.speed_check import SpeedCheck
 from diffsparse.steps import Step
 from diffsparse.strategies.calibrated import Calibrated
 from diffsparse.strategies.strategy import AttentionCall
@@ -97,6 +99,7 @@ class Session:
         self.step: Step | None = None
         """That of the call of the transformer that runs, or ran last."""
         self._plans: dict[Hashable, _KeptPlan] = {}
+        self._speed_check = SpeedCheck(model_name, config)
         self._quantizes_on: set[tuple[torch.device, torch.dtype]] = set()
 
     def begin(self, step: Step, layout: tuple[int | None, ...] | None) -> None:
@@ -124,6 +127,7 @@ class Session:
         mask: Tensor | None,
         scale: float | None,
         ranks: int = 1,
+        dense: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
         """Attention of one layer by its plan, [B, H, S, D]; None, and counted, where it has to be dense.
 
@@ -133,6 +137,7 @@ class Session:
             mask: what the model passes to its own attention.
             scale: factor on the scores, D ** -0.5 if None.
             ranks: how many ranks the sequence was put together from, see `RankOrder`.
+            dense: what computes this call where it has to be dense, to be timed; None to go without.
 
         Raises:
             DenseFallback: the config is strict and this layer cannot run sparse.
@@ -142,16 +147,27 @@ class Session:
         self.check_call(layer, query)
         self.num_heads = query.shape[1]
         self._rows[layer] += 1
-        if (reason := self._policy(layer, query)) is not None:
+        if (reason := self._policy(layer, query) or self._speed_check.why_slow(query, mask)) is not None:
             self.count_dense(layer, reason)
             return None
         if (reason := self._obstacle(query, key, value, mask, ranks)) is None:
             key_length = _key_length(mask, query.shape[0])
             order = RankOrder(self._parts(query.shape[2]), ranks)
             query, key, value = (order.undo(x) for x in (query, key, value))
-            plan = self._plan(layer, query, key, value, key_length, scale)
+
+            def sparse(plan: AttentionPlan) -> Tensor:
+                return plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
+
+            make_plan = functools.partial(self._make_plan, layer, query, key, value, key_length, scale)
+            plan = self._plan(layer, query, key, value, key_length, make_plan)
             if isinstance(plan, AttentionPlan):
-                output = plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
+                output = sparse(plan)
+                if dense is not None and not self._speed_check.knows(query, mask):
+                    self._speed_check.time(query, mask, dense, sparse, make_plan, self._num_served(plan))
+                    if (reason := self._speed_check.why_slow(query, mask)) is not None:
+                        self.forget_plans()
+                        self.count_dense(layer, reason)
+                        return None
                 # Not before it has run: memory may run out.
                 self.tallies[layer].count_sparse(plan)
                 return order.apply(output)
@@ -226,7 +242,7 @@ class Session:
             return "dense layer"
         if self.step is not None and self.step.is_within_first(self.config.dense_steps):
             return "early step"
-        if query.shape[2] < (fewest := self.config.fewest_tokens(query.device)):
+        if query.shape[2] < (fewest := self.config.fewest_tokens):
             return f"fewer than {fewest} tokens"
         return None
 
@@ -265,13 +281,11 @@ class Session:
         key: Tensor,
         value: Tensor,
         key_length: Tensor | None,
-        scale: float | None,
+        make: Callable[[], AttentionPlan | None],
     ) -> AttentionPlan | str:
-        """The layer's plan, kept or new, or why there is none."""
-        grid = self._grid(query.shape[2])
+        """The layer's plan, kept or made, or why there is none."""
         assert self.step is not None
-        assert grid is not None
-        made_for = (grid, query.shape, query.dtype, query.device, key_length is None)
+        made_for = (self._grid(query.shape[2]), query.shape, query.dtype, query.device, key_length is None)
         # Guidance branches share a plan: their errors then point the same way, and guidance does not amplify them.
         # A model that attends row by row of the batch calls a layer several times; each row is a video of its own.
         slot = (layer, self._rows[layer], made_for, None if self.step.branch_is_named else self.step.branch)
@@ -279,22 +293,45 @@ class Session:
         if kept is None or not kept.serves(self.step.index, self.config.replan_every):
             if not _is_finite(query, key, value):
                 return "NaN or infinity in query, key or value"
-            call = AttentionCall(
-                grid=grid,
-                layer=layer,
-                num_layers=len(self.layer_names),
-                step=self.step.index,
-                num_steps=self.step.total,
-                progress=self.step.progress_beyond(self.config.dense_steps, self.config.replan_every),
-                key_length=key_length,
-                scale=scale,
-                model=self.model_name,
-            )
-            plan = self.config.strategy.plan(query, key, value, call)
-            if plan is not None and self.config.quantization is not None:
-                plan = replace(plan, precision=self.config.quantization)
-            kept = self._plans[slot] = _KeptPlan(plan, self.step.index)
+            kept = self._plans[slot] = _KeptPlan(make(), self.step.index)
         return _STRATEGY_SAYS_DENSE if kept.plan is None else kept.plan
+
+    def _make_plan(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_length: Tensor | None,
+        scale: float | None,
+        progress: float | None = None,
+    ) -> AttentionPlan | None:
+        """A new plan of the layer, for this step or one as far on as `progress`; None where it is to be dense."""
+        grid = self._grid(query.shape[2])
+        assert self.step is not None
+        assert grid is not None
+        if progress is None:
+            progress = self.step.progress_beyond(self.config.dense_steps, self.config.replan_every)
+        call = AttentionCall(
+            grid=grid,
+            layer=layer,
+            num_layers=len(self.layer_names),
+            step=self.step.index,
+            num_steps=self.step.total,
+            progress=progress,
+            key_length=key_length,
+            scale=scale,
+            model=self.model_name,
+        )
+        plan = self.config.strategy.plan(query, key, value, call)
+        if plan is not None and self.config.quantization is not None:
+            plan = replace(plan, precision=self.config.quantization)
+        return plan
+
+    def _num_served(self, plan: AttentionPlan) -> int:
+        """How many steps such plans serve, as far as is known."""
+        total = self.step.total if self.step is not None else None
+        return total if plan.lasts and total is not None else self.config.replan_every
 
 
 _STRATEGY_SAYS_DENSE = "the strategy keeps it dense"

@@ -171,7 +171,8 @@ class SparsePatch:
         if transformer is None:
             config = self._settings.config
             if self._recorder is not None:
-                config = replace(config, strategy=self._recorder)
+                # Nothing is timed: the plans are for other machines as well.
+                config = replace(config, strategy=self._recorder, min_tokens=config.fewest_tokens)
             transformer = SampledTransformer(module, self._model, config)
             self._transformers[id(module)] = transformer
         sigmas = options["sample_sigmas"].tolist()

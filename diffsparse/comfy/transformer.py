@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,18 +69,18 @@ class SampledTransformer:
     @_never_compiled
     def override(self, function: AttentionFunction, *args: Any, **kwargs: Any) -> Tensor:
         """What stands in `transformer_options["optimized_attention_override"]`."""
+        stand_in = function if self.previous is None else functools.partial(self.previous, function)
+        dense = functools.partial(stand_in, *args, **kwargs)
         if self._layer is not None and self._awaits_attention:
             self._awaits_attention = False
             call = read_call(*args, **kwargs)
-            output = self._attend(self._layer, call)
+            output = self._attend(self._layer, call, dense)
             if output is not None:
                 self.ran_sparse = True
                 return call.give_back(output)
-        if self.previous is not None:
-            return self.previous(function, *args, **kwargs)
-        return function(*args, **kwargs)
+        return dense()
 
-    def _attend(self, layer: int, call: OverrideCall) -> Tensor | None:
+    def _attend(self, layer: int, call: OverrideCall, dense: Callable[[], Tensor]) -> Tensor | None:
         """Sparse attention of a layer, [B, H, S, D]; None, and counted, where it stays dense."""
         if self._why_dense is not None:
             self.session.check_call(layer, call.query_heads_first())
@@ -90,7 +91,7 @@ class SampledTransformer:
             return None
         query, key, value = call.heads_first()
         try:
-            return self.session.attend(layer, query, key, value, call.mask, call.scale)
+            return self.session.attend(layer, query, key, value, call.mask, call.scale, dense=dense)
         except torch.OutOfMemoryError:
             # The rest of this run stays dense, or the next layer would run out of memory as well.
             self._why_dense = self._gave_up = OUT_OF_MEMORY

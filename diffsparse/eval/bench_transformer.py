@@ -143,14 +143,14 @@ def bench_transformer(
 
     from diffsparse.config import as_config
     from diffsparse.enable import disable_sparse_attention, enable_sparse_attention, sparse_attention_report
-    from diffsparse.eval.timing import seconds_of
+    from diffsparse.speed_check import seconds_of
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model: Any = subject.build(device, dtype, num_layers)
     if dense_backend is not None:
         model.set_attention_backend(dense_backend)
     call = subject.call(device, dtype)
-    config = dataclasses.replace(as_config(config), dense_steps=0.0, strict=True)
+    config = dataclasses.replace(as_config(config), dense_steps=0.0, min_tokens=0, strict=True)
     ran = 0
 
     def steps() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsparse.config import MIN_TOKENS_ON_CPU, PRESETS, SparseAttentionConfig, as_config
+from diffsparse.config import MIN_TOKENS, PRESETS, SparseAttentionConfig, as_config
 from diffsparse.eval.comparison import Comparison, compare
 from diffsparse.eval.doctor import devices, versions
 from diffsparse.eval.generate import Generation, Sampling, choose_device, generate, load_pipeline
@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
     _warn_of_cut_prompt(pipe, prompt, sampling, console)
     config = as_config(args.preset)
     if config.min_tokens is None:
-        # A GPU would leave so short a sequence dense.
-        config = dataclasses.replace(config, min_tokens=MIN_TOKENS_ON_CPU)
+        # A GPU would find so short a sequence as fast dense.
+        config = dataclasses.replace(config, min_tokens=MIN_TOKENS)
     dense, sparse, attention = _generate_both(pipe, prompt, args.seed, sampling, config, console)
     comparison = compare([(dense.frames, sparse.frames)], lpips)
     demo = Demo(prompt, config, sampling, dense, sparse, comparison, attention, load_seconds)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
+
+from diffsparse.speed_check import seconds_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,17 +38,3 @@ def seconds_in_rounds(
         for name, call in calls.items():
             seconds[name].append(seconds_of(call, device, repeats[name]))
     return seconds
-
-
-def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Mean seconds of a call, until the device is done."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / repeats

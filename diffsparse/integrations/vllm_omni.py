@@ -12,6 +12,7 @@ nothing that is kept from one call could be trusted in the next: each sparse cal
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,9 +112,10 @@ class _Calls:
         first, end = params.get(SPARSE_STEPS, (0, total))
         step = Step(index or 0, total, None, is_first_of_generation=True, sparse_from=first, sparse_until=end)
         session.begin(step, params.get(LAYOUT))
+        dense = functools.partial(_dense, query, key, value, None, False, softmax_scale)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         try:
-            return session.attend(0, query, key, value, None, softmax_scale)
+            return session.attend(0, query, key, value, None, softmax_scale, dense=dense)
         finally:
             session.forget_plans()
 

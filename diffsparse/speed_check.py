@@ -1,0 +1,116 @@
+"""Whether sparse attention is worth it on this machine: each kind of call is timed once, sparse and dense."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from diffsparse.config import SparseAttentionConfig
+from diffsparse.plan import AttentionPlan
+
+logger = logging.getLogger(__name__)
+
+LEAST_SPEED_UP = 1.2
+"""Of one attention call, its share of planning included. For less, the video that changes is not worth it."""
+ROUNDS = 2
+
+_SPEED_UPS: dict[Hashable, float] = {}
+"""By kind of call. Whoever timed it first is right for the whole process, so that one seed makes one video."""
+
+
+class SpeedCheck:
+    """Finds out at the first sparse call of each kind how much faster it is than the dense one.
+
+    A kind is a shape, dtype and device of the query, with a mask or without, and a config. Where the config says
+    `min_tokens`, nothing is timed.
+    """
+
+    def __init__(self, model_name: str, config: SparseAttentionConfig) -> None:
+        self._model_name = model_name
+        self._config_number = _number_of(config)
+        self._times = config.min_tokens is None
+
+    def knows(self, query: Tensor, mask: Tensor | None) -> bool:
+        """Whether this kind of call was timed already, or is not to be."""
+        return not self._times or self._kind(query, mask) in _SPEED_UPS or _cannot_wait(query)
+
+    def why_slow(self, query: Tensor, mask: Tensor | None) -> str | None:
+        """Why this kind of call is not worth to be sparse; None where it is, or where nobody knows."""
+        speed_up = _SPEED_UPS.get(self._kind(query, mask)) if self._times else None
+        if speed_up is None or speed_up >= LEAST_SPEED_UP:
+            return None
+        return f"sparse attention is {speed_up:.2f}x as fast as dense attention here"
+
+    def time(
+        self,
+        query: Tensor,
+        mask: Tensor | None,
+        dense: Callable[[], object],
+        sparse: Callable[[AttentionPlan], object],
+        plan: Callable[..., AttentionPlan | None],
+        num_served: int,
+    ) -> None:
+        """Time this kind of call, and warn where it is not worth to be sparse. Waits for the device.
+
+        Of calls in turn the fastest of each counts, so that what else the machine does meanwhile weighs little.
+
+        Args:
+            query, mask: of the call, [B, H, S, D].
+            dense: the attention of one layer. It has run before, as the other two have.
+            sparse: the same by a plan.
+            plan: makes one, for steps whose `progress` it is given. It is that of the middle: what strategies compute
+                may fall from step to step.
+            num_served: how many steps share a plan.
+        """
+        typical = plan(progress=0.5)
+        if typical is None:
+            return
+        calls = dense, functools.partial(sparse, typical), functools.partial(plan, progress=0.5)
+        rounds = [[seconds_of(call, query.device) for call in calls] for _ in range(ROUNDS)]
+        dense_seconds, sparse_seconds, plan_seconds = (min(seconds) for seconds in zip(*rounds))
+        kind = self._kind(query, mask)
+        _SPEED_UPS.setdefault(kind, dense_seconds / (sparse_seconds + plan_seconds / num_served))
+        if (reason := self.why_slow(query, mask)) is not None:
+            logger.warning(
+                "diffsparse: self-attention of %s over %d tokens stays dense: %s. min_tokens=0 makes it sparse all the "
+                "same.",
+                self._model_name,
+                query.shape[2],
+                reason,
+            )
+
+    def _kind(self, query: Tensor, mask: Tensor | None) -> Hashable:
+        return query.device, query.dtype, query.shape, mask is None, self._config_number
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Mean seconds of a call, until the device is done."""
+    _wait_for(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _wait_for(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _cannot_wait(query: Tensor) -> bool:
+    """Whether a graph is being captured, or nothing is computed at all."""
+    return query.is_meta or (query.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _number_of(config: SparseAttentionConfig) -> int:
+    """The same for equal configs. A strategy of the user's may have no hash."""
+    try:
+        return hash(config)
+    except TypeError:
+        return id(config)

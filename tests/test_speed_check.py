@@ -1,0 +1,168 @@
+"""Sparse attention is left out where it would not be faster, and that is found out once."""
+
+import itertools
+import logging
+
+import comfy_standins
+import pytest
+import torch
+from enabled import config, report_of, run
+from tiny_models import TINY
+
+import diffsparse.config
+from diffsparse import Adaptive, speed_check
+
+SMALL = Adaptive(density=0.3, query_block_size=16, key_block_size=16)
+
+
+class Clock:
+    """Stands in for the clock: seconds of dense attention, sparse attention and a plan, which are timed in turn."""
+
+    def __init__(self, dense, sparse, plan):
+        self.seconds = itertools.cycle((dense, sparse, plan))
+        self.timed = 0
+
+    def __call__(self, call, device):
+        call()
+        self.timed += 1
+        return next(self.seconds)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(speed_check, "_SPEED_UPS", {})
+    monkeypatch.setattr(speed_check, "LEAST_SPEED_UP", 1.2)
+    # Tiny models are worth timing.
+    monkeypatch.setattr(diffsparse.config, "MIN_TOKENS", 0)
+
+
+@pytest.fixture
+def set_clock(monkeypatch):
+    def set_to(dense, sparse, plan):
+        clock = Clock(dense, sparse, plan)
+        monkeypatch.setattr(speed_check, "seconds_of", clock)
+        return clock
+
+    return set_to
+
+
+@pytest.fixture
+def wan():
+    return TINY["wan"].make()
+
+
+@pytest.fixture
+def call(wan):
+    return TINY["wan"].call(wan, TINY["wan"].grid)
+
+
+def timed(strategy=SMALL, **changes):
+    return config(strategy, **({"min_tokens": None} | changes))
+
+
+def test_what_is_faster_runs_sparse_as_if_it_had_not_been_timed(wan, call, set_clock):
+    clock = set_clock(dense=1.0, sparse=0.5, plan=0.5)
+    wan.enable_sparse_attention(config(SMALL))
+    expected = run(wan, call)
+    wan.disable_sparse_attention()
+    assert clock.timed == 0
+    wan.enable_sparse_attention(timed())
+    assert torch.equal(run(wan, call), expected)
+    assert (report_of(wan).sparse_calls, report_of(wan).dense_calls) == (3, 0)
+
+
+def test_what_is_not_faster_is_dense_from_its_first_call_on(wan, call, set_clock, caplog):
+    stock = run(wan, call)
+    set_clock(dense=1.0, sparse=0.8, plan=0.4)
+    wan.enable_sparse_attention(timed(strict=True))
+    with caplog.at_level(logging.WARNING, logger="diffsparse"):
+        assert torch.equal(run(wan, call), stock)
+        assert torch.equal(run(wan, call), stock)
+    reason = "sparse attention is 1.11x as fast as dense attention here"
+    assert report_of(wan).dense_reasons == {reason: 6}
+    assert report_of(wan).sparse_calls == 0
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith(
+        "diffsparse: self-attention of WanTransformer3DModel over 105 tokens stays dense: " + reason
+    )
+
+
+def test_each_kind_of_call_is_timed_once_in_a_process(wan, call, set_clock):
+    clock = set_clock(dense=1.0, sparse=0.1, plan=0.1)
+    once = 3 * speed_check.ROUNDS
+    for _ in range(2):
+        wan.enable_sparse_attention(timed())
+        run(wan, call)
+        run(wan, call)
+        wan.disable_sparse_attention()
+        assert clock.timed == once
+    wan.enable_sparse_attention(timed())
+    run(wan, TINY["wan"].call(wan, (2, 7, 5)))
+    assert clock.timed == 2 * once
+    wan.disable_sparse_attention()
+    wan.enable_sparse_attention(timed(replan_every=2))
+    run(wan, call)
+    assert clock.timed == 3 * once
+
+
+@pytest.mark.parametrize(("replan_every", "sparse_calls"), [(1, 0), (2, 0), (4, 3)])
+def test_a_plan_costs_its_share(wan, call, set_clock, replan_every, sparse_calls):
+    set_clock(dense=1.0, sparse=0.5, plan=1.2)
+    wan.enable_sparse_attention(timed(replan_every=replan_every))
+    run(wan, call)
+    assert report_of(wan).sparse_calls == sparse_calls
+
+
+def test_a_user_who_says_min_tokens_gets_sparse_attention(wan, call, set_clock):
+    clock = set_clock(dense=1.0, sparse=9.0, plan=9.0)
+    wan.enable_sparse_attention(timed(min_tokens=1))
+    run(wan, call)
+    assert (clock.timed, report_of(wan).sparse_calls) == (0, 3)
+
+
+def test_what_is_timed_is_a_step_in_the_middle(wan, call, set_clock):
+    class Watched(Adaptive):
+        def plan(self, query, key, value, call):
+            seen.append(call.progress)
+            return super().plan(query, key, value, call)
+
+    seen = []
+    set_clock(dense=1.0, sparse=0.1, plan=0.1)
+    wan.enable_sparse_attention(timed(strategy=Watched(query_block_size=16, key_block_size=16)))
+    run(wan, call)
+    # The first layer: its own plan, one to time sparse attention by, one in each round; then two more layers.
+    assert seen == [None, *[0.5] * (1 + speed_check.ROUNDS), None, None]
+
+
+def test_a_strategy_that_cannot_be_hashed_is_timed(wan, call, set_clock):
+    class NoHash(Adaptive):
+        __hash__ = None
+
+    clock = set_clock(dense=1.0, sparse=0.1, plan=0.1)
+    wan.enable_sparse_attention(timed(strategy=NoHash(query_block_size=16, key_block_size=16)))
+    run(wan, call)
+    run(wan, call)
+    assert (clock.timed, report_of(wan).sparse_calls) == (3 * speed_check.ROUNDS, 6)
+
+
+def test_nothing_is_timed_where_nothing_is_computed():
+    speed = speed_check.SpeedCheck("a model", timed())
+    assert speed.knows(torch.empty(1, 1, 8, 8, device="meta"), None)
+    assert not speed.knows(torch.zeros(1, 1, 8, 8), None)
+
+
+def test_the_clock_counts_the_calls():
+    calls = []
+    assert speed_check.seconds_of(lambda: calls.append(1), torch.device("cpu"), repeats=3) > 0
+    assert len(calls) == 3
+
+
+def test_in_comfyui_the_line_says_what_was_found(monkeypatch, tmp_path, set_clock, caplog):
+    comfy_standins.install(monkeypatch, tmp_path)
+    model = comfy_standins.patcher()
+    set_clock(dense=1.0, sparse=2.0, plan=0.0)
+    with caplog.at_level(logging.INFO):
+        sparse = comfy_standins.patched(model, min_tokens=-1, start_percent=0.0)
+        assert torch.equal(comfy_standins.sample(sparse), comfy_standins.sample(model))
+    assert "0 of 5 steps sparse" in caplog.text
+    assert "sparse attention is 0.50x as fast as dense attention here (" in caplog.text
