@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffsparse.kernels.block_sparse import BACKENDS
+from diffsparse.kernels.backends import BACKENDS
 from diffsparse.kernels.quantization import QUANTIZED
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.calibrated import Calibrated

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
     from diffsparse.eval.bench_machine import describe_machine
     from diffsparse.eval.bench_planning import bench_planning, grid_of
-    from diffsparse.kernels.block_sparse import LARGEST_ERROR, self_test
+    from diffsparse.kernels.self_test import LARGEST_ERROR, self_test
 
     if args.table is not None:
         print(as_markdown(json.loads(args.table.read_text())), end="")
@@ -222,7 +222,7 @@ def parse_block_sizes(blocks: str) -> tuple[int, int]:
 
 def fastest_backend(device: torch.device) -> str:
     """The backend that a call on the device takes by default."""
-    from diffsparse.kernels.block_sparse import available_backends
+    from diffsparse.kernels.backends import available_backends
 
     return next(name for name, reason in available_backends(device).items() if reason is None)
 

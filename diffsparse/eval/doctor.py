@@ -92,7 +92,7 @@ def backend_states() -> list[BackendState]:
     """Every kernel backend on every kind of device here, tried."""
     import torch
 
-    from diffsparse.kernels.block_sparse import available_backends
+    from diffsparse.kernels.backends import available_backends
 
     kinds = dict.fromkeys(name.partition(":")[0] for name in devices())
     return [
@@ -110,7 +110,7 @@ def known_families() -> dict[str, tuple[str, ...]]:
 
 
 def _try(device: str, backend: str, reason: str | None) -> BackendState:
-    from diffsparse.kernels.block_sparse import self_test
+    from diffsparse.kernels.self_test import self_test
 
     if reason is not None:
         return BackendState(device, backend, None, reason)

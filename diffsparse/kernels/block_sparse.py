@@ -1,36 +1,23 @@
 """Block-sparse attention: each query block sees the key blocks that are listed for it.
 
 The one way in: it checks, picks the backend, and calls it as one operator that torch.compile leaves whole.
-A backend is a module with `why_not` and `attend` as in `block_sparse_eager.py`, and a line in BACKENDS.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from diffsparse.kernels.backends import BACKENDS, why_not
 from diffsparse.kernels.quantization import PRECISIONS
+from diffsparse.kernels.self_test import largest_error, self_test
 
-# Name and module, the fastest first. Imported when asked for: what a module needs may be missing here.
-# "eager" runs anywhere, so that what stands after it is taken only by its name.
-BACKENDS = {
-    "gluon": "diffsparse.kernels.block_sparse_gluon",
-    "triton": "diffsparse.kernels.block_sparse_triton",
-    "eager": "diffsparse.kernels.block_sparse_eager",
-    "flex": "diffsparse.kernels.block_sparse_flex",
-}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
-# Relative error of a backend in fp32 against float64, on random inputs.
-LARGEST_ERROR = 1e-4
-# How far a quantized backend may be from the eager one, by what its values are in. Scores differ where a value falls to
-# the other side of a half; FP8 weights by 3.6 % rms where they are rounded relative to another largest weight.
-LARGEST_QUANTIZED_ERROR = {"native": 5e-3, "fp8": 5e-2}
 
 
 def block_sparse_attention(
@@ -141,12 +128,6 @@ def check_precision(name: str, precision: object) -> None:
         )
 
 
-def available_backends(device: torch.device | str, precision: str = "native") -> dict[str, str | None]:
-    """Every backend by name, the fastest first, with the reason why it cannot run on the device, or None."""
-    query = torch.empty((1, 1, 128, 64), dtype=torch.bfloat16, device=device)
-    return {name: _why_not(name, query, 128, 64, precision) for name in BACKENDS}
-
-
 def pick_backend(
     name: str | None, query: Tensor, query_block_size: int, key_block_size: int, precision: str = "native"
 ) -> ModuleType:
@@ -180,26 +161,9 @@ def pick_backend(
 
 
 def _why_not_right(name: str, query: Tensor, query_block_size: int, key_block_size: int, precision: str) -> str | None:
-    reason = _why_not(name, query, query_block_size, key_block_size, precision)
+    reason = why_not(name, query, query_block_size, key_block_size, precision)
     if reason is None and query.device.type != "cpu":
         reason = _why_not_trusted(name, query.device, query.dtype, precision)
-    return reason
-
-
-def _why_not(
-    name: str, query: Tensor, query_block_size: int, key_block_size: int, precision: str = "native"
-) -> str | None:
-    try:
-        module = import_module(BACKENDS[name])
-    except ImportError as error:
-        return f"its module does not import ({error})"
-    arguments = [query, query_block_size, key_block_size]
-    # A backend that quantizes nothing need not know the word.
-    if "precision" in inspect.signature(module.why_not).parameters:
-        arguments.append(precision)
-    elif precision != "native":
-        return f"it does not compute in {precision}"
-    reason: str | None = module.why_not(*arguments)
     return reason
 
 
@@ -210,9 +174,7 @@ def _why_not_trusted(name: str, device: torch.device, dtype: torch.dtype, precis
         error = self_test(name, device, dtype, precision)
     except Exception as failure:  # a compiler or a driver may raise anything; there is another backend
         return f"its self-test failed ({type(failure).__name__}: {failure})"
-    allowed = max(LARGEST_ERROR, 4 * torch.finfo(dtype).eps)
-    if precision != "native":
-        allowed += LARGEST_QUANTIZED_ERROR[PRECISIONS[precision].values]
+    allowed = largest_error(dtype, precision)
     # Not `error > allowed`, which is false for an error that is not a number.
     return None if error <= allowed else f"its self-test is off by {error:.1e}, {allowed:.1e} is allowed"
 
@@ -323,99 +285,3 @@ def _check_side(name: str, x: Tensor, query: Tensor, dtype: torch.dtype, shape: 
             f"`{name}` must be {shape}, here ({wanted}), got the shape {tuple(x.shape)}. "
             f"Q is the tokens of query over `query_block_size`, rounded up; B and H may be 1."
         )
-
-
-# Head dim, query and key block size, pooled tail, key length: every option, at every size that a backend may refuse.
-_SELF_TEST_CASES = (
-    (64, 64, 64, False, False),
-    (40, 64, 64, True, False),
-    (128, 64, 64, False, True),
-    (64, 64, 64, True, True),
-    (128, 128, 64, True, False),
-    (128, 128, 128, False, False),
-    (64, 128, 64, False, True),
-)
-
-
-def self_test(
-    backend: str,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-    precision: str = "native",
-) -> float:
-    """The largest relative L2 error of the backend against float64, over small odd random inputs and all options.
-
-    In a precision other than "native", against the eager backend's on the CPU in the same precision.
-
-    Runs on the given device, or else on the first kind of device where the backend can run.
-    """
-    if device is None:
-        kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        device = next((kind for kind in kinds if available_backends(kind, precision).get(backend) is None), "cpu")
-    module = import_module(BACKENDS[backend])
-    generator = torch.Generator().manual_seed(0)
-    errors = []
-    for head_dim, query_block_size, key_block_size, has_tail, has_length in _SELF_TEST_CASES:
-        query, key, value = (torch.randn((2, 2, 300, head_dim), generator=generator).to(dtype) for _ in range(3))
-        reason = _why_not(backend, query.to(device), query_block_size, key_block_size, precision)
-        if reason is not None:
-            continue
-        visible = torch.rand((2, 2, -(-300 // query_block_size), -(-300 // key_block_size)), generator=generator) < 0.5
-        visible[..., 0] = True
-        key_blocks = visible.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-        tail = torch.tensor([[True, False]]) if has_tail else None
-        key_length = torch.tensor([300, 77], dtype=torch.int32) if has_length else None
-        inputs = [query, key, value, key_blocks, visible.sum(dim=-1, dtype=torch.int32)]
-        options = {
-            "query_block_size": query_block_size,
-            "key_block_size": key_block_size,
-            "scale": head_dim**-0.5,
-            "return_lse": True,
-        }
-        if precision == "native":
-            expected = _float64_attention(
-                query, key, value, visible, query_block_size, key_block_size, key_length, tail
-            )
-        else:
-            options["precision"] = precision
-            expected = import_module(BACKENDS["eager"]).attend(*inputs, key_length=key_length, tail=tail, **options)
-        actual = module.attend(
-            *(x.to(device) for x in inputs),
-            key_length=None if key_length is None else key_length.to(device),
-            tail=None if tail is None else tail.to(device),
-            **options,
-        )
-        errors += [float((a.cpu().double() - e.double()).norm() / e.double().norm()) for a, e in zip(actual, expected)]
-    if not errors:
-        raise ValueError(f"`backend` {backend!r} cannot run on {device}: {reason}. Name another backend or device.")
-    # Unlike max(), a sum keeps an error that is not a number.
-    return max(errors) if sum(errors) < float("inf") else float("nan")
-
-
-def _float64_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor,
-    query_block_size: int,
-    key_block_size: int,
-    key_length: Tensor | None,
-    tail: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp with every logit written out, for the block map `visible` [B, H, Q, K]."""
-    num_tokens, head_dim = query.shape[2:]
-    query, key, value = query.double(), key.double(), value.double()
-    visible = visible[:, :, torch.arange(num_tokens) // query_block_size]  # [B, H, S, K]
-    block_of = torch.arange(num_tokens) // key_block_size
-    exists = torch.arange(num_tokens) < (torch.tensor([num_tokens]) if key_length is None else key_length)[:, None]
-    seen = visible[..., block_of] & exists[:, None, None]  # [B, H, S, S]
-    logits = (query @ key.mT).masked_fill(~seen, -torch.inf) * head_dim**-0.5
-    # [K, S] marks the tokens of each block.
-    members = (block_of == torch.arange(visible.shape[-1])[:, None]) & exists[:, None]
-    sizes = members.sum(dim=-1).double()  # [B, K]
-    means = [members[:, None].double() @ x / sizes.clamp(min=1)[:, None, :, None] for x in (key, value)]
-    in_tail = ~visible & (sizes > 0)[:, None, None]
-    in_tail = torch.zeros_like(in_tail) if tail is None else in_tail & tail[..., None, None]
-    tail_logits = query @ means[0].mT * head_dim**-0.5 + sizes.log()[:, None, None]
-    logits = torch.cat([logits, tail_logits.masked_fill(~in_tail, -torch.inf)], dim=-1)
-    return logits.softmax(dim=-1) @ torch.cat([value, means[1]], dim=2), logits.logsumexp(dim=-1)

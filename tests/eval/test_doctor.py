@@ -7,7 +7,7 @@ import pytest
 
 from diffsparse.eval import doctor
 from diffsparse.eval.doctor import backend_states, versions
-from diffsparse.kernels import block_sparse
+from diffsparse.kernels import backends, self_test
 
 
 @pytest.fixture(autouse=True)
@@ -34,27 +34,27 @@ def test_the_eager_backend_is_right_on_the_cpu():
 
 
 def test_a_backend_that_cannot_run_is_not_tried_and_its_reason_shown(monkeypatch, capsys):
-    monkeypatch.setattr(block_sparse, "available_backends", lambda device: {"fancy": "needs a GPU"})
-    monkeypatch.setattr(block_sparse, "self_test", lambda backend, device: pytest.fail("was tried"))
+    monkeypatch.setattr(backends, "available_backends", lambda device: {"fancy": "needs a GPU"})
+    monkeypatch.setattr(self_test, "self_test", lambda backend, device: pytest.fail("was tried"))
     assert run() == 1
     assert "needs a GPU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [0.5, math.nan])
 def test_a_wrong_backend_does_not_count_as_working(monkeypatch, error):
-    monkeypatch.setattr(block_sparse, "available_backends", lambda device: {"fancy": None})
-    monkeypatch.setattr(block_sparse, "self_test", lambda backend, device: error)
+    monkeypatch.setattr(backends, "available_backends", lambda device: {"fancy": None})
+    monkeypatch.setattr(self_test, "self_test", lambda backend, device: error)
     assert run() == 1
 
 
 def test_a_backend_that_breaks_is_reported_and_the_others_still_tried(monkeypatch, capsys):
-    def self_test(backend, device):
+    def broken_or_good(backend, device):
         if backend == "broken":
             raise RuntimeError("no compiler")
         return 1e-7
 
-    monkeypatch.setattr(block_sparse, "available_backends", lambda device: {"broken": None, "good": None})
-    monkeypatch.setattr(block_sparse, "self_test", self_test)
+    monkeypatch.setattr(backends, "available_backends", lambda device: {"broken": None, "good": None})
+    monkeypatch.setattr(self_test, "self_test", broken_or_good)
     assert run() == 0
     assert "no compiler" in capsys.readouterr().out
 

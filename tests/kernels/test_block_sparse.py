@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import ModuleType
 
 import pytest
 import torch
 
-from diffsparse.kernels import block_sparse
-from diffsparse.kernels.block_sparse import available_backends, block_sparse_attention, check_lists, self_test
+from diffsparse.kernels import backends, block_sparse
+from diffsparse.kernels.backends import available_backends
+from diffsparse.kernels.block_sparse import block_sparse_attention, check_lists
+from diffsparse.kernels.self_test import self_test
 
 
 def make_arguments(**changes):
@@ -185,7 +188,9 @@ def picky(monkeypatch):
         torch.zeros(query.shape[:3]),
     )
     monkeypatch.setitem(sys.modules, "picky_backend", module)
-    monkeypatch.setattr(block_sparse, "BACKENDS", {"picky": "picky_backend", **block_sparse.BACKENDS})
+    first = {"picky": "picky_backend", **backends.BACKENDS}
+    for user in (backends, block_sparse, import_module("diffsparse.kernels.self_test")):
+        monkeypatch.setattr(user, "BACKENDS", first)
 
 
 @pytest.mark.usefixtures("picky")
@@ -219,7 +224,7 @@ def test_a_wrong_backend_fails_its_self_test():
 
 
 def test_a_backend_whose_module_is_missing_cannot_run(monkeypatch):
-    monkeypatch.setitem(block_sparse.BACKENDS, "absent", "diffsparse.kernels.absent")
+    monkeypatch.setitem(backends.BACKENDS, "absent", "diffsparse.kernels.absent")
     assert "does not import (No module named" in available_backends("cpu")["absent"]
 
 

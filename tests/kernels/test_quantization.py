@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from diffsparse.kernels import block_sparse_eager
-from diffsparse.kernels.block_sparse import self_test
 from diffsparse.kernels.quantization import (
     PRECISIONS,
     QUANTIZED,
@@ -20,6 +19,7 @@ from diffsparse.kernels.quantization import (
     round_weights,
     unpack_int4,
 )
+from diffsparse.kernels.self_test import self_test
 
 
 def normal(*shape, seed=0):

@@ -1,0 +1,45 @@
+"""The implementations of block-sparse attention, and which of them can run where.
+
+A backend is a module with `why_not` and `attend` as in `block_sparse_eager.py`, and a line in BACKENDS.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+# Name and module, the fastest first. Imported when asked for: what a module needs may be missing here.
+# "eager" runs anywhere, so that what stands after it is taken only by its name.
+BACKENDS = {
+    "gluon": "diffsparse.kernels.block_sparse_gluon",
+    "triton": "diffsparse.kernels.block_sparse_triton",
+    "eager": "diffsparse.kernels.block_sparse_eager",
+    "flex": "diffsparse.kernels.block_sparse_flex",
+}
+
+
+def available_backends(device: torch.device | str, precision: str = "native") -> dict[str, str | None]:
+    """Every backend by name, the fastest first, with the reason why it cannot run on the device, or None."""
+    query = torch.empty((1, 1, 128, 64), dtype=torch.bfloat16, device=device)
+    return {name: why_not(name, query, 128, 64, precision) for name in BACKENDS}
+
+
+def why_not(
+    name: str, query: Tensor, query_block_size: int, key_block_size: int, precision: str = "native"
+) -> str | None:
+    """Why the backend of this name cannot run on inputs like query [B, H, S, D], in these blocks; None where it can."""
+    try:
+        module = import_module(BACKENDS[name])
+    except ImportError as error:
+        return f"its module does not import ({error})"
+    arguments = [query, query_block_size, key_block_size]
+    # A backend that quantizes nothing need not know the word.
+    if "precision" in inspect.signature(module.why_not).parameters:
+        arguments.append(precision)
+    elif precision != "native":
+        return f"it does not compute in {precision}"
+    reason: str | None = module.why_not(*arguments)
+    return reason

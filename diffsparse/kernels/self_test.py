@@ -1,0 +1,120 @@
+"""Whether a backend computes what it should: small odd inputs, every option, against float64."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from diffsparse.kernels.backends import BACKENDS, available_backends, why_not
+from diffsparse.kernels.quantization import PRECISIONS
+
+# Relative error of a backend in fp32 against float64, on random inputs.
+LARGEST_ERROR = 1e-4
+# How far a quantized backend may be from the eager one, by what its values are in. Scores differ where a value falls to
+# the other side of a half; FP8 weights by 3.6 % rms where they are rounded relative to another largest weight.
+LARGEST_QUANTIZED_ERROR = {"native": 5e-3, "fp8": 5e-2}
+
+# Head dim, query and key block size, pooled tail, key length: every option, at every size that a backend may refuse.
+_SELF_TEST_CASES = (
+    (64, 64, 64, False, False),
+    (40, 64, 64, True, False),
+    (128, 64, 64, False, True),
+    (64, 64, 64, True, True),
+    (128, 128, 64, True, False),
+    (128, 128, 128, False, False),
+    (64, 128, 64, False, True),
+)
+
+
+def largest_error(dtype: torch.dtype, precision: str) -> float:
+    """The largest error of a self-test that a backend may have."""
+    allowed = max(LARGEST_ERROR, 4 * torch.finfo(dtype).eps)
+    if precision != "native":
+        allowed += LARGEST_QUANTIZED_ERROR[PRECISIONS[precision].values]
+    return allowed
+
+
+def self_test(
+    backend: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    precision: str = "native",
+) -> float:
+    """The largest relative L2 error of the backend against float64, over small odd random inputs and all options.
+
+    In a precision other than "native", against the eager backend's on the CPU in the same precision.
+
+    Runs on the given device, or else on the first kind of device where the backend can run.
+    """
+    if device is None:
+        kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        device = next((kind for kind in kinds if available_backends(kind, precision).get(backend) is None), "cpu")
+    module = import_module(BACKENDS[backend])
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for head_dim, query_block_size, key_block_size, has_tail, has_length in _SELF_TEST_CASES:
+        query, key, value = (torch.randn((2, 2, 300, head_dim), generator=generator).to(dtype) for _ in range(3))
+        reason = why_not(backend, query.to(device), query_block_size, key_block_size, precision)
+        if reason is not None:
+            continue
+        visible = torch.rand((2, 2, -(-300 // query_block_size), -(-300 // key_block_size)), generator=generator) < 0.5
+        visible[..., 0] = True
+        key_blocks = visible.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+        tail = torch.tensor([[True, False]]) if has_tail else None
+        key_length = torch.tensor([300, 77], dtype=torch.int32) if has_length else None
+        inputs = [query, key, value, key_blocks, visible.sum(dim=-1, dtype=torch.int32)]
+        options = {
+            "query_block_size": query_block_size,
+            "key_block_size": key_block_size,
+            "scale": head_dim**-0.5,
+            "return_lse": True,
+        }
+        if precision == "native":
+            expected = _float64_attention(
+                query, key, value, visible, query_block_size, key_block_size, key_length, tail
+            )
+        else:
+            options["precision"] = precision
+            expected = import_module(BACKENDS["eager"]).attend(*inputs, key_length=key_length, tail=tail, **options)
+        actual = module.attend(
+            *(x.to(device) for x in inputs),
+            key_length=None if key_length is None else key_length.to(device),
+            tail=None if tail is None else tail.to(device),
+            **options,
+        )
+        errors += [float((a.cpu().double() - e.double()).norm() / e.double().norm()) for a, e in zip(actual, expected)]
+    if not errors:
+        raise ValueError(f"`backend` {backend!r} cannot run on {device}: {reason}. Name another backend or device.")
+    # Unlike max(), a sum keeps an error that is not a number.
+    return max(errors) if sum(errors) < float("inf") else float("nan")
+
+
+def _float64_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    query_block_size: int,
+    key_block_size: int,
+    key_length: Tensor | None,
+    tail: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp with every logit written out, for the block map `visible` [B, H, Q, K]."""
+    num_tokens, head_dim = query.shape[2:]
+    query, key, value = query.double(), key.double(), value.double()
+    visible = visible[:, :, torch.arange(num_tokens) // query_block_size]  # [B, H, S, K]
+    block_of = torch.arange(num_tokens) // key_block_size
+    exists = torch.arange(num_tokens) < (torch.tensor([num_tokens]) if key_length is None else key_length)[:, None]
+    seen = visible[..., block_of] & exists[:, None, None]  # [B, H, S, S]
+    logits = (query @ key.mT).masked_fill(~seen, -torch.inf) * head_dim**-0.5
+    # [K, S] marks the tokens of each block.
+    members = (block_of == torch.arange(visible.shape[-1])[:, None]) & exists[:, None]
+    sizes = members.sum(dim=-1).double()  # [B, K]
+    means = [members[:, None].double() @ x / sizes.clamp(min=1)[:, None, :, None] for x in (key, value)]
+    in_tail = ~visible & (sizes > 0)[:, None, None]
+    in_tail = torch.zeros_like(in_tail) if tail is None else in_tail & tail[..., None, None]
+    tail_logits = query @ means[0].mT * head_dim**-0.5 + sizes.log()[:, None, None]
+    logits = torch.cat([logits, tail_logits.masked_fill(~in_tail, -torch.inf)], dim=-1)
+    return logits.softmax(dim=-1) @ torch.cat([value, means[1]], dim=2), logits.logsumexp(dim=-1)
