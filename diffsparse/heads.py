@@ -20,6 +20,7 @@ from torch import Tensor
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.first_use import is_right
 from diffsparse.kernels.pooling import block_means, block_token_counts
+from diffsparse.kernels.reorder import gather_tokens
 
 
 class HeadClass(enum.IntEnum):
@@ -47,19 +48,20 @@ class BlockSums:
     """Attention of sampled rows, summed by key block but not yet over the blocks.
 
     Attributes:
-        numerators: [B, H, K, D, R] float32, the weighted values of each block, over exp of its peak.
-        denominators: [B, H, K, R] float32, the weights of each block, over exp of its peak.
-        peaks: [B, H, K, R] float32, the largest score in each block. Each block has its own, so that a mask which
+        numerators: [B, H, R, K, D] float32, the weighted values of each block, over exp of its peak.
+        denominators: [B, H, R, K] float32, the weights of each block, over exp of its peak.
+        peaks: [B, H, R, K] float32, the largest score in each block. Each block has its own, so that a mask which
             hides a row's largest scores leaves numbers of the others.
-        tail: [B, H, K, R] float32, the logarithm of the weight of each block's pooled key.
-        pooled_value: [B, H, K, D] float32.
+        tail: [B, H, R, K] float32, the logarithm of the weight of each block's mean key.
+        mean_key, mean_value: [B, H, K, D] float32, of each block.
     """
 
     numerators: Tensor
     denominators: Tensor
     peaks: Tensor
     tail: Tensor
-    pooled_value: Tensor
+    mean_key: Tensor
+    mean_value: Tensor
 
     @classmethod
     def of(
@@ -67,84 +69,84 @@ class BlockSums:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        pooled_key: Tensor,
         block_size: int,
+        order: Tensor | None = None,
         key_length: Tensor | None = None,
     ) -> BlockSums:
         """Attention of the sampled rows.
 
         Args:
             query: [B, H, R, D] float32, the sampled rows, scaled.
-            key, value: [B, H, S, D], in the token order to be judged.
-            pooled_key: [B, H, K, D] float32, the mean key of each block.
+            key, value: [B, H, S, D].
             block_size: tokens a key block.
-            key_length: [B], keys at or beyond it do not exist.
+            order: [S] int64, the token order to be judged; None for that of key and value.
+            key_length: [B], keys at or beyond this place of the order do not exist.
         """
         if key.device.type == "cuda" and (kernel := _kernel(key.device)) is not None:
-            return cls(*kernel(query, key, value, block_size, key_length))
-        batch, heads, tokens, dim = key.shape
-        blocks = pooled_key.shape[2]
-        lengths = block_token_counts(tokens, block_size, device=key.device)[0].float()
-        transposed = query.transpose(-1, -2)
-        scores = key.float() @ transposed  # [B, H, S, R]
-        tail = pooled_key @ transposed + lengths.log()[:, None]  # [B, H, K, R]
+            return cls(*kernel(query, key, value, block_size, order, key_length))
+        if order is not None:
+            key, value = gather_tokens(key, order[None]), gather_tokens(value, order[None])
+        batch, heads, tokens = key.shape[:3]
+        lengths = block_token_counts(tokens, block_size, device=key.device)[0].float()  # [K]
+        mean_key, mean_value = (block_means(x, block_size)[0] for x in (key, value))
+        tail = query @ mean_key.transpose(-1, -2) + lengths.log()
+        scores = key.float() @ query.transpose(-1, -2)  # [B, H, S, R]
         if key_length is not None:
             beyond = torch.arange(tokens, device=key.device) >= key_length[:, None]
             scores.masked_fill_(beyond[:, None, :, None], -torch.inf)
         values = value.float()
-        if (padding := blocks * block_size - tokens) > 0:
+        if (padding := len(lengths) * block_size - tokens) > 0:
             scores = F.pad(scores, (0, 0, 0, padding), value=-torch.inf)
             values = F.pad(values, (0, 0, 0, padding))
-        scores = scores.view(batch, heads, blocks, block_size, -1)
-        values = values.view(batch, heads, blocks, block_size, dim)
+        scores = scores.view(batch, heads, len(lengths), block_size, -1)
+        values = values.unflatten(2, (len(lengths), block_size))
         peaks = scores.amax(3).clamp_min(_LEAST)  # [B, H, K, R]
         weights = scores.sub_(peaks[:, :, :, None]).exp_()
-        by_row = (weights.transpose(-1, -2) @ values).transpose(2, 3).contiguous()  # [B, H, R, K, D]
+        numerators = weights.transpose(-1, -2) @ values  # [B, H, K, R, D]
         return cls(
-            numerators=by_row.permute(0, 1, 3, 4, 2),
-            denominators=weights.sum(3),
-            peaks=peaks,
+            numerators=numerators.transpose(2, 3).contiguous(),
+            denominators=weights.sum(3).transpose(2, 3).contiguous(),
+            peaks=peaks.transpose(2, 3).contiguous(),
             tail=tail,
-            pooled_value=values.sum(3) / lengths[:, None],
+            mean_key=mean_key,
+            mean_value=mean_value,
         )
 
     def exact(self) -> Tensor:
-        """Dense attention of the sampled rows, [B, H, D, R]."""
-        numerator, denominator = self._sum((self.peaks - self.peaks.amax(2, keepdim=True)).exp_()[:, :, None])
-        return (numerator / denominator)[:, :, 0]
+        """Dense attention of the sampled rows, [B, H, R, D]."""
+        numerator, denominator = self._sum((self.peaks - self.peaks.amax(3, keepdim=True)).exp_()[:, :, :, None])
+        return (numerator / denominator)[:, :, :, 0]
 
     def mass(self) -> Tensor:
-        """Share of each row's attention that each block holds, [B, H, K, R]."""
-        weights = self.denominators * (self.peaks - self.peaks.amax(2, keepdim=True)).exp_()
-        return weights / weights.sum(2, keepdim=True)
+        """Share of each row's attention that each block holds, [B, H, R, K]."""
+        weights = self.denominators * (self.peaks - self.peaks.amax(3, keepdim=True)).exp_()
+        return weights / weights.sum(3, keepdim=True)
 
     def masked(self, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """What a block mask gives the sampled rows, without and with the pooled tail, each [B, H, D, R].
+        """What a block mask gives the sampled rows, without and with the pooled tail, each [B, H, R, D].
 
-        `visible` [B|1, H|1, K, R] says which key blocks the query block of each row sees. A row that sees no key is
+        `visible` [B|1, H|1, R, K] says which key blocks the query block of each row sees. A row that sees no key is
         NaN without the tail.
         """
-        without_tail, with_tail = self.masked_each(visible[:, :, None])
-        return without_tail[:, :, 0], with_tail[:, :, 0]
+        without_tail, with_tail = self.masked_each(visible[:, :, :, None])
+        return without_tail[:, :, :, 0], with_tail[:, :, :, 0]
 
     def masked_each(self, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """As `masked`, for M masks at once: `visible` [B|1, H|1, M, K, R], the outputs [B, H, M, D, R]."""
-        peaks = self.peaks[:, :, None].masked_fill(~visible, _LEAST)
-        peak = peaks.amax(3, keepdim=True)  # [B, H, M, 1, R]
-        numerator, denominator = self._sum((peaks - peak).exp_().masked_fill_(~visible, 0.0))
-        tail = self.tail[:, :, None].masked_fill(visible, -torch.inf)
-        peak_with_tail = torch.maximum(peak, tail.amax(3, keepdim=True))
-        share = (peak - peak_with_tail).exp_()  # [B, H, M, 1, R]
+        """As `masked`, for M masks at once: `visible` [B|1, H|1, R, M, K], the outputs [B, H, R, M, D]."""
+        peaks = torch.where(visible, self.peaks[:, :, :, None], -torch.inf)
+        peak = peaks.amax(4, keepdim=True).clamp_min_(_LEAST)  # [B, H, R, M, 1]
+        numerator, denominator = self._sum(peaks.sub_(peak).exp_())
+        tail = torch.where(visible, -torch.inf, self.tail[:, :, :, None])
+        peak_with_tail = torch.maximum(peak, tail.amax(4, keepdim=True))
+        share = (peak - peak_with_tail).exp_()  # [B, H, R, M, 1]
         tail = tail.sub_(peak_with_tail).exp_()
-        tail_numerator = self.pooled_value.transpose(-1, -2)[:, :, None] @ tail
-        with_tail = (numerator * share + tail_numerator) / (denominator * share + tail.sum(3, keepdim=True))
+        tail_numerator = (tail.flatten(2, 3) @ self.mean_value).view_as(numerator)
+        with_tail = (numerator * share + tail_numerator) / (denominator * share + tail.sum(4, keepdim=True))
         return numerator / denominator, with_tail
 
     def _sum(self, factors: Tensor) -> tuple[Tensor, Tensor]:
-        """Numerators [B, H, M, D, R] and denominators [B, H, M, 1, R] over blocks that count by [B, H, M, K, R]."""
-        by_row = self.numerators.permute(0, 1, 4, 2, 3)  # rows outermost, as they lie in memory: [B, H, R, K, D]
-        numerators = (factors.permute(0, 1, 4, 2, 3) @ by_row).permute(0, 1, 3, 4, 2)
-        return numerators, (self.denominators[:, :, None] * factors).sum(3, keepdim=True)
+        """Numerators [B, H, R, M, D] and denominators [B, H, R, M, 1] over blocks that count by [B, H, R, M, K]."""
+        return factors @ self.numerators, factors @ self.denominators[..., None]
 
 
 _LEAST = torch.finfo(torch.float32).min
@@ -158,8 +160,9 @@ def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
         from diffsparse.kernels.block_sums_triton import block_sums
 
         query, key, value = (torch.randn(1, 2, tokens, 32) for tokens in (5, 70, 70))
-        expected = BlockSums.of(query, key, value, block_means(key, 32)[0], 32)
-        actual = BlockSums(*block_sums(query.to(device), key.to(device), value.to(device), 32, None))
+        order = torch.randperm(70)
+        expected = BlockSums.of(query, key, value, 32, order)
+        actual = BlockSums(*block_sums(query.to(device), key.to(device), value.to(device), 32, order.to(device)))
         return torch.allclose(actual.exact().cpu(), expected.exact(), rtol=1e-3, atol=1e-3)
 
     if not is_right("judging candidate masks", check):
@@ -170,14 +173,14 @@ def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
 
 
 def head_errors(output: Tensor, exact: Tensor) -> Tensor:
-    """Squared error over squared size of the sampled outputs [B, H, ..., D, R], by head: [H, ...].
+    """Squared error over squared size of the sampled outputs [B, H, R, ..., D], by head: [H, ...].
 
     `exact` is broadcast to `output`. NaN counts as infinite.
     """
-    error = (output - exact).square().sum(dim=(0, -2, -1)) / squared_sizes(exact)
+    error = (output - exact).square().sum(dim=(0, 2, -1)) / squared_sizes(exact)
     return error.nan_to_num(nan=torch.inf)
 
 
 def squared_sizes(exact: Tensor) -> Tensor:
-    """Squared size of the outputs [B, H, ..., D, R], by head: [H, ...], above 0."""
-    return exact.square().sum(dim=(0, -2, -1)).clamp_min(1e-12)
+    """Squared size of the outputs [B, H, R, ..., D], by head: [H, ...], above 0."""
+    return exact.square().sum(dim=(0, 2, -1)).clamp_min(1e-12)

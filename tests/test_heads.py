@@ -20,15 +20,15 @@ def case():
     """Rows and keys of 105 tokens in blocks of 16 (the last one ragged), and a random block map."""
     torch.manual_seed(0)
     rows, key, value = (torch.randn(2, 3, n, 8) for n in (5, 105, 105))
-    visible = torch.rand(2, 3, 7, 5) < 0.4
-    visible[:, :, 2] = True
-    return rows, key, value, visible, BlockSums.of(rows, key, value, block_means(key, 16)[0], 16)
+    visible = torch.rand(2, 3, 5, 7) < 0.4
+    visible[..., 2] = True
+    return rows, key, value, visible, BlockSums.of(rows, key, value, 16)
 
 
 def test_exact_is_dense_attention(case):
     rows, key, value, _, sums = case
     everything = torch.ones(2, 3, 5, 105, dtype=torch.bool)
-    expected = attention_by_elements(rows, key, value, everything).transpose(-1, -2)
+    expected = attention_by_elements(rows, key, value, everything)
     assert torch.allclose(sums.exact().double(), expected, atol=1e-5)
 
 
@@ -36,13 +36,13 @@ def test_mass_is_what_the_weights_of_each_block_sum_to(case):
     rows, key, _, _, sums = case
     in_block = torch.nn.functional.one_hot(torch.arange(105) // 16).double()  # [S, K]
     weights = torch.softmax(rows.double() @ key.double().transpose(-1, -2), -1)
-    assert torch.allclose(sums.mass().double(), (weights @ in_block).transpose(-1, -2), atol=1e-5)
+    assert torch.allclose(sums.mass().double(), weights @ in_block, atol=1e-5)
 
 
 def test_masked_is_attention_to_the_visible_blocks(case):
     rows, key, value, visible, sums = case
-    seen = visible.transpose(-1, -2)[..., torch.arange(105) // 16]
-    expected = attention_by_elements(rows, key, value, seen).transpose(-1, -2)
+    seen = visible[..., torch.arange(105) // 16]
+    expected = attention_by_elements(rows, key, value, seen)
     assert torch.allclose(sums.masked(visible)[0].double(), expected, atol=1e-5)
 
 
@@ -51,12 +51,12 @@ def test_the_tail_stands_for_each_hidden_block_as_often_as_it_has_tokens(case):
     # Hidden tokens replaced by the mean of their block: attention over them is the pooled tail.
     block = torch.arange(105) // 16
     mean_key, mean_value = (block_means(x, 16)[0][:, :, block] for x in (key, value))
-    seen = visible.transpose(-1, -2)[..., block]  # [B, H, R, S]
+    seen = visible[..., block]  # [B, H, R, S]
     rows_of = rows[:, :, :, None]  # one query a row, each with keys of its own
     keys = torch.where(seen[..., None], key[:, :, None], mean_key[:, :, None])
     values = torch.where(seen[..., None], value[:, :, None], mean_value[:, :, None])
     everything = torch.ones(2, 3, 5, 1, 105, dtype=torch.bool)
-    expected = attention_by_elements(rows_of, keys, values, everything)[:, :, :, 0].transpose(-1, -2)
+    expected = attention_by_elements(rows_of, keys, values, everything)[:, :, :, 0]
     assert torch.allclose(sums.masked(visible)[1].double(), expected, atol=1e-5)
 
 
@@ -67,23 +67,32 @@ def test_a_mask_that_hides_the_largest_scores_leaves_the_numbers_of_the_others(h
     # The first block's scores lie so far above all others that these are nothing beside them in float32.
     rows[..., 0] = 1.0
     key[:, :, :16, 0] += height
-    visible = torch.ones(1, 1, 7, 5, dtype=torch.bool)
-    visible[:, :, 0] = False
-    sums = BlockSums.of(rows, key, value, block_means(key, 16)[0], 16)
+    visible = torch.ones(1, 1, 5, 7, dtype=torch.bool)
+    visible[..., 0] = False
+    sums = BlockSums.of(rows, key, value, 16)
     seen = (torch.arange(105) >= 16).expand(1, 2, 5, 105)
     without_tail, with_tail = sums.masked(visible)
-    expected = attention_by_elements(rows, key, value, seen).transpose(-1, -2)
+    expected = attention_by_elements(rows, key, value, seen)
     assert torch.allclose(without_tail.double(), expected, atol=1e-5)
-    pooled = value[:, :, :16].mean(2)[..., None].expand(1, 2, 8, 5)
+    pooled = value[:, :, :16].mean(2, keepdim=True).expand(1, 2, 5, 8)
     assert torch.allclose(with_tail, pooled, atol=1e-5)
 
 
 def test_a_row_that_sees_no_key_is_infinitely_wrong_without_the_tail(case):
     _, _, _, visible, sums = case
-    visible[:, 1, :, 3] = False
+    visible[:, 1, 3] = False
     without_tail, with_tail = (head_errors(output, sums.exact()) for output in sums.masked(visible))
     assert without_tail.isinf().tolist() == [False, True, False]
     assert with_tail.isfinite().all()
+
+
+def test_an_order_gives_what_keys_and_values_in_it_give(case):
+    rows, key, value, _, _ = case
+    order, length = torch.randperm(105), torch.tensor([105, 90], dtype=torch.int32)
+    sums = BlockSums.of(rows, key, value, 16, order, length)
+    expected = BlockSums.of(rows, key[:, :, order], value[:, :, order], 16, key_length=length)
+    for name, x in vars(expected).items():
+        assert torch.allclose(getattr(sums, name), x, atol=1e-5), name
 
 
 def test_keys_beyond_the_length_do_not_exist():
@@ -91,14 +100,14 @@ def test_keys_beyond_the_length_do_not_exist():
     rows, key, value = (torch.randn(2, 3, n, 8) for n in (5, 105, 105))
     length = torch.tensor([105, 90], dtype=torch.int32)
     key[1, :, 90:] = 1e4  # what padding holds must not matter
-    sums = BlockSums.of(rows, key, value, block_means(key, 16, length)[0], 16, length)
+    sums = BlockSums.of(rows, key, value, 16, key_length=length)
     seen = (torch.arange(105) < length[:, None])[:, None, None].expand(2, 3, 5, 105)
-    expected = attention_by_elements(rows, key, value, seen).transpose(-1, -2)
+    expected = attention_by_elements(rows, key, value, seen)
     assert torch.allclose(sums.exact().double(), expected, atol=1e-5)
 
 
 def test_errors_are_relative_and_by_head():
-    exact = torch.ones(2, 2, 8, 5)
+    exact = torch.ones(2, 2, 5, 8)
     output = exact.clone()
     output[:, 1] *= 1.1
     assert torch.allclose(head_errors(output, exact), torch.tensor([0.0, 0.01]))

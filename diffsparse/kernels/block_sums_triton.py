@@ -14,11 +14,16 @@ LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 def block_sums(
-    query: Tensor, key: Tensor, value: Tensor, block_size: int, key_length: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int,
+    order: Tensor | None = None,
+    key_length: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """The fields of `heads.BlockSums`, in their order, of query [B, H, R, D] fp32, key and value [B, H, S, D].
 
-    Products are in key's dtype. The numerators [B, H, K, D, R] lie as [B, H, R, K, D] in memory.
+    Products are in key's dtype. Keys and values are read in the `order` [S] int64 without a copy of them.
     """
     batch, heads, rows, dim = query.shape
     tokens = key.shape[2]
@@ -26,17 +31,18 @@ def block_sums(
     query = query.to(key.dtype).contiguous()
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
     numerators = query.new_empty((batch, heads, rows, blocks, dim), dtype=torch.float32)
-    sums = query.new_empty((3, batch, heads, blocks, rows), dtype=torch.float32)
-    pooled_value = query.new_empty((batch, heads, blocks, dim), dtype=torch.float32)
+    sums = query.new_empty((3, batch, heads, rows, blocks), dtype=torch.float32)
+    means = query.new_empty((2, batch, heads, blocks, dim), dtype=torch.float32)
     with torch.cuda.device(query.device if query.device.type == "cuda" else -1):
         block_sums_kernel[(blocks, batch * heads)](
             query,
             key,
             value,
+            order,
             key_length,
             numerators,
             sums,
-            pooled_value,
+            means,
             *key.stride()[:3],
             *value.stride()[:3],
             heads,
@@ -49,7 +55,7 @@ def block_sums(
             PADDED_BLOCK=triton.next_power_of_2(max(block_size, 16)),
             PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
         )
-    return numerators.permute(0, 1, 3, 4, 2), sums[0], sums[1], sums[2], pooled_value
+    return numerators, *sums.unbind(), *means.unbind()
 
 
 @triton.jit
@@ -57,10 +63,11 @@ def block_sums_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
+    order_ptr,
     key_length_ptr,
     numerators_ptr,
     sums_ptr,
-    pooled_value_ptr,
+    means_ptr,
     key_stride_b,
     key_stride_h,
     key_stride_s,
@@ -77,7 +84,7 @@ def block_sums_kernel(
     PADDED_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All rows of one head against one key block. `key_length_ptr` may be None."""
+    """All rows of one head against one key block. `order_ptr` and `key_length_ptr` may be None."""
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
     head_of_batch = tl.program_id(1).to(tl.int64)
@@ -91,8 +98,11 @@ def block_sums_kernel(
     query = tl.load(query_ptr + offsets, mask=is_row[:, None] & in_head[None, :], other=0.0)
 
     within = tl.arange(0, PADDED_BLOCK)
-    tokens = (block * BLOCK + within).to(tl.int64)
-    is_token = (within < BLOCK) & (tokens < num_tokens)
+    places = (block * BLOCK + within).to(tl.int64)
+    is_token = (within < BLOCK) & (places < num_tokens)
+    tokens = places
+    if order_ptr is not None:
+        tokens = tl.load(order_ptr + places, mask=is_token, other=0)
     mask = is_token[:, None] & in_head[None, :]
     key_ptr += b * key_stride_b + h * key_stride_h
     value_ptr += b * value_stride_b + h * value_stride_h
@@ -107,7 +117,7 @@ def block_sums_kernel(
     tail = tl.sum(logits, 1) / size + tl.log(size)
     exists = is_token
     if key_length_ptr is not None:
-        exists = exists & (tokens < tl.load(key_length_ptr + b))
+        exists = exists & (places < tl.load(key_length_ptr + b))
     logits = tl.where(exists[None, :], logits, -float("inf"))
     peaks = tl.maximum(tl.max(logits, 1), LEAST)
     weights = tl.exp(logits - peaks[:, None])
@@ -119,10 +129,11 @@ def block_sums_kernel(
         numerators,
         mask=is_row[:, None] & in_head[None, :],
     )
-    place = (head_of_batch * blocks + block) * num_rows + rows
     size_of_sums = (tl.num_programs(1) * blocks).to(tl.int64) * num_rows
     tl.store(sums_ptr + place, tl.sum(weights, 1), mask=is_row)
     tl.store(sums_ptr + size_of_sums + place, peaks, mask=is_row)
     tl.store(sums_ptr + 2 * size_of_sums + place, tail, mask=is_row)
-    pooled = tl.sum(value.to(tl.float32), 0) / size
-    tl.store(pooled_value_ptr + (head_of_batch * blocks + block) * HEAD_DIM + dims, pooled, mask=in_head)
+    size_of_means = (tl.num_programs(1) * blocks).to(tl.int64) * HEAD_DIM
+    means_ptr += (head_of_batch * blocks + block) * HEAD_DIM
+    tl.store(means_ptr + dims, tl.sum(key.to(tl.float32), 0) / size, mask=in_head)
+    tl.store(means_ptr + size_of_means + dims, tl.sum(value.to(tl.float32), 0) / size, mask=in_head)

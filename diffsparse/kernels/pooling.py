@@ -21,10 +21,10 @@ def block_means(x: Tensor, block_size: int, key_length: Tensor | None = None) ->
     num_whole = num_tokens // block_size
     sums = x.new_empty((batch, heads, token_counts.shape[1], head_dim), dtype=torch.float32)
     whole = x[:, :, : num_whole * block_size].unflatten(2, (num_whole, block_size))
-    sums[:, :, :num_whole] = whole.sum(dim=3, dtype=torch.float32)
+    torch.sum(whole, dim=3, dtype=torch.float32, out=sums[:, :, :num_whole])
     if num_whole < sums.shape[2]:
-        sums[:, :, num_whole] = x[:, :, num_whole * block_size :].sum(dim=2, dtype=torch.float32)
-    return sums / token_counts.clamp(min=1)[:, None, :, None], token_counts
+        torch.sum(x[:, :, num_whole * block_size :], dim=2, dtype=torch.float32, out=sums[:, :, num_whole])
+    return sums.div_(token_counts.clamp(min=1)[:, None, :, None]), token_counts
 
 
 def block_token_counts(

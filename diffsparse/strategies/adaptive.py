@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields
 
 import torch
@@ -9,13 +10,12 @@ from torch import Tensor
 
 from diffsparse.block_mask import BlockMask, list_dtype
 from diffsparse.grid import TokenGrid
-from diffsparse.heads import BlockSums, HeadClass, head_errors, squared_sizes
-from diffsparse.kernels.pooling import block_means
+from diffsparse.heads import HeadClass
 from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
-from diffsparse.strategies.adaptive_geometry import ORDERS, Geometry, geometry_of, ranks
+from diffsparse.strategies.adaptive_geometry import ORDERS, Geometry, geometry_of
+from diffsparse.strategies.adaptive_trials import RULES, Inputs, Trial, rank_by
 from diffsparse.strategies.error_budget import on_device, share_out
-from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.strategy import AttentionCall
 
 BLOCK_SIZE = 64
@@ -50,8 +50,6 @@ class Candidate:
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}.")
 
-
-RULES = ("band", "top", "random")
 
 CANDIDATES = (
     Candidate(HeadClass.SPATIAL, "frame-major", "band"),
@@ -167,12 +165,13 @@ class Adaptive:
         options["density"] = self.density * (1 + load)
         options["query_block_size"] = self.query_block_size or query_block_size
         options["key_block_size"] = self.key_block_size or BLOCK_SIZE
+        options["candidates"] = tuple(sorted(self.candidates, key=lambda candidate: ORDERS.index(candidate.order)))
         return _Sized(**options)
 
 
 @dataclass(frozen=True)
 class _Sized(Adaptive):
-    """Options that leave no block size open."""
+    """Options that leave no block size open, the candidates of an order side by side."""
 
     query_block_size: int = 64
     key_block_size: int = 64
@@ -180,128 +179,72 @@ class _Sized(Adaptive):
     def _plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         layout = _layout(call.grid, self, query.device)
         scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-        parts = [
-            self._choose(query[:, heads], key[:, heads], value[:, heads], layout, call.key_length, scale)
-            for heads in head_slices(query, self.sampled_rows)
+        rows = query.index_select(2, layout.rows).float() * scale
+        inputs = Inputs(query, key, value, rows, call.key_length, self._noise(query, layout))
+        by_order = itertools.groupby(self.candidates, key=lambda candidate: candidate.order)
+        trials = [
+            Trial.of(ORDERS.index(order), [each.rule for each in candidates], layout.counts, inputs, layout)
+            for order, candidates in by_order
         ]
-        choice = _Choice.joined(parts)
-        counts = share_out(choice.errors, layout.counts, layout.budget)
+        errors, errors_with_tail = torch.cat([trial.errors for trial in trials], dim=2).unbind(1)  # [H, C, N]
+        tail = errors_with_tail < errors
+        if self.tail:
+            errors = torch.minimum(errors, errors_with_tail)
+        best = self._best(errors[:, :, layout.counts.index(layout.budget)])
+        errors, tail = (x.take_along_dim(best[:, None, None], 1)[:, 0] for x in (errors, tail))  # [H, N]
+        counts = share_out(errors * trials[0].sizes[:, None], layout.counts, layout.budget)
         # Where a head's share lies between two that were measured, the tail is that of the smaller.
         share = torch.searchsorted(on_device(tuple(layout.counts), query.device), counts, right=True) - 1
         mask = BlockMask.from_visible(
-            (choice.rank < counts[:, None, None]) | layout.always,
+            (self._rank(best, trials, inputs, layout) < counts[:, None, None]) | layout.always,
             call.grid.num_tokens,
             self.query_block_size,
             self.key_block_size,
             capacity=layout.counts[-1],
             num_complete=layout.num_complete,
         )
-        permutation = Permutation(layout.orders, layout.inverse, choice=choice.order)
-        tail = choice.tail.gather(1, share[:, None])[:, 0]
-        return AttentionPlan(permutation, mask, tail[None] if self.tail else None, choice.classes)
-
-    def _choose(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: _Layout, key_length: Tensor | None, scale: float
-    ) -> _Choice:
-        """The best candidate of each head of query, key, value [B, H, S, D]."""
-        rows = query.index_select(2, layout.rows).float() * scale
-        best = None
-        for name in sorted({candidate.order for candidate in self.candidates}, key=ORDERS.index):
-            number = ORDERS.index(name)
-            ordered_query, ordered_key, ordered_value = (layout.ordered(x, number) for x in (query, key, value))
-            pooled_query, _ = block_means(ordered_query, self.query_block_size)
-            pooled_key, _ = block_means(ordered_key, self.key_block_size)
-            sums = BlockSums.of(rows, ordered_key, ordered_value, pooled_key, self.key_block_size, key_length)
-            exact = sums.exact()
-            block_of_row = layout.inverse[number].index_select(0, layout.rows) // self.query_block_size
-            for candidate in self.candidates:
-                if candidate.order == name:
-                    rank = self._rank(candidate.rule, pooled_query, pooled_key, layout)
-                    choice = self._judge(candidate, rank, sums, exact, block_of_row, layout)
-                    best = choice if best is None else best.or_better(choice)
-        assert best is not None
-        return best
-
-    def _judge(
-        self,
-        candidate: Candidate,
-        rank: Tensor,
-        sums: BlockSums,
-        exact: Tensor,
-        block_of_row: Tensor,
-        layout: _Layout,
-    ) -> _Choice:
-        """The candidate with what it costs each head: the smaller of the errors with and without the tail."""
-        always = layout.always[block_of_row]  # [R, K]
-        seen = torch.stack([(rank.index_select(2, block_of_row) < count) | always for count in layout.counts], dim=2)
-        error, error_with_tail = (
-            head_errors(output, exact[:, :, None]) for output in sums.masked_each(seen.transpose(-1, -2))
-        )  # [H, N]
-        tail = error_with_tail < error
-        if self.tail:
-            error = torch.minimum(error, error_with_tail)
-        penalised = error[:, layout.counts.index(layout.budget)]
-        if candidate.head_class is HeadClass.TEXTURAL:
-            penalised = penalised * self.band_margin + NEGLIGIBLE_ERROR
-        return _Choice(
-            penalised,
-            error * squared_sizes(exact)[:, None],
-            rank.expand(-1, len(error), -1, -1),
-            tail,
-            torch.full_like(penalised, ORDERS.index(candidate.order), dtype=torch.long),
-            torch.full_like(penalised, candidate.head_class, dtype=torch.long),
+        order = self._of(best, [ORDERS.index(candidate.order) for candidate in self.candidates])
+        return AttentionPlan(
+            Permutation(layout.orders, layout.inverse, choice=order),
+            mask,
+            tail.gather(1, share[:, None]).T if self.tail else None,
+            self._of(best, [candidate.head_class for candidate in self.candidates]),
         )
 
-    def _rank(self, rule: str, pooled_query: Tensor, pooled_key: Tensor, layout: _Layout) -> Tensor:
-        """The place of each key block in the order in which a rule wants them, [B|1, H|1, Q, K] int32.
+    def _noise(self, query: Tensor, layout: _Layout) -> Tensor | None:
+        """The scores of the rule "random", [B, H, Q, K]; None where no candidate asks for it."""
+        if all(candidate.rule != "random" for candidate in self.candidates):
+            return None
+        generator = torch.Generator(query.device).manual_seed(self.seed)
+        return torch.rand((*query.shape[:2], *layout.always.shape), generator=generator, device=query.device)
 
-        `layout.always` comes first. Beyond the largest share of a head scores all have the same place, K.
-        """
-        if rule == "band":
-            return layout.band_rank[None, None]
-        scores = pooled_query @ pooled_key.transpose(-1, -2)
-        if rule == "random":
-            generator = torch.Generator(scores.device).manual_seed(self.seed)
-            scores = torch.rand(scores.shape, generator=generator, device=scores.device)
-        return ranks(scores.masked_fill(layout.always, torch.inf), layout.counts[-1])
+    def _best(self, errors: Tensor) -> Tensor:
+        """Which candidate each head takes, of the errors [H, C]: the first of those that cost it least, [H] int64."""
+        classes = on_device(tuple(candidate.head_class for candidate in self.candidates), errors.device)
+        of_content = errors * self.band_margin + NEGLIGIBLE_ERROR
+        return torch.where(classes == HeadClass.TEXTURAL, of_content, errors).argmin(1)
 
+    def _of(self, best: Tensor, values: list[int]) -> Tensor:
+        """What each head's candidate has of these values, one for each candidate: [H] int64."""
+        return on_device(tuple(values), best.device).index_select(0, best)
 
-@dataclass(frozen=True, eq=False)
-class _Choice:
-    """What each head would run, all on the device.
-
-    Attributes:
-        error: [H], what it costs at the mean budget, by which candidates are compared.
-        errors: [H, N], squared error on the sampled rows at each share of the budget.
-        rank: [B|1, H, Q, K] int32, in which order blocks are taken.
-        tail: [H, N] bool, whether the pooled tail helps there.
-        order, classes: [H] int64, index into ORDERS and `HeadClass`.
-    """
-
-    error: Tensor
-    errors: Tensor
-    rank: Tensor
-    tail: Tensor
-    order: Tensor
-    classes: Tensor
-
-    @classmethod
-    def joined(cls, parts: list[_Choice]) -> _Choice:
-        """The heads of all parts."""
-        names = (field.name for field in fields(cls))
-        return cls(*(torch.cat([getattr(part, n) for part in parts], dim=1 if n == "rank" else 0) for n in names))
-
-    def or_better(self, other: _Choice) -> _Choice:
-        """For each head this one, or the other where its error is smaller."""
-        better = other.error < self.error
-        return _Choice(
-            torch.where(better, other.error, self.error),
-            torch.where(better[:, None], other.errors, self.errors),
-            torch.where(better[:, None, None], other.rank, self.rank),
-            torch.where(better[:, None], other.tail, self.tail),
-            torch.where(better, other.order, self.order),
-            torch.where(better, other.classes, self.classes),
+    def _rank(self, best: Tensor, trials: list[Trial], inputs: Inputs, layout: _Layout) -> Tensor:
+        """The place that each head's candidate gives each key block, [B|1, H|1, Q, K] int32."""
+        orders = list(dict.fromkeys(candidate.order for candidate in self.candidates))
+        order = self._of(best, [orders.index(candidate.order) for candidate in self.candidates])
+        mean_query, mean_key = (
+            torch.stack(means).take_along_dim(order[None, None, :, None, None], 0)[0]
+            for means in ([trial.mean_query for trial in trials], [trial.mean_key for trial in trials])
         )
+        rules = [RULES.index(candidate.rule) for candidate in self.candidates]
+        rule_of_head = self._of(best, rules)[:, None, None]
+        blocks = torch.arange(len(layout.always), device=best.device)
+        rank = None
+        for rule in sorted(set(rules)):
+            ranked = rank_by(RULES[rule], mean_query, mean_key, inputs.noise, layout.counts[-1], layout, blocks)
+            rank = ranked if rank is None else torch.where(rule_of_head == rule, ranked, rank)
+        assert rank is not None
+        return rank
 
 
 @dataclass(frozen=True, eq=False)

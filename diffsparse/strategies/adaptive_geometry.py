@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsparse.block_mask import num_blocks
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import sample_rows
-from diffsparse.permutation import Permutation, axis_order, tile_order
+from diffsparse.permutation import axis_order, tile_order
 from diffsparse.strategies.always_exact import block_distance, exact_blocks
 
 ORDERS = ("frame-major", "token-major", "tiles")
@@ -24,27 +24,30 @@ class Geometry:
     Attributes:
         orders, inverse: of each of `ORDERS`, [3, S].
         rows: the sampled rows, [R].
+        blocks_of_rows: the query block that each of them lies in, by order, [3, R].
         always: what every query block of every order sees, [Q, K] bool: text, and itself.
         band_rank: the place of each block by its distance from the diagonal, [Q, K] int32, `always` first.
         seen_by_all: the most key blocks in `always` of a query block without text.
         num_complete: query blocks with text, the last ones, which see all.
         starts_with_video: whether the frame-major order is the tokens' own.
+        query_block_size, key_block_size: tokens a block.
     """
 
     orders: Tensor
     inverse: Tensor
     rows: Tensor
+    blocks_of_rows: Tensor
     always: Tensor
     band_rank: Tensor
     seen_by_all: int
     num_complete: int
     starts_with_video: bool
+    query_block_size: int
+    key_block_size: int
 
-    def ordered(self, x: Tensor, number: int) -> Tensor:
-        """The tokens of x [B, H, S, D] in the order of this number, contiguous."""
-        if number == 0 and self.starts_with_video:
-            return x.contiguous()
-        return Permutation(self.orders[number, None], self.inverse[number, None]).apply(x)
+    def order(self, number: int) -> Tensor | None:
+        """The order of this number, [S] int64; None for the tokens' own."""
+        return None if number == 0 and self.starts_with_video else self.orders[number]
 
 
 @functools.lru_cache(maxsize=16)
@@ -65,6 +68,8 @@ def geometry_of(
             tile_order(grid, tile),
         ]
     )
+    inverse = torch.argsort(orders, dim=-1)
+    rows = sample_rows(grid, sampled_rows, seed)
     query_blocks = num_blocks(grid.num_tokens, query_block_size)
     key_blocks = num_blocks(grid.num_tokens, key_block_size)
     first_text_query = grid.num_video_tokens // query_block_size
@@ -72,13 +77,16 @@ def geometry_of(
     distance = block_distance(query_blocks, key_blocks, query_block_size, key_block_size)
     return Geometry(
         orders=orders.to(device),
-        inverse=torch.argsort(orders, dim=-1).to(device),
-        rows=sample_rows(grid, sampled_rows, seed).to(device),
+        inverse=inverse.to(device),
+        rows=rows.to(device),
+        blocks_of_rows=(inverse[:, rows] // query_block_size).to(device),
         always=always.to(device),
         band_rank=ranks(-distance.masked_fill(always, -1.0), key_blocks).to(device),
         seen_by_all=int(always[:first_text_query].sum(-1).max()) if first_text_query else 0,
         num_complete=query_blocks - first_text_query if grid.num_tokens > grid.num_video_tokens else 0,
         starts_with_video=grid.text_before == 0,
+        query_block_size=query_block_size,
+        key_block_size=key_block_size,
     )
 
 

@@ -46,11 +46,21 @@ def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _convex(errors: Tensor, counts: list[int]) -> Tensor:
     """The largest convex curve that nowhere lies above the points (counts, errors), at the counts: [H, N]."""
-    columns = []
-    for at, count in enumerate(counts):
-        below = [errors[:, at]]
-        for left, right in itertools.product(range(at), range(at + 1, len(counts))):
-            share = (count - counts[left]) / max(counts[right] - counts[left], 1)
-            below.append(torch.lerp(errors[:, left], errors[:, right], share))
-        columns.append(torch.stack(below).amin(0))
-    return torch.stack(columns, dim=-1)
+    left, right, shares = _chords(tuple(counts), errors.device)
+    return torch.lerp(errors[:, left], errors[:, right], shares).amin(-1)
+
+
+@functools.lru_cache(maxsize=64)
+def _chords(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Between which two points every straight line over each point goes, and how far along, each [N, N * N].
+
+    Pairs on one side of the point stand for the point itself.
+    """
+    places = range(len(counts))
+    pairs = [
+        (at, left, right) if left < at < right else (at, at, at)
+        for at, left, right in itertools.product(places, repeat=3)
+    ]
+    shares = [(counts[at] - counts[left]) / max(counts[right] - counts[left], 1) for at, left, right in pairs]
+    left, right = (on_device(ends, device).view(len(counts), -1) for ends in tuple(zip(*pairs))[1:])
+    return left, right, torch.tensor(shares, dtype=torch.float32, device=device).view(len(counts), -1)

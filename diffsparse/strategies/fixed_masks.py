@@ -12,7 +12,6 @@ from torch import Tensor
 from diffsparse.block_mask import BlockMask, count_complete
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import BlockSums, head_errors, sample_rows
-from diffsparse.kernels.pooling import block_means
 from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.planning_memory import head_slices
@@ -105,7 +104,7 @@ class FixedMasks:
             call: where and when.
 
         Yields:
-            For each mask two tensors [B, heads, D, R] float32: its output and the exact one.
+            For each mask two tensors [B, heads, R, D] float32: its output and the exact one.
         """
         scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
         for heads in head_slices(query, len(rows)):
@@ -117,17 +116,14 @@ class FixedMasks:
                 block_of_row = self.orders.inverses[number].index_select(0, rows) // self.mask.query_block_size
                 for mask, order in enumerate(self.order_of):
                     if order == number:
-                        seen = self.visible[mask].index_select(0, block_of_row).T  # [K, R]
+                        seen = self.visible[mask].index_select(0, block_of_row)  # [R, K]
                         pairs[mask] = (sums.masked(seen[None, None])[0], exact)
             yield [pairs[mask] for mask in range(len(self.order_of))]
 
     def _sums(self, rows: Tensor, key: Tensor, value: Tensor, number: int, key_length: Tensor | None) -> BlockSums:
         """Attention of the scaled rows [B, H, R, D] by key block of one of the orders."""
         keys = self.orders if self.key_orders is None else self.key_orders
-        order = Permutation(keys.orders[number, None], keys.inverses[number, None])
-        key, value = order.apply(key), order.apply(value)
-        size = self.mask.key_block_size
-        return BlockSums.of(rows, key, value, block_means(key, size)[0], size, key_length)
+        return BlockSums.of(rows, key, value, self.mask.key_block_size, keys.orders[number], key_length)
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from diffsparse.heads import BlockSums, head_errors
-from diffsparse.kernels.pooling import block_means
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
 from diffsparse.strategies.fixed_masks import sampled_rows
@@ -89,14 +88,12 @@ class MInference:
         """The block map [B, H, K, K] of the best pattern of each head of query, key, value [B, H, S, D]."""
         rows = query.index_select(2, places).float() * scale
         row_blocks = places // self.block_size
-        pooled_key, _ = block_means(key, self.block_size, key_length)
-        sums = BlockSums.of(rows, key, value, pooled_key, self.block_size, key_length)
-        mass = sums.mass().transpose(-1, -2)  # [B, H, R, K]
+        sums = BlockSums.of(rows, key, value, self.block_size, key_length=key_length)
+        mass = sums.mass()  # [B, H, R, K]
         scores = pooled_scores(query, key, self.block_size, self.block_size, key_length=key_length, scale=scale)
         exact, best, least = sums.exact(), None, None
         for candidate in self._candidates(scores, mass, row_blocks, always):
-            seen = candidate.index_select(2, row_blocks).transpose(-1, -2)
-            error = head_errors(sums.masked(seen)[0], exact)  # [H]
+            error = head_errors(sums.masked(candidate.index_select(2, row_blocks))[0], exact)  # [H]
             if best is None or least is None:
                 best, least = candidate, error
             else:

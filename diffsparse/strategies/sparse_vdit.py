@@ -106,7 +106,7 @@ class SparseVDiT:
         return _masks(grid, self, torch.device(device))
 
     def _error(self, output: Tensor, exact: Tensor) -> Tensor:
-        """Mean squared error of the outputs [B, H, D, R], by head: [H]. NaN counts as infinite."""
+        """Mean squared error of the outputs [B, H, R, D], by head: [H]. NaN counts as infinite."""
         error = (output - exact).square().mean((0, 2, 3)).nan_to_num(nan=torch.inf)
         return error / exact.square().mean((0, 2, 3)).clamp(min=1e-12) if self.relative else error
 

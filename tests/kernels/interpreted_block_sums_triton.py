@@ -8,19 +8,20 @@ import triton
 
 from diffsparse.heads import BlockSums
 from diffsparse.kernels.block_sums_triton import block_sums
-from diffsparse.kernels.pooling import block_means
 
 assert triton.knobs.runtime.interpret, "run this file with TRITON_INTERPRET=1"
 
 
 @pytest.mark.parametrize(("rows", "dim", "block_size"), [(5, 32, 16), (16, 20, 12), (64, 64, 64)])
 @pytest.mark.parametrize("lengths", [None, [70, 20]])
-def test_it_gives_the_fields_that_torch_gives(rows, dim, block_size, lengths):
+@pytest.mark.parametrize("ordered", [False, True])
+def test_it_gives_the_fields_that_torch_gives(rows, dim, block_size, lengths, ordered):
     torch.manual_seed(0)
     query = torch.randn(2, 3, rows, dim)
     key, value = (torch.randn(2, 70, 3, dim).transpose(1, 2) for _ in range(2))
     length = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-    expected = BlockSums.of(query, key, value, block_means(key, block_size)[0], block_size, length)
-    actual = BlockSums(*block_sums(query, key, value, block_size, length))
+    order = torch.randperm(70) if ordered else None
+    expected = BlockSums.of(query, key, value, block_size, order, length)
+    actual = BlockSums(*block_sums(query, key, value, block_size, order, length))
     for name, x in vars(expected).items():
         torch.testing.assert_close(getattr(actual, name), x, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import HeadClass
-from diffsparse.strategies.adaptive import Adaptive
+from diffsparse.strategies import planning_memory
+from diffsparse.strategies.adaptive import CANDIDATES, Adaptive, Candidate
 from diffsparse.strategies.adaptive_geometry import geometry_of
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -170,11 +171,12 @@ def test_half_precision_plans_like_single():
     assert torch.equal(single.classes, half.classes)
 
 
-def test_heads_judged_a_few_at_a_time_get_the_same_plan(monkeypatch):
+@pytest.mark.parametrize("candidates", [CANDIDATES, (Candidate(HeadClass.TEXTURAL, "tiles", "random"),)])
+def test_heads_judged_a_few_at_a_time_get_the_same_plan(candidates, monkeypatch):
     qkv = random_qkv(GRID, batch=2)
-    together = Adaptive(**SMALL).plan(*qkv, AttentionCall(GRID))
+    together = Adaptive(candidates=candidates, **SMALL).plan(*qkv, AttentionCall(GRID))
     monkeypatch.setattr("diffsparse.strategies.planning_memory.PLANNING_BYTES", 1)
-    apart = Adaptive(**SMALL).plan(*qkv, AttentionCall(GRID))
+    apart = Adaptive(candidates=candidates, **SMALL).plan(*qkv, AttentionCall(GRID))
     assert torch.equal(together.mask.visible(), apart.mask.visible())
     assert torch.equal(together.permutation.order, apart.permutation.order)
     assert torch.equal(together.classes, apart.classes)
@@ -205,6 +207,35 @@ def test_a_second_layer_is_planned_without_waiting_for_the_device(grid):
         plan = Adaptive(**SMALL).plan(*random_qkv(grid), call)
         plan.mask.lists()
     assert log.seen == []
+
+
+class _Operations(TorchDispatchMode):
+    """How many operators ran that compute something: on a GPU the CPU starts a kernel or more for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        allocates = function.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty)
+        if not function.is_view and function.overloadpacket != torch.ops.aten._unsafe_view and not allocates:
+            self.count += 1
+        return result
+
+
+def test_a_plan_of_wan_at_720p_takes_at_most_1300_operators(monkeypatch):
+    # With a GPU's memory for planning, without its kernels. Tensors without numbers: whatever looks at one fails.
+    monkeypatch.setattr(
+        planning_memory, "PLANNING_BYTES", planning_memory.PLANNING_BYTES * planning_memory.TIMES_ON_GPU
+    )
+    grid = TokenGrid(21, 45, 80)
+    qkv = [torch.empty(1, 40, grid.num_tokens, 128, dtype=torch.bfloat16, device="meta") for _ in range(3)]
+    call = AttentionCall(grid, progress=0.0)
+    Adaptive().plan(*qkv, call)
+    with _Operations() as operations:
+        Adaptive().plan(*qkv, call)
+    assert operations.count <= 1300
 
 
 def test_plans_of_all_densities_share_what_depends_on_the_grid_alone():
