@@ -589,6 +589,19 @@ def test_an_expert_that_is_enabled_already_leaves_the_other_alone():
     assert surroundings(pipeline.transformer) == before
 
 
+def test_a_transformer_under_two_names_is_one(pipeline, warnings):
+    stock = generate(pipeline)
+    pipeline.register_modules(transformer_2=pipeline.transformer)
+    before = surroundings(pipeline.transformer)
+    pipeline.enable_sparse_attention(SPARSE)
+    assert warnings() == []
+    generate(pipeline)
+    assert report_of(pipeline).sparse_calls == 3 * 2 * 2
+    pipeline.disable_sparse_attention()
+    assert surroundings(pipeline.transformer) == before
+    assert torch.equal(generate(pipeline), stock)
+
+
 def test_disabling_when_off_is_a_warning(pipeline, warnings):
     pipeline.disable_sparse_attention()
     assert ["not enabled" in warning for warning in warnings()] == [True]
