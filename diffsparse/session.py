@@ -50,7 +50,7 @@ class LayerTally:
         self.sparse_calls += 1
         self.precisions[plan.precision] += 1
         density = plan.mask.density
-        self.density = density if self.density is None else self.density + density
+        self.density = density if self.density is None else self.density.to(density.device) + density
         self.classes = plan.classes
 
 
