@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffsparse.autocast import as_autocast, without_autocast
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import MAX_HEAD_DIM, pick_backend
@@ -139,25 +140,9 @@ class Session:
             ValueError: the backend cannot compute in the precision that the config asks for, or the config's plans are
                 for another grid or number of heads.
         """
-        self.check_call(layer, query)
-        self.num_heads = query.shape[1]
-        self._rows[layer] += 1
-        if (reason := self._policy(layer, query)) is not None:
-            self.count_dense(layer, reason)
-            return None
-        if (reason := self._obstacle(query, key, value, mask, ranks)) is None:
-            key_length = _key_length(mask, query.shape[0])
-            order = RankOrder(self._parts(query.shape[2]), ranks)
-            query, key, value = (order.undo(x) for x in (query, key, value))
-            plan = self._plan(layer, query, key, value, key_length, scale)
-            if isinstance(plan, AttentionPlan):
-                output = plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
-                # Not before it has run: memory may run out.
-                self.tallies[layer].count_sparse(plan)
-                return order.apply(output)
-            reason = plan
-        self.fall_back(layer, reason)
-        return None
+        query, key, value = (as_autocast(x) for x in (query, key, value))
+        with without_autocast(query.device):
+            return self._attend(layer, query, key, value, mask, scale, ranks)
 
     def why_not_reached(self, layer: int) -> str | None:
         """Why no call of this layer comes here; None where they do."""
@@ -181,6 +166,36 @@ class Session:
         """
         self._check_quantization(query)
         self._check_calibration(layer, query)
+
+    def _attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        ranks: int,
+    ) -> Tensor | None:
+        self.check_call(layer, query)
+        self.num_heads = query.shape[1]
+        self._rows[layer] += 1
+        if (reason := self._policy(layer, query)) is not None:
+            self.count_dense(layer, reason)
+            return None
+        if (reason := self._obstacle(query, key, value, mask, ranks)) is None:
+            key_length = _key_length(mask, query.shape[0])
+            order = RankOrder(self._parts(query.shape[2]), ranks)
+            query, key, value = (order.undo(x) for x in (query, key, value))
+            plan = self._plan(layer, query, key, value, key_length, scale)
+            if isinstance(plan, AttentionPlan):
+                output = plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
+                # Not before it has run: memory may run out.
+                self.tallies[layer].count_sparse(plan)
+                return order.apply(output)
+            reason = plan
+        self.fall_back(layer, reason)
+        return None
 
     def _check_quantization(self, query: Tensor) -> None:
         kind = query.device, query.dtype
