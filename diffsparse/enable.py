@@ -120,6 +120,7 @@ def _transformers(model: Any, own: tuple[Family, ...] = ()) -> dict[str, nn.Modu
     """The diffusion transformers of a pipeline by component name, or the model itself by its class name.
 
     They are those of a known family or of the user's `own`, those that are enabled, and what the pipeline calls so.
+    A module that is there under several names comes once, by the first.
     """
     if isinstance(model, nn.Module):
         inner = _uncompiled(model)
@@ -127,10 +128,13 @@ def _transformers(model: Any, own: tuple[Family, ...] = ()) -> dict[str, nn.Modu
     components = getattr(model, "components", None)
     if not isinstance(components, Mapping):
         raise TypeError(f"`model` must be a diffusers pipeline or a transformer, got {type(model).__name__}.")
-    modules = {name: _uncompiled(part) for name, part in components.items() if isinstance(part, nn.Module)}
+    names: dict[nn.Module, str] = {}
+    for name, part in components.items():
+        if isinstance(part, nn.Module):
+            names.setdefault(_uncompiled(part), name)
     return {
         name: module
-        for name, module in modules.items()
+        for module, name in names.items()
         if find_family(module, (*own, *FAMILIES)) is not None or module in _ENABLED or name.startswith("transformer")
     }
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
+from diffsparse.autocast import as_autocast
 from diffsparse.key_mask import KeyMask
 from diffsparse.transformer_session import TransformerSession, find_layer
 
@@ -197,6 +198,8 @@ def dispatch_attention_fn(
     if parallel_config is not None and obstacle is None and exchange is None:
         obstacle = "context parallelism of this release of diffusers"
     if handle is not None and obstacle is None:
+        query, key, value = (as_autocast(x) for x in (query, key, value))
+        attn_mask = None if attn_mask is None else as_autocast(attn_mask)
         if parallel_config is None:
             heads_first = (x.transpose(1, 2) for x in (query, key, value))
             return _attend(*heads_first, attn_mask, scale, True, 1, handle)
@@ -242,6 +245,8 @@ def scaled_dot_product_attention(
     handle = _CURRENT.handle
     obstacle = _obstacle((query, key, value), attn_mask, dropout_p, is_causal, enable_gqa, None)
     if handle is not None and obstacle is None:
+        query, key, value = (as_autocast(x) for x in (query, key, value))
+        attn_mask = None if attn_mask is None else as_autocast(attn_mask)
         return _attend(query, key, value, attn_mask, scale, False, 1, handle).transpose(1, 2)
     if handle is not None:
         _count_fallback(handle, obstacle)

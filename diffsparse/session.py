@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffsparse.autocast import as_autocast, with_autocast_as_now, without_autocast
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import MAX_HEAD_DIM, pick_backend
@@ -52,7 +53,7 @@ class LayerTally:
         self.sparse_calls += 1
         self.precisions[plan.precision] += 1
         density = plan.mask.density
-        self.density = density if self.density is None else self.density + density
+        self.density = density if self.density is None else self.density.to(density.device) + density
         self.classes = plan.classes
 
 
@@ -144,6 +145,46 @@ class Session:
             ValueError: the backend cannot compute in the precision that the config asks for, or the config's plans are
                 for another grid or number of heads.
         """
+        if dense is not None:
+            dense = with_autocast_as_now(dense, query.device)
+        query, key, value = (as_autocast(x) for x in (query, key, value))
+        with without_autocast(query.device):
+            return self._attend(layer, query, key, value, mask, scale, ranks, dense)
+
+    def why_not_reached(self, layer: int) -> str | None:
+        """Why no call of this layer comes here; None where they do."""
+        return None
+
+    def count_dense(self, layer: int, reason: str) -> None:
+        """One more dense call of `layer`, for the report."""
+        self.tallies[layer].dense_reasons[reason] += 1
+
+    def fall_back(self, layer: int, reason: str) -> None:
+        """A dense call that policy did not ask for."""
+        self.count_dense(layer, reason)
+        if self.config.strict and reason != _STRATEGY_SAYS_DENSE:
+            raise self.refusal(layer, reason)
+
+    def check_call(self, layer: int, query: Tensor) -> None:
+        """Raise now what would otherwise be raised after the dense steps, minutes later; query is [B, H, S, D].
+
+        Raises:
+            ValueError: as `attend` does.
+        """
+        self._check_quantization(query)
+        self._check_calibration(layer, query)
+
+    def _attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        ranks: int,
+        dense: Callable[[], Tensor] | None,
+    ) -> Tensor | None:
         self.check_call(layer, query)
         self.num_heads = query.shape[1]
         self._rows[layer] += 1
@@ -174,29 +215,6 @@ class Session:
             reason = plan
         self.fall_back(layer, reason)
         return None
-
-    def why_not_reached(self, layer: int) -> str | None:
-        """Why no call of this layer comes here; None where they do."""
-        return None
-
-    def count_dense(self, layer: int, reason: str) -> None:
-        """One more dense call of `layer`, for the report."""
-        self.tallies[layer].dense_reasons[reason] += 1
-
-    def fall_back(self, layer: int, reason: str) -> None:
-        """A dense call that policy did not ask for."""
-        self.count_dense(layer, reason)
-        if self.config.strict and reason != _STRATEGY_SAYS_DENSE:
-            raise self.refusal(layer, reason)
-
-    def check_call(self, layer: int, query: Tensor) -> None:
-        """Raise now what would otherwise be raised after the dense steps, minutes later; query is [B, H, S, D].
-
-        Raises:
-            ValueError: as `attend` does.
-        """
-        self._check_quantization(query)
-        self._check_calibration(layer, query)
 
     def _check_quantization(self, query: Tensor) -> None:
         kind = query.device, query.dtype

@@ -84,6 +84,7 @@ class StepClock:
         self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
         self._context: Any = None
         self._last: Step | None = None
+        self._timesteps_before: Any = None
         self._branches: set[Hashable] = set()
         self._calls_of_step_before: int | None = None
         self._watch = _SchedulerWatch()
@@ -101,7 +102,11 @@ class StepClock:
         is_named = branch is not None
         if branch is None:
             branch = len(self._branches) % MAX_UNNAMED_BRANCHES if same_step else 0
-        is_first = last is None or index < last.index or (same_step and branch in self._branches)
+        # One that begins late, or a second expert, may go on behind where the last generation was interrupted.
+        timesteps = self._scheduled_timesteps()
+        rescheduled = timesteps is not None and timesteps is not self._timesteps_before
+        self._timesteps_before = timesteps
+        is_first = last is None or index < last.index or (same_step and branch in self._branches) or rescheduled
         if is_first:
             self._calls_of_step_before = None
         elif not same_step:
@@ -119,6 +124,12 @@ class StepClock:
             yield
         finally:
             self._context = None
+
+    def _scheduled_timesteps(self) -> Any:
+        """What the pipeline's scheduler has from its `set_timesteps`, made anew for each generation; None without."""
+        pipeline = self._pipeline() if self._pipeline is not None else None
+        # As an attribute it was set, and is no property, which may make it anew each time.
+        return getattr(getattr(pipeline, "scheduler", None), "__dict__", {}).get("timesteps")
 
     def _read(self, timestep: Any) -> tuple[int, int | None, Hashable, int]:
         """Step index, number of steps, the branch if a source names it, and the step that comes first."""

@@ -31,6 +31,20 @@ def test_a_capacity_keeps_lists_that_fit():
     assert torch.equal(mask.visible(), visible)
 
 
+def test_a_list_longer_than_the_capacity_is_cut_and_its_count_with_it():
+    visible = torch.zeros(1, 1, 5, 9, dtype=torch.bool)
+    visible[..., [2, 5, 7]] = True
+    mask = BlockMask.from_visible(visible, 65, 16, 8, capacity=2)
+    check_lists(mask.lists(), mask.counts, 9)
+    assert mask.visible().nonzero()[:, -1].tolist() == [2, 5] * 5
+
+
+def test_rows_said_to_be_complete_see_everything_whatever_the_map_says():
+    mask = BlockMask.from_visible(random_visible(), 65, 16, 8, num_complete=2)
+    check_lists(mask.lists(), mask.counts, 9)
+    assert mask.visible()[:, :, 3:].all()
+
+
 @pytest.mark.parametrize("num_complete", [1, 2, 5])
 def test_rows_that_see_everything_need_no_list(num_complete):
     visible = torch.zeros(1, 2, 5, 9, dtype=torch.bool)

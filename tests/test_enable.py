@@ -591,6 +591,19 @@ def test_an_expert_that_is_enabled_already_leaves_the_other_alone():
     assert surroundings(pipeline.transformer) == before
 
 
+def test_a_transformer_under_two_names_is_one(pipeline, warnings):
+    stock = generate(pipeline)
+    pipeline.register_modules(transformer_2=pipeline.transformer)
+    before = surroundings(pipeline.transformer)
+    pipeline.enable_sparse_attention(SPARSE)
+    assert warnings() == []
+    generate(pipeline)
+    assert report_of(pipeline).sparse_calls == 3 * 2 * 2
+    pipeline.disable_sparse_attention()
+    assert surroundings(pipeline.transformer) == before
+    assert torch.equal(generate(pipeline), stock)
+
+
 def test_disabling_when_off_is_a_warning(pipeline, warnings):
     pipeline.disable_sparse_attention()
     assert ["not enabled" in warning for warning in warnings()] == [True]
@@ -850,6 +863,28 @@ def test_a_plan_that_lasts_serves_the_rest_of_the_generation_and_no_other(pipeli
     for _ in range(2):
         generate(pipeline, steps=6)
     assert planned_at == [(layer, step) for step in range(3) for layer in range(2)] * 2
+
+
+def test_a_second_expert_plans_anew_where_the_generation_before_was_interrupted_shortly_before():
+    planned_at = []
+
+    class Watched(Adaptive):
+        def plan(self, query, key, value, call):
+            planned_at.append((call.layer, call.step))
+            return super().plan(query, key, value, call)
+
+    def stop(pipe, step, timestep, kwargs):
+        pipe._interrupt = step == 3
+        return kwargs
+
+    pipeline = tiny_wan_pipeline(two_experts=True)
+    pipeline.enable_sparse_attention(config(Watched(query_block_size=16, key_block_size=16)))
+    generate(pipeline, steps=6, callback_on_step_end=stop)
+    assert planned_at == [(layer, step) for step in (0, 3) for layer in range(2)]
+    planned_at.clear()
+    # The second expert begins at step 5 of 12, two behind the plans that it has left from the first generation.
+    generate(pipeline, steps=12, prompt="two dogs")
+    assert planned_at == [(layer, step) for step in (0, 4, 5, 9) for layer in range(2)]
 
 
 def test_plans_of_a_bare_transformer_do_not_pile_up(watched):

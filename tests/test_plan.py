@@ -69,6 +69,27 @@ def test_the_precision_reaches_the_kernel(qkv):
         AttentionPlan(None, mask, precision="fp4").attend(*qkv)
 
 
+def test_the_mean_of_skipped_blocks_enters_in_the_heads_with_a_tail(qkv):
+    order = torch.stack([torch.randperm(65) for _ in range(3)])
+    # Each query block sees the first key block, and of the four others the means.
+    visible = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
+    visible[..., 0] = True
+    mask = BlockMask.from_visible(visible, 65, 16, 16)
+    tail = torch.tensor([[True, False, True]])
+    output = AttentionPlan(Permutation.of(order), mask, tail=tail).attend(*qkv)
+    for head in range(3):
+        query, key, value = (x[:, head] for x in qkv)
+        blocks = order[head].split(16)
+        keys, values = ([x[:, block] for block in blocks] for x in (key, value))
+        sizes = torch.ones(16)
+        if tail[0, head]:
+            keys[1:], values[1:] = ([x.mean(1, keepdim=True) for x in parts[1:]] for parts in (keys, values))
+            sizes = torch.cat([sizes, torch.tensor([16.0, 16.0, 16.0, 1.0])])
+        keys, values = (torch.cat(parts, 1)[:, : len(sizes)] for parts in (keys, values))
+        expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=sizes.log().expand(65, -1))
+        assert torch.allclose(output[:, head], expected, atol=1e-5)
+
+
 def test_scale_and_key_length_reach_the_kernel(qkv):
     everything = torch.ones(1, 1, 5, 9, dtype=torch.bool)
     plan = AttentionPlan(None, BlockMask.from_visible(everything, 65, 16, 8))

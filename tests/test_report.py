@@ -3,11 +3,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from tiny_models import TINY
 
 import diffsparse
 from diffsparse import Adaptive, SparseAttentionConfig
+from diffsparse.block_mask import BlockMask
+from diffsparse.plan import AttentionPlan
 from diffsparse.report import SparseAttentionReport, TransformerReport
+from diffsparse.session import LayerTally
 
 
 def part(sparse_calls: int, dense_reasons: dict[str, int], density: float | None) -> TransformerReport:
@@ -34,6 +38,16 @@ def test_two_transformers_weigh_by_their_calls():
     report = SparseAttentionReport((part(30, {"early step": 10}, 0.2), part(10, {}, 0.4)))
     assert report.density == pytest.approx((30 * 0.2 + 10 * 0.4) / 40)
     assert report.overall_density == pytest.approx((30 * 0.2 + 10 + 10 * 0.4) / 50)
+
+
+def test_calls_on_two_devices_are_counted_together():
+    tally = LayerTally()
+    for device in ("cpu", "meta"):
+        counts = torch.full((1, 2, 3), 2, dtype=torch.int32, device=device)
+        mask = BlockMask(torch.zeros((1, 2, 3, 2), dtype=torch.int16, device=device), counts, 48, 16, 16)
+        tally.count_sparse(AttentionPlan(None, mask))
+    assert tally.sparse_calls == 2
+    assert tally.density.shape == (2,)
 
 
 def test_nothing_has_run_yet():

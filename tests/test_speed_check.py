@@ -10,7 +10,7 @@ from enabled import config, report_of, run
 from tiny_models import TINY
 
 import diffsparse.config
-from diffsparse import Adaptive, speed_check
+from diffsparse import Adaptive, processors, speed_check
 
 SMALL = Adaptive(density=0.3, query_block_size=16, key_block_size=16)
 
@@ -143,6 +143,20 @@ def test_a_strategy_that_cannot_be_hashed_is_timed(wan, call, set_clock):
     run(wan, call)
     run(wan, call)
     assert (clock.timed, report_of(wan).sparse_calls) == (3 * speed_check.ROUNDS, 6)
+
+
+def test_dense_attention_is_timed_under_the_models_autocast(wan, call, set_clock, monkeypatch):
+    def watched(*args):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return dense(*args)
+
+    dense, seen = processors._dense, []
+    monkeypatch.setattr(processors, "_dense", watched)
+    set_clock(dense=1.0, sparse=0.1, plan=0.1)
+    wan.enable_sparse_attention(timed())
+    with torch.autocast("cpu", dtype=torch.float16):
+        run(wan, call)
+    assert seen == [torch.float16] * speed_check.ROUNDS
 
 
 def test_nothing_is_timed_where_nothing_is_computed():

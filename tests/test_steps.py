@@ -256,6 +256,37 @@ def test_a_scheduler_that_is_not_told_where_the_loop_begins_is_asked_for_the_fir
         assert [i for i, step in enumerate(seen) if step.is_first_of_generation] == [0]
 
 
+def test_new_timesteps_are_a_new_generation_wherever_it_begins():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline = Pipeline(scheduler=scheduler)
+    clock, firsts = StepClock(pipeline), []
+    for begin in (2, 3):
+        scheduler.set_timesteps(10)
+        scheduler.set_begin_index(begin)
+        # Two steps of ten, and then an interrupt.
+        sample = torch.zeros(1, 2)
+        for timestep in scheduler.timesteps[begin : begin + 2]:
+            firsts += [step.is_first_of_generation for step in ticks(clock, [timestep.item()], calls_per_step=2)]
+            sample = scheduler.step(sample, timestep, sample).prev_sample
+    assert firsts == [True, False, False, False] * 2
+
+
+def test_timesteps_that_a_scheduler_makes_at_each_look_are_no_new_generation():
+    class Scheduler:
+        _step_index, _begin_index = 0, None
+
+        @property
+        def timesteps(self):
+            return torch.tensor([900.0, 600.0, 300.0])
+
+    pipeline = Pipeline(scheduler=Scheduler())
+    clock, firsts = StepClock(pipeline), []
+    for index in range(3):
+        pipeline.scheduler._step_index = index
+        firsts.append(clock.tick(None).is_first_of_generation)
+    assert firsts == [True, False, False]
+
+
 @pytest.mark.parametrize("make", [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler])
 @pytest.mark.parametrize("begin", [0, 2])
 def test_the_last_call_of_the_last_step_is_known(make, begin):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from diffsparse.eval.bench_suite import SUITES, run_suite
 from diffsparse.eval.bench_table import as_markdown
+from diffsparse.eval.output_file import check_output_file
 
 if TYPE_CHECKING:
     import torch
@@ -125,16 +126,16 @@ def run(args: argparse.Namespace) -> int:
 
     from diffsparse.eval.bench_machine import describe_machine
     from diffsparse.eval.bench_planning import bench_planning, grid_of
+    from diffsparse.eval.generate import choose_device
     from diffsparse.kernels.self_test import LARGEST_ERROR, self_test
 
     if args.table is not None:
-        print(as_markdown(json.loads(args.table.read_text())), end="")
+        print(_table_of(args.table), end="")
         return 0
     console = Console()
     cases = make_cases(args)
-    if not args.output.parent.is_dir():
-        raise ValueError(f"`--output` must be in a folder that exists, got {args.output}. Make the folder first.")
-    device = torch.device(args.device)
+    check_output_file("`--output`", args.output)
+    device = torch.device(choose_device(args.device))
     if args.suite is not None:
         run_suite(args.suite, args.output, device, console.print, args.repeats)
         console.print(f"Written to {args.output}")
@@ -183,11 +184,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _table_of(file: Path) -> str:
+    """The results of a suite in a file as Markdown."""
+    try:
+        return as_markdown(json.loads(file.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"`--table` {file} holds no results of a suite ({type(error).__name__}: {error}). "
+            f"Name what `diffsparse bench --suite` has written."
+        ) from error
+
+
 def make_cases(args: argparse.Namespace) -> list[AttentionCase]:
     """Every dtype, block size and density, with equal and ragged counts, and equal counts with the tail."""
-    for name in ("tokens", "heads", "head_dim", "repeats"):
-        if getattr(args, name) < 1:
+    from diffsparse.kernels.block_sparse import MAX_HEAD_DIM
+
+    for name in ("tokens", "heads", "head_dim", "repeats", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(args, name)}.")
+    if args.head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"`--head-dim` must be at most {MAX_HEAD_DIM}, got {args.head_dim}.")
     for density in args.densities:
         if not 0 < density <= 1:
             raise ValueError(f"`--densities` must be above 0 and at most 1, got {density}. For 25 % say 0.25.")

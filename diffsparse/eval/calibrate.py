@@ -106,7 +106,7 @@ def _config(text: str) -> NamedConfig:
 
 
 def _prompts(args: argparse.Namespace, knows_its_sampling: bool) -> list[str]:
-    prompts = read_prompts(args.prompt_file or ("demo" if knows_its_sampling else "general"))
+    prompts = read_prompts(args.prompt_file or ("demo" if knows_its_sampling else "general"), "--prompt-file")
     if not 1 <= args.prompts <= len(prompts):
         raise ValueError(f"--prompts must be 1 to {len(prompts)}, the prompts there are; got {args.prompts}.")
     return prompts[: args.prompts]

@@ -11,6 +11,7 @@ from typing import Any
 from diffsparse.eval.compare_runs import compare_runs, rows_of_runs
 from diffsparse.eval.comparison import compare, windows_of
 from diffsparse.eval.lpips_metric import Lpips, NoLpips, add_lpips_arguments, lpips_or_reason
+from diffsparse.eval.output_file import check_output_file
 from diffsparse.eval.run_folder import MANIFEST
 from diffsparse.whole_file import whole_file
 
@@ -25,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, write the JSON."""
-    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"--json must name a file in a folder that exists, got {args.json}.")
+    if args.json is not None:
+        check_output_file("--json", args.json)
     lpips = lpips_or_reason(args.lpips_net, args.lpips_backbone)
     are_runs = [(path / MANIFEST).is_file() for path in (args.a, args.b)]
     if any(are_runs) and not all(are_runs):

@@ -70,7 +70,7 @@ class Dials:
     """The settings of rows at densities, in a file.
 
     Raises:
-        ValueError: the file was made under other conditions.
+        ValueError: the file was made under other conditions, or holds no dials.
     """
 
     def __init__(self, file: Path, conditions: dict[str, Any]) -> None:
@@ -78,7 +78,13 @@ class Dials:
         self._contents: dict[str, Any] = {"conditions": conditions, "settings": {}}
         if not file.exists():
             return
-        found = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            has_dials = found.keys() >= self._contents.keys()
+        except (OSError, ValueError, AttributeError):
+            has_dials = False
+        if not has_dials:
+            raise ValueError(f"--dials {file} holds no dials that can be read. Name another file.")
         if found["conditions"] != conditions:
             raise ValueError(
                 f"{file} holds dials found under other conditions ({found['conditions']}), wanted are {conditions}. "

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from diffsparse.describe import attention_patterns
+from diffsparse.eval.output_file import check_output_file
 from diffsparse.pipelines.families import FAMILIES
 from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.left_alone import LEFT_ALONE
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         print(page(rows()), end="")
     else:
+        check_output_file("--output", args.output)
         args.output.write_text(page(rows()), encoding="utf-8")
     return 0
 

@@ -49,8 +49,10 @@ def check_backbone(file: Path, net: str) -> None:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is another file, or a damaged one.
+        ValueError: it is no file, another one, or a damaged one.
     """
+    if not file.is_file():
+        raise ValueError(f"--lpips-backbone {file} is no file. `diffsparse eval fetch-lpips --net {net}` downloads it.")
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while chunk := opened.read(1 << 20):

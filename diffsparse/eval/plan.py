@@ -38,12 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the prediction."""
     from diffsparse.eval.named_config import read_config
+    from diffsparse.eval.output_file import check_output_file
     from diffsparse.predict import predict_sparse_attention
     from diffsparse.published_models import CALLS, published_transformer
 
     size = re.fullmatch(r"(\d+)x(\d+)", args.size)
     if size is None:
         raise ValueError(f"`--size` must be width x height in pixels, got {args.size!r}. Say 1280x720.")
+    if args.steps < 1:
+        raise ValueError(f"`--steps` must be at least 1, got {args.steps}.")
+    if args.json is not None:
+        check_output_file("`--json`", args.json)
     transformer = published_transformer(args.family)
     frames = args.frames
     if frames is None:

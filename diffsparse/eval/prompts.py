@@ -13,8 +13,8 @@ SHIPPED = {
 }
 
 
-def read_prompts(name: str) -> list[str]:
-    """The prompts of a shipped set or of a file.
+def read_prompts(name: str, option: str = "--prompts") -> list[str]:
+    """The prompts of a shipped set or of a file, which `option` names on the command line.
 
     A text file has one prompt a line, a CSV file a column `prompt`, a JSONL file a string a line or an object with
     the key `prompt`. Empty lines are skipped, anything else in a file is ignored.
@@ -24,7 +24,7 @@ def read_prompts(name: str) -> list[str]:
     """
     file = SHIPPED.get(name, Path(name))
     if not file.is_file():
-        raise ValueError(f"--prompts must be {' or '.join(SHIPPED)} or a file, got {name}, which is neither.")
+        raise ValueError(f"{option} must be {' or '.join(SHIPPED)} or a file, got {name}, which is neither.")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -15,6 +15,7 @@ from typing import Any
 from diffsparse.eval import sweep
 from diffsparse.eval.dials import Dials, Row
 from diffsparse.eval.generate import Sampling
+from diffsparse.eval.output_file import check_output_file
 from diffsparse.eval.recorded_calls import record_calls
 from diffsparse.eval.strategies_plot import draw
 from diffsparse.eval.strategies_table import as_markdown
@@ -57,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Find dials, make videos, print the table; or join files into one table."""
+    if args.plot is not None:
+        check_output_file("--plot", args.plot)
     if args.find_dials:
         sampling, _, load = sweep.prepared(args)
         _dials(args, sampling, load)

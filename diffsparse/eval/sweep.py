@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffsparse.eval.demo import MODEL, PROMPTS
+from diffsparse.eval.demo import LARGEST_SEED, MODEL, PROMPTS
 from diffsparse.eval.generate import Sampling, choose_device, generate, load_pipeline
 from diffsparse.eval.metrics import FrameScores, psnr_db, ssim
+from diffsparse.eval.output_file import check_output_file
 from diffsparse.eval.sweep_results import Pair, Score, SweepResults, Variant
 from diffsparse.strategies.strategy import Strategy
 
@@ -54,7 +55,23 @@ def add_arguments(parser: argparse.ArgumentParser, prompts: int, densities: list
 
 
 def prepared(args: argparse.Namespace) -> tuple[Sampling, str, Callable[[], Any]]:
-    """How the model is called, on which device, and what loads it at its first call."""
+    """How the model is called, on which device, and what loads it at its first call.
+
+    Raises:
+        ValueError: an argument that makes no sense.
+    """
+    for density in args.densities:
+        if not 0 < density <= 1:
+            raise ValueError(f"--densities must be above 0 and at most 1, got {density:g}. For 25 % say 0.25.")
+    if not 0 <= args.dense_steps <= 1:
+        raise ValueError(f"--dense-steps must be a share from 0 to 1, got {args.dense_steps:g}. For 20 % say 0.2.")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {args.steps}.")
+    for seed in args.seeds:
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"--seeds must be between 0 and {LARGEST_SEED}, got {seed}.")
+    if args.output is not None:
+        check_output_file("--output", args.output)
     sampling, device = Sampling.read(args.model), choose_device(args.device)
     if args.steps is not None:
         sampling = Sampling(**(vars(sampling) | {"num_inference_steps": args.steps}))
@@ -79,6 +96,8 @@ def carry_out(args: argparse.Namespace, name: str, prepare: Prepare) -> SweepRes
         ValueError: results of other settings.
     """
     if args.merge:
+        if args.output is not None:
+            check_output_file("--output", args.output)
         results = SweepResults.merged(args.merge)
         if args.output is not None:
             results.write(args.output)

@@ -73,7 +73,7 @@ class SweepResults:
                 variant = Variant(video["row"], video["at_density"], video["tail"])
                 values = {field.name: video[field.name] for field in dataclasses.fields(Score)}
                 results.scores[pair, variant] = Score(**values | {"psnr_db": as_number(values["psnr_db"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file} holds no results that can be read ({type(error).__name__}: {error}). Name another file."
             ) from error

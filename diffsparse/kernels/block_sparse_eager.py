@@ -224,7 +224,7 @@ class _Lists:
             bias = None
             if self.tail_bias is not None or not bool((sizes == self.key_block_size).all()):
                 exists = torch.arange(self.key_block_size, device=sizes.device) < sizes[..., None]
-                parts = [torch.where(exists, 0.0, -torch.inf).flatten(1)]
+                parts = [torch.where(exists, 0.0, -torch.inf).float().flatten(1)]
                 bias = torch.cat(parts if self.tail_bias is None else [*parts, self.tail_bias[rows]], dim=1)
                 bias = bias.masked_fill(self.sees_nothing[rows, None], 0.0)
             yield rows, torch.cat([blocks, means.expand(len(blocks), -1)], dim=1), columns, bias

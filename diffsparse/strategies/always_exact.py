@@ -65,6 +65,6 @@ def first_exact_place(grid: TokenGrid, first_frame: bool = False) -> int:
 
 def block_distance(queries: int, keys: int, query_block_size: int, key_block_size: int) -> Tensor:
     """Tokens between the centres of query and key blocks, [Q, K] float32."""
-    query_centres = (torch.arange(queries) + 0.5) * query_block_size
-    key_centres = (torch.arange(keys) + 0.5) * key_block_size
+    query_centres = (torch.arange(queries).float() + 0.5) * query_block_size
+    key_centres = (torch.arange(keys).float() + 0.5) * key_block_size
     return (query_centres[:, None] - key_centres).abs()

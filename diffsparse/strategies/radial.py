@@ -94,7 +94,8 @@ def _visible_row(block: int, widths: Tensor, grid: TokenGrid, options: Radial) -
     begin = (queries % length - width).clamp(min=0) + frames * length
     end = (queries % length + width + 1).clamp(max=length) + frames * length
     # How many queries see each key: one more from where a band begins, one less from where it ends.
-    change = torch.zeros(num_blocks(grid.num_tokens, options.key_block_size) * options.key_block_size + 1)
+    places = num_blocks(grid.num_tokens, options.key_block_size) * options.key_block_size
+    change = torch.zeros(places + 1, dtype=torch.float32)
     for place, sign in ((begin, 1.0), (end, -1.0)):
         change.scatter_add_(0, place[width >= 0], torch.full_like(place[width >= 0], sign, dtype=change.dtype))
     seen = change[:-1].cumsum(0).view(-1, options.key_block_size)  # [K, tokens of a block]

@@ -60,7 +60,7 @@ def _plan(grid: TokenGrid, options: SlidingTile, device: torch.device) -> Attent
     layout = block_layout(grid, *blocks, device, tile=options.tile)
     sizes = (grid.frames, grid.height, grid.width)
     # A pair of tiles sees one another where their places along each of the three sides do.
-    seen = torch.ones(1, 1)
+    seen = torch.ones(1, 1, dtype=torch.float32)
     for size, side, width in zip(sizes, options.tile, options.window):
         seen = torch.kron(seen, _window(num_blocks(size, side), width).float())
     tiles = _tile_of_place(sizes, options.tile)
@@ -87,6 +87,6 @@ def _tile_of_place(sizes: tuple[int, int, int], tile: tuple[int, int, int]) -> T
 
 def _tiles_of_blocks(tiles: Tensor, block_size: int, num_tokens: int) -> Tensor:
     """Which tiles each block has tokens of, [blocks, T] float32 of 0 and 1; blocks of text have none."""
-    holds = torch.zeros(num_blocks(num_tokens, block_size), int(tiles[-1]) + 1)
+    holds = torch.zeros(num_blocks(num_tokens, block_size), int(tiles[-1]) + 1, dtype=torch.float32)
     holds[torch.arange(len(tiles)) // block_size, tiles] = 1.0
     return holds

@@ -105,7 +105,7 @@ class SVG2:
         queries, keys = (x.view(heads, -1, batch, dim).permute(2, 0, 1, 3) for x in centroids)  # [B, H, C, D]
         scores = queries @ keys.transpose(-1, -2) * scale
         # A cluster weighs as much as it has keys; an empty one nothing.
-        weights = (scores + sizes[1].log()[:, None]).softmax(-1)  # [B, H, Qc, Kc]
+        weights = (scores + sizes[1].float().log()[:, None]).softmax(-1)  # [B, H, Qc, Kc]
         held_queries = _tokens_by_block(sizes[0], grid.num_tokens, self.query_block_size)  # [H, Qc, Q]
         held_keys = _tokens_by_block(sizes[1], grid.num_tokens, self.key_block_size)  # [H, Kc, K]
         share_of_block = held_queries / held_queries.sum(1, keepdim=True).clamp(min=1)

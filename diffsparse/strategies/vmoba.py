@@ -173,7 +173,7 @@ def _layout(
     place = (lengths.cumsum(0) - lengths)[:, None] + within.where(~is_filling, 0)
     tokens_of_block = block_token_counts(grid.num_tokens, key_block_size)[0]
     in_chunk = _tokens_in_chunk(chunk_of_token, key_block_size)
-    share = F.pad(in_chunk, (0, 0, 0, len(tokens_of_block) - len(in_chunk))) / tokens_of_block[:, None]
+    share = F.pad(in_chunk, (0, 0, 0, len(tokens_of_block) - len(in_chunk))).float() / tokens_of_block[:, None]
     return _Layout(
         order=Permutation.of(order[None].to(device)),
         members=order[place].to(device),

@@ -225,6 +225,19 @@ def check_plan_files(graphs, name):
     yield f"{name}: a new file of the same name is read", distance(other, served) > 1e-4, ""
 
 
+def check_timing(graphs):
+    """By default a long sequence is timed once, and a short one stays dense."""
+    long, default = (1, 16, 9, 44, 44), sparse(min_tokens=-1, strict=False)
+    dense, _ = graphs.latents("Wan", shape=long)
+    first, text = graphs.latents("Wan", default, shape=long)
+    again, _ = graphs.latents("Wan", default, shape=long)
+    slow = "as fast as dense attention here" in text
+    yield "4,356 tokens: dense if found slow, else sparse", torch.equal(first, dense) == slow, text.partition("\n")[0]
+    yield "4,356 tokens: the same again", torch.equal(again, first), ""
+    short, text = graphs.latents("Wan", default)
+    yield "720 tokens: dense", torch.equal(short, graphs.latents("Wan")[0]), text.partition("\n")[0]
+
+
 def names_in(folder):
     """The files of a folder."""
     return sorted(file.name for file in folder.iterdir())
@@ -301,7 +314,7 @@ def main(comfyui):
             checks = [check_nodes(server)]
             checks += [check_model(graphs, name) for name in names]
             checks += [check_plan_files(graphs, name) for name in names]
-            checks += [check_company(graphs), check_accidents(graphs)]
+            checks += [check_timing(graphs), check_company(graphs), check_accidents(graphs)]
             passed = True
             for check in checks:
                 try:

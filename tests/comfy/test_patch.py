@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
+import weakref
 
 import comfy_standins as standins
 import pytest
@@ -92,6 +95,47 @@ def test_branches_share_a_plan_whether_they_come_together_or_one_by_one(monkeypa
     together = len(made)
     run(standins.patched(standins.patcher(layers=2)), split=True)
     assert (together, len(made) - together) == (2, 2)
+
+
+def test_branches_share_a_plan_in_the_next_run_too_where_one_prompt_has_changed(monkeypatch):
+    made = []
+    plan = Adaptive.plan
+    monkeypatch.setattr(Adaptive, "plan", lambda *args: made.append(args) or plan(*args))
+    sparse = standins.patched(standins.patcher(layers=2))
+    first, second = (standins.Guider(sparse, split=True) for _ in range(2))
+    second.uuids[0] = first.uuids[0]
+    counts = []
+    for guider in (first, second):
+        texts = {kind: torch.randn(1, 6, 32) for kind in (0, 1)}
+        with torch.no_grad():
+            guider.sample(torch.randn(1, 4, 5, 20, 16), torch.linspace(1, 0, 6), texts)
+        counts.append(len(made))
+    assert counts == [2, 4]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_no_plan_outlives_its_run(monkeypatch, stops):
+    plans = weakref.WeakSet()
+    plan = Adaptive.plan
+
+    def watched(*args):
+        plans.add(made := plan(*args))
+        return made
+
+    monkeypatch.setattr(Adaptive, "plan", watched)
+    kept = []
+
+    def look(step):
+        kept.append(len(plans))
+        if stops and step == 2:
+            raise Interrupted
+
+    sparse = standins.patched(standins.patcher(layers=2))
+    with contextlib.suppress(Interrupted):
+        standins.sample(sparse, on_step=look)
+    gc.collect()
+    assert max(kept) == 2
+    assert len(plans) == 0
 
 
 def test_attention_that_another_node_replaced_is_found_and_said(caplog):

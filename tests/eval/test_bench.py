@@ -85,11 +85,24 @@ def test_threads_are_left_as_they_were(tmp_path):
     [
         (("--tokens", "0"), "`--tokens` must be at least 1, got 0"),
         (("--head-dim", "-8"), "`--head-dim` must be at least 1, got -8"),
+        (("--head-dim", "257"), "`--head-dim` must be at most 256, got 257"),
+        (("--threads", "0"), "`--threads` must be at least 1, got 0"),
+        (("--device", "tpu"), "There is no device 'tpu' here, only cpu"),
         (("--densities", "25"), "`--densities` must be above 0 and at most 1, got 25.0. For 25 % say 0.25"),
         (("--blocks", "128"), "`--blocks` must be query x key block size in tokens, got '128'"),
-        (("--output", "/nowhere/speed.json"), "`--output` must be in a folder that exists"),
+        (("--output", "/nowhere/speed.json"), "`--output` must name a file in a folder that exists"),
+        (("--output", "/"), "`--output` must name a file in a folder that exists"),
+        (("--table", "/nowhere/speed.json"), "`--table` /nowhere/speed.json holds no results of a suite"),
     ],
 )
 def test_bad_arguments_are_an_error_that_names_them(arguments, message):
     with pytest.raises(ValueError, match=message):
         bench.run(parse(*arguments))
+
+
+@pytest.mark.parametrize("contents", ["", "[]", "{}", '{"machine": 3}'])
+def test_a_table_of_no_results_is_an_error_that_names_the_file(tmp_path, contents):
+    file = tmp_path / "speed.json"
+    file.write_text(contents)
+    with pytest.raises(ValueError, match=r"`--table` .*speed\.json holds no results of a suite"):
+        bench.run(parse("--table", str(file)))

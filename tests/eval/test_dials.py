@@ -82,3 +82,11 @@ def test_dials_of_other_conditions_are_not_taken(tmp_path, fake_measures):
 def test_an_option_may_be_turned_by_a_rule_of_its_own():
     row = Row("static", S2Attention(), "stride", lambda position: round(1 / position))
     assert row.at(0.1) == S2Attention(stride=10)
+
+
+@pytest.mark.parametrize("contents", ["", "[]", "{}"])
+def test_a_damaged_file_is_named(tmp_path, contents):
+    file = tmp_path / "dials.json"
+    file.write_text(contents)
+    with pytest.raises(ValueError, match=r"--dials .*dials\.json holds no dials that can be read"):
+        Dials(file, {})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import ModelMixin
 
-from diffsparse.eval import families
+from diffsparse.eval import cli, families
 from diffsparse.eval.families import rows, transformer_classes
 from diffsparse.pipelines.families import FAMILIES
 from diffsparse.pipelines.left_alone import LEFT_ALONE
@@ -92,3 +92,9 @@ def test_a_class_that_nothing_names_is_unknown(monkeypatch, capsys):
 def test_the_classes_are_models_and_no_helpers():
     assert all(issubclass(cls, ModelMixin) for cls in transformer_classes().values())
     assert "FluxPosEmbed" not in transformer_classes()
+
+
+def test_a_page_that_cannot_be_written_is_found_before_it_is_made(monkeypatch, capsys):
+    monkeypatch.setattr(families, "rows", lambda: pytest.fail("made"))
+    assert cli.main(["families", "--output", "/nowhere/families.md"]) == 2
+    assert "--output must name a file in a folder that exists, got /nowhere/families.md" in capsys.readouterr().err

@@ -31,6 +31,11 @@ def test_the_right_file_passes_and_one_changed_byte_does_not(random_backbones, t
             check_backbone(tmp_path / "damaged.pth", "squeeze")
 
 
+def test_what_is_no_file_is_refused_with_the_way_to_one(tmp_path):
+    with pytest.raises(ValueError, match=r"--lpips-backbone .* is no file\. `diffsparse eval fetch-lpips --net vgg`"):
+        check_backbone(tmp_path, "vgg")
+
+
 def test_the_backbone_of_another_net_is_recognised(random_backbones):
     says = r"is SqueezeNet 1\.1, not VGG-16, .* Say --lpips-net squeeze"
     with random_backbones.trusted(), pytest.raises(ValueError, match=says):

@@ -37,6 +37,8 @@ def test_the_help_names_every_published_model():
     [
         (["--size", "720p"], "`--size` must be width x height in pixels, got '720p'. Say 1280x720."),
         (["--family", "sora"], "`--family` must be one of wan, wan-1.3b, "),
+        (["--steps", "0"], "`--steps` must be at least 1, got 0"),
+        (["--json", "/nowhere/plan.json"], "`--json` must name a file in a folder that exists, got /nowhere/plan.json"),
         (["--size", "1280x721"], "`height` of WanTransformer3DModel must be a positive multiple of 16 pixels, got 721"),
     ],
 )

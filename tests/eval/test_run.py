@@ -134,7 +134,7 @@ def test_a_record_tells_time_memory_density_and_where(tiny_model, prompts, tmp_p
     ("more", "says"),
     [
         (["--config", "fats"], "fats"),
-        (["--baseline", "backend:toaster"], "toaster"),
+        (["--baseline", "backend:toaster"], "--baseline backend:toaster: "),
         (["--baseline", "firstblockcache:treshold=1"], "treshold"),
         (["--steps", 0], "--steps"),
         (["--frames", -1], "--frames"),

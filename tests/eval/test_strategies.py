@@ -70,6 +70,12 @@ def test_a_shard_does_not_find_dials(run, monkeypatch, capsys):
     assert "has no dials of Adaptive, SVG2. Find them before the shards" in capsys.readouterr().err
 
 
+def test_a_plot_that_cannot_be_written_is_found_before_the_work(run, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "load_pipeline", lambda *args: pytest.fail("loaded"))
+    assert run("--plot", "/nowhere/plot.png") == 2
+    assert "--plot must name a file in a folder that exists, got /nowhere/plot.png" in capsys.readouterr().err
+
+
 def test_an_unknown_strategy_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main([*COMMAND, "--strategies", "Adaptiv"])

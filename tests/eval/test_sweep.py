@@ -163,6 +163,23 @@ def test_prompts_that_there_are_not_are_refused(tiny_model, tmp_path, generated,
         run(tiny_model, "--prompts", count, "--output", tmp_path / "r.json")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--densities", 0.5, 25], "--densities must be above 0 and at most 1, got 25"),
+        (["--dense-steps", 20], "--dense-steps must be a share from 0 to 1, got 20"),
+        (["--steps", 0], "--steps must be at least 1, got 0"),
+        (["--seeds", 0, -1], "--seeds must be between 0 and"),
+        (["--output", "/nowhere/r.json"], "--output must name a file in a folder that exists"),
+        (["--merge", "/nowhere/r.json"], "/nowhere/r.json holds no results that can be read"),
+    ],
+)
+def test_what_is_wrong_is_found_before_a_video_is_made(tiny_model, generated, words, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny_model, *words)
+    assert generated.calls == []
+
+
 def test_equal_videos_survive_the_file(tiny_model, tmp_path, generated):
     same = {Variant("dense", 1.0, False): Adaptive(density=1.0)}
     results = run(tiny_model, "--output", tmp_path / "r.json", strategies=same)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -183,3 +185,31 @@ def test_no_tensor_grows_with_the_square_of_the_tokens(strategy):
         with LargestTensor() as largest:
             strategy.plan(*qkv, AttentionCall(grid, step=5, num_steps=20))
         assert largest.elements < grid.num_tokens**2 / 4
+
+
+@pytest.mark.parametrize("grid", GRIDS[:2], ids=str)
+def test_the_default_dtype_changes_nothing(strategy, grid):
+    """Whole numbers of tokens and their halves are exact in float32, and above 256 are not in bfloat16."""
+    if isinstance(strategy, SVG2):
+        pytest.skip("its clusters begin at rows that are drawn in the default dtype")
+    query, key, value = random_qkv(grid)
+    outputs = []
+    for dtype in (torch.bfloat16, torch.float32):
+        forget_layouts()
+        torch.set_default_dtype(dtype)
+        try:
+            plan = strategy.plan(query, key, value, AttentionCall(grid, 0, 3, 3, 20))
+            outputs.append(plan.attend(query, key, value))
+        finally:
+            torch.set_default_dtype(torch.float32)
+            forget_layouts()
+    assert torch.equal(*outputs)
+
+
+def forget_layouts():
+    """Empty what strategies keep for a grid."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("diffsparse.strategies.", "diffsparse.heads")):
+            for kept in vars(module).values():
+                if hasattr(kept, "cache_clear"):
+                    kept.cache_clear()

@@ -1,0 +1,27 @@
+import os
+
+import pytest
+
+from diffsparse.eval.output_file import check_output_file
+
+
+def test_a_file_in_a_folder_that_exists_is_right(tmp_path, monkeypatch):
+    check_output_file("--json", tmp_path / "a.json")
+    (tmp_path / "a.json").touch()
+    check_output_file("--json", tmp_path / "a.json")
+    monkeypatch.chdir(tmp_path)
+    check_output_file("--json", (tmp_path / "b.json").relative_to(tmp_path))
+
+
+@pytest.mark.parametrize("name", [".", "none/a.json", "file/a.json"])
+def test_a_folder_and_what_is_in_none_are_refused(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--json must name a file in a folder that exists, got"):
+        check_output_file("--json", tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_read_only_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match=r"--json .* cannot be written: no permission"):
+        check_output_file("--json", tmp_path / "a.json")
