@@ -14,7 +14,7 @@ from diffsparse.pipelines.position_ids import read_once
 
 
 def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
-    """The grid that the call names or, with condition tokens before it, that the coordinates of all tokens end with.
+    """Condition tokens, if any, then the grid: what the call names, or what the coordinates of all tokens end with.
 
     `LTXConditionPipeline` passes no sizes, and one tensor of coordinates at each step. A pipeline that passes both
     makes its coordinates anew at each step, where reading them would wait for the device: the grid is unknown.
