@@ -102,6 +102,17 @@ def reference_image(model, call):
     return call
 
 
+def condition_frame(model, call):
+    """A frame of 4 x 4 condition tokens at frame 8, as LTXConditionPipeline puts it before the video."""
+    call = no_text_mask(model, call)
+    image, video = (
+        torch.cartesian_prod(times, 32 * torch.arange(4.0), 32 * torch.arange(4.0)).T[None]
+        for times in (torch.tensor([8.0]), torch.tensor([0.0, 1.0, 9.0]))
+    )
+    call["hidden_states"] = torch.cat([Random(6)(1, 16, call["hidden_states"].shape[-1]), call["hidden_states"]], dim=1)
+    return call | dict.fromkeys(("num_frames", "height", "width")) | {"video_coords": torch.cat([image, video], dim=2)}
+
+
 def cut(dim, dims, output=False):
     return ContextParallelInput(split_dim=dim, expected_dims=dims, split_output=output)
 
@@ -130,6 +141,12 @@ SCENARIOS = {
         "ltx",
         (3, 4, 4),
         no_text_mask,
+        config={"num_attention_heads": 4, "cross_attention_dim": 4 * HEAD_DIM},
+    ),
+    "ltx, condition tokens": Scenario(
+        "ltx",
+        (3, 4, 4),
+        condition_frame,
         config={"num_attention_heads": 4, "cross_attention_dim": 4 * HEAD_DIM},
     ),
     "helios, nothing divides": Scenario("helios", (3, 7, 5), anything=True, plan=helios_plan),
