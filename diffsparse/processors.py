@@ -117,6 +117,8 @@ def _sparse_class(stock: type, spreads_mask: bool) -> type | None:
 
     # Attention modules read the parameters of `__call__` and pass on only what it names.
     functools.update_wrapper(__call__, stock.__call__)
+    # torch 2.13 takes the length of a function's defaults to guard them, and fails on None.
+    __call__.__defaults__ = ()
     members = {"__call__": __call__, "__module__": __name__, "_diffsparse_stock_class": stock}
     return type(f"Sparse{stock.__name__}", (_SparseProcessor, stock), members)
 

@@ -82,7 +82,8 @@ def _font(text: str, size: int, room: int) -> Any:
     from PIL import ImageFont
 
     # Pillow's own font has no × and few letters beyond English.
-    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    # As a string: Pillow 10.1 opens no Path.
+    file = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
     while size > 7 and ImageFont.truetype(file, size).getlength(text) > room:
         size -= 1
     return ImageFont.truetype(file, size)

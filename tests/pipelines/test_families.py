@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from tiny.model import Variant
 from tiny_models import TINY
 
@@ -215,9 +216,13 @@ def test_every_class_is_tested_and_named_once():
     assert set(names) == {type(tiny.make()).__name__ for tiny in TINY.values()}
 
 
-def test_what_is_left_alone_is_a_transformer_of_diffusers_and_of_no_family():
+def test_what_is_left_alone_is_of_no_family():
     known = {name for family in FAMILIES for name in family.transformers}
     assert set(LEFT_ALONE) & known == set()
+
+
+@pytest.mark.skipif(Version(diffusers.__version__) < Version("0.42"), reason="some are in diffusers since 0.42")
+def test_what_is_left_alone_is_a_transformer_of_diffusers():
     # In the list of names that diffusers can import, whether this release has all of them or not.
     assert [name for name in LEFT_ALONE if not isinstance(getattr(diffusers, name), type)] == []
 

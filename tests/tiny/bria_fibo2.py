@@ -3,8 +3,19 @@
 from typing import Any
 
 import torch
-from diffusers import BriaFibo2Transformer2DModel
-from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
+from tiny.model import (
+    CHANNELS,
+    HEAD_DIM,
+    HEADS,
+    TEXT_CHANNELS,
+    TEXT_TOKENS,
+    Grid,
+    Random,
+    TinyModel,
+    Variant,
+    class_since,
+    seeded,
+)
 from torch import nn
 
 SHORT_GIST, LONG_GIST = 4, 6
@@ -12,7 +23,7 @@ SHORT_GIST, LONG_GIST = 4, 6
 
 def make(**changes: Any) -> nn.Module:
     return seeded(
-        BriaFibo2Transformer2DModel,
+        class_since("0.42", "BriaFibo2Transformer2DModel"),
         {
             "in_channels": CHANNELS,
             "patch_size": 2,

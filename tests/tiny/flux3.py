@@ -3,16 +3,27 @@
 from typing import Any
 
 import torch
-from diffusers import Flux3Transformer2DModel
 from tiny.flux import image_ids
 from tiny.flux2 import four_ids
-from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
+from tiny.model import (
+    CHANNELS,
+    HEAD_DIM,
+    HEADS,
+    TEXT_CHANNELS,
+    TEXT_TOKENS,
+    Grid,
+    Random,
+    TinyModel,
+    Variant,
+    class_since,
+    seeded,
+)
 from torch import nn
 
 
 def make(**changes: Any) -> nn.Module:
     return seeded(
-        Flux3Transformer2DModel,
+        class_since("0.42", "Flux3Transformer2DModel"),
         {
             "in_channels": CHANNELS,
             "num_layers": 1,

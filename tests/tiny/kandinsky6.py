@@ -3,8 +3,19 @@
 from typing import Any
 
 import torch
-from diffusers import Kandinsky6Transformer3DModel
-from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
+from tiny.model import (
+    CHANNELS,
+    HEAD_DIM,
+    HEADS,
+    TEXT_CHANNELS,
+    TEXT_TOKENS,
+    Grid,
+    Random,
+    TinyModel,
+    Variant,
+    class_since,
+    seeded,
+)
 from torch import nn
 
 AUDIO_TOKENS = 11
@@ -12,7 +23,7 @@ AUDIO_TOKENS = 11
 
 def make(**changes: Any) -> nn.Module:
     return seeded(
-        Kandinsky6Transformer3DModel,
+        class_since("0.42", "Kandinsky6Transformer3DModel"),
         {
             "in_visual_dim": CHANNELS,
             "out_visual_dim": CHANNELS,

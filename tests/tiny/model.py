@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
+import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 HEADS, HEAD_DIM = 2, 32
@@ -102,3 +105,10 @@ def seeded(cls: Callable[..., nn.Module], config: dict[str, Any], changes: dict[
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return cls(**(config | changes)).eval().requires_grad_(False)
+
+
+def class_since(release: str, name: str) -> type[nn.Module]:
+    """A class that diffusers has since a release; where an older one is installed, the test is skipped."""
+    if Version(diffusers.__version__) < Version(release):
+        pytest.skip(f"diffusers {diffusers.__version__} is installed, {name} is in diffusers since {release}")
+    return getattr(diffusers, name)
