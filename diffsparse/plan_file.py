@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from diffsparse.block_mask import num_blocks
-from diffsparse.calibration import NAMED_ORDERS, Calibration, Entry, HeadPlan, count_bits
+from diffsparse.calibration import NAMED_ORDERS, Calibration, Entry, HeadPlan
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import HeadClass
 from diffsparse.kernels.quantization import PRECISIONS
+from diffsparse.packed_bits import count_bits
 from diffsparse.whole_file import whole_file
 
 SCHEMA = 1

@@ -20,11 +20,10 @@ from diffsparse.calibration import (
     Entry,
     HeadPlan,
     named_order,
-    pack_bits,
-    unpack_bits,
 )
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.grid import TokenGrid
+from diffsparse.packed_bits import pack_bits, unpack_bits
 from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
 from diffsparse.plan_file import SETTINGS, save_plans
@@ -168,9 +167,9 @@ class PlanRecorder:
         )
 
     def _votes_of(self, plan: AttentionPlan, num_heads: int) -> list[_Vote]:
-        visible = plan.mask.visible().cpu()  # [B|1, H|1, Q, K]
-        size = (len(visible), num_heads)
-        maps = [[self._maps.number(head) for head in pack_bits(row)] for row in visible]
+        bits = plan.mask.bits.cpu()  # [B|1, H|1, Q, P]
+        size = (len(bits), num_heads)
+        maps = [[self._maps.number(head) for head in row] for row in bits]
         order = self._numbers_of_orders(plan.permutation, plan, num_heads)
         key_order = order
         if plan.key_permutation is not None:

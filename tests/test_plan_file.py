@@ -10,8 +10,9 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from diffsparse.calibration import Calibration, Entry, HeadPlan, pack_bits
+from diffsparse.calibration import Calibration, Entry, HeadPlan
 from diffsparse.grid import TokenGrid
+from diffsparse.packed_bits import pack_bits
 from diffsparse.plan_file import load_plans, save_plans
 
 GRID = TokenGrid(2, 3, 5, text_before=1, text_after=2)

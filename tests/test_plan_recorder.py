@@ -11,8 +11,8 @@ from tiny_models import generate, tiny_wan_pipeline
 
 from diffsparse import Adaptive, Calibrated, Dense, SparseAttentionConfig
 from diffsparse.block_mask import BlockMask, num_blocks
-from diffsparse.calibration import unpack_bits
 from diffsparse.grid import TokenGrid
+from diffsparse.packed_bits import unpack_bits
 from diffsparse.permutation import Permutation, axis_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.plan_file import SETTINGS, load_plans, save_plans

@@ -53,9 +53,8 @@ def test_amdahl_by_hand(wan):
     assert found.speed_up == pytest.approx(50 / (10 + seconds_of_sparse))
     assert found.overall_density == pytest.approx(0.2 + 0.8 * 296 / 1182)
     assert found.sparse_flops == pytest.approx(found.other_flops + found.attention_flops * 296 / 1182)
-    # Lists of int16 of 591 query blocks, each with its length in int32. The first sparse steps have 517 of 1,182 key
-    # blocks, and a head may have half as many again.
-    assert found.plan_bytes == 4 * 40 * 591 * (776 * 2 + 4)
+    # Of each of 591 query blocks a bit for each of 1,182 key blocks, and their number in four bytes.
+    assert found.plan_bytes == 4 * 40 * 591 * (148 + 4)
 
 
 def test_less_density_is_never_slower(wan):

@@ -44,7 +44,7 @@ def test_calls_on_two_devices_are_counted_together():
     tally = LayerTally()
     for device in ("cpu", "meta"):
         counts = torch.full((1, 2, 3), 2, dtype=torch.int32, device=device)
-        mask = BlockMask(torch.zeros((1, 2, 3, 2), dtype=torch.int16, device=device), counts, 48, 16, 16)
+        mask = BlockMask(torch.zeros((1, 2, 3, 1), dtype=torch.uint8, device=device), counts, 48, 16, 16)
         tally.count_sparse(AttentionPlan(None, mask))
     assert tally.sparse_calls == 2
     assert tally.density.shape == (2,)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from diffsparse.block_mask import BlockMask, list_dtype
+from diffsparse.block_mask import BlockMask, num_blocks
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import HeadClass
 from diffsparse.permutation import Permutation
@@ -151,11 +151,12 @@ class Adaptive:
         return float(((layout.band_rank < layout.budget) | layout.always).float().mean())
 
     def plan_bytes(self, grid: TokenGrid, num_heads: int) -> int:
-        """Bytes of the lists of key blocks that a layer's first plan, the largest, keeps for a batch of one."""
-        layout = _layout(grid, self._sized(grid, progress=0.0), torch.device("cpu"))
-        query_blocks, key_blocks = layout.always.shape
-        bytes_of_lists = list_dtype(key_blocks).itemsize * (query_blocks - layout.num_complete) * layout.counts[-1]
-        return num_heads * (4 * query_blocks + bytes_of_lists)
+        """Bytes of the block mask that a layer's plan keeps for a batch of one."""
+        sized = self._sized(grid)
+        query_blocks, key_blocks = (
+            num_blocks(grid.num_tokens, size) for size in (sized.query_block_size, sized.key_block_size)
+        )
+        return num_heads * query_blocks * (num_blocks(key_blocks, 8) + 4)
 
     def _sized(self, grid: TokenGrid, progress: float | None = None) -> _Sized:
         """These options with the block sizes for a grid, and the density for this part of the sparse steps."""
@@ -200,8 +201,6 @@ class _Sized(Adaptive):
             call.grid.num_tokens,
             self.query_block_size,
             self.key_block_size,
-            capacity=layout.counts[-1],
-            num_complete=layout.num_complete,
         )
         order = self._of(best, [ORDERS.index(candidate.order) for candidate in self.candidates])
         return AttentionPlan(

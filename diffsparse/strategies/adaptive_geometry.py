@@ -28,7 +28,6 @@ class Geometry:
         always: what every query block of every order sees, [Q, K] bool: text, and itself.
         band_rank: the place of each block by its distance from the diagonal, [Q, K] int32, `always` first.
         seen_by_all: the most key blocks in `always` of a query block without text.
-        num_complete: query blocks with text, the last ones, which see all.
         starts_with_video: whether the frame-major order is the tokens' own.
         query_block_size, key_block_size: tokens a block.
     """
@@ -40,7 +39,6 @@ class Geometry:
     always: Tensor
     band_rank: Tensor
     seen_by_all: int
-    num_complete: int
     starts_with_video: bool
     query_block_size: int
     key_block_size: int
@@ -83,7 +81,6 @@ def geometry_of(
         always=always.to(device),
         band_rank=ranks(-distance.masked_fill(always, -1.0), key_blocks).to(device),
         seen_by_all=int(always[:first_text_query].sum(-1).max()) if first_text_query else 0,
-        num_complete=query_blocks - first_text_query if grid.num_tokens > grid.num_video_tokens else 0,
         starts_with_video=grid.text_before == 0,
         query_block_size=query_block_size,
         key_block_size=key_block_size,

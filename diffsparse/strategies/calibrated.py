@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffsparse.block_mask import BlockMask, count_complete, num_blocks
-from diffsparse.calibration import OWN_ORDER, Calibration, count_bits, named_order, unpack_bits
+from diffsparse.block_mask import BlockMask
+from diffsparse.calibration import OWN_ORDER, Calibration, named_order
 from diffsparse.grid import TokenGrid
+from diffsparse.packed_bits import count_bits
 from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
 from diffsparse.plan_file import load_plans
@@ -84,19 +85,14 @@ class Calibrated:
             self._tables[query.device] = _Tables.of(made, query.device)
         tables = self._tables[query.device]
         block_map, order, key_order, tail, classes, skipped = tables.heads[index].unbind(1)  # each [H]
-        maps = {head.block_map for head in entry.heads}
-        visible = unpack_bits(
-            # Heads that all share one map need its lists once.
-            tables.maps.index_select(0, block_map[:1] if len(maps) == 1 else block_map),
-            num_blocks(made.grid.num_tokens, made.key_block_size),
-        )
-        mask = BlockMask.from_visible(
-            visible[None],
+        # Heads that all share one map need it once.
+        numbers = block_map[:1] if len({head.block_map for head in entry.heads}) == 1 else block_map
+        mask = BlockMask(
+            tables.maps.index_select(0, numbers)[None],
+            tables.counts.index_select(0, numbers)[None],
             made.grid.num_tokens,
             made.query_block_size,
             made.key_block_size,
-            capacity=max(tables.longest[number] for number in maps),
-            num_complete=tables.num_complete,
         )
         same = all(head.order == head.key_order for head in entry.heads)
         own = same and all(tables.is_own[head.order] for head in entry.heads)
@@ -121,15 +117,13 @@ class _Tables:
 
     Attributes:
         maps: the packed block maps, [N, Q, P] uint8.
-        num_complete: how many rows at the end of all maps see every block; `longest`, how many blocks the fullest of
-            the other rows of each map sees.
+        counts: how many blocks each of their rows sees, [N, Q] int32.
         orders, inverses: [M, S] int64; `is_own`, which of them are the tokens' own.
         heads: the `HeadPlan` of each entry and head, 0 for dense entries, [E, H, 6] int64.
     """
 
     maps: Tensor
-    num_complete: int
-    longest: list[int]
+    counts: Tensor
     orders: Tensor
     inverses: Tensor
     is_own: list[bool]
@@ -142,12 +136,9 @@ class _Tables:
             [named_order(order, made.grid) if isinstance(order, str) else order.long() for order in made.orders]
         )
         no_heads = ((0,) * 6,) * made.num_heads
-        counts = count_bits(made.maps)  # [N, Q]
-        num_complete = count_complete(counts, num_blocks(made.grid.num_tokens, made.key_block_size))
         return cls(
             maps=made.maps.to(device),
-            num_complete=num_complete,
-            longest=counts[:, : counts.shape[1] - num_complete].amax(1).tolist(),
+            counts=count_bits(made.maps).int().to(device),
             orders=orders.to(device),
             inverses=torch.argsort(orders, dim=-1).to(device),
             is_own=[isinstance(order, str) and order == OWN_ORDER for order in made.orders],

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffsparse.block_mask import BlockMask, count_complete
+from diffsparse.block_mask import BlockMask
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import BlockSums, head_errors, sample_rows
 from diffsparse.permutation import Permutation
@@ -27,7 +27,7 @@ class FixedMasks:
         order_of: which of the orders each mask is for, N numbers.
         choice: the same as a tensor, [N] int64.
         visible: [N, Q, K] bool, the block maps.
-        mask: their lists, [1, N, Q, C].
+        mask: the same packed, [1, N, Q, K].
         key_orders: the orders of keys and values where they are not those of the queries, M of them.
     """
 
@@ -53,19 +53,13 @@ class FixedMasks:
         `key_orders` [M, S] where keys and values have their own. Waits for values: made once for a grid, and kept.
         """
         order_of = tuple(number for number, _ in masks)
-        visible = torch.stack([block_map for _, block_map in masks])
-        counts = visible.sum(-1)
-        num_complete = count_complete(counts, visible.shape[-1])
-        longest = int(counts[:, : counts.shape[1] - num_complete].max())
-        lists = BlockMask.from_visible(
-            visible[None], orders.shape[1], query_block_size, key_block_size, longest, num_complete
-        )
+        visible = torch.stack([block_map for _, block_map in masks]).to(device)
         return cls(
             orders=Permutation.of(orders.to(device)),
             order_of=order_of,
             choice=torch.tensor(order_of, device=device),
-            visible=visible.to(device),
-            mask=replace(lists, key_blocks=lists.key_blocks.to(device), counts=lists.counts.to(device)),
+            visible=visible,
+            mask=BlockMask.from_visible(visible[None], orders.shape[1], query_block_size, key_block_size),
             key_orders=None if key_orders is None else Permutation.of(key_orders.to(device)),
         )
 
@@ -77,7 +71,7 @@ class FixedMasks:
             Permutation(self.orders.orders, self.orders.inverses, order),
             replace(
                 self.mask,
-                key_blocks=self.mask.key_blocks.index_select(1, chosen),
+                bits=self.mask.bits.index_select(1, chosen),
                 counts=self.mask.counts.index_select(1, chosen),
             ),
             classes=classes,

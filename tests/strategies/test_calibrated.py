@@ -11,10 +11,11 @@ from tiny_models import TINY, generate, tiny_wan_pipeline
 
 import diffsparse
 from diffsparse import Calibrated, SparseAttentionConfig
-from diffsparse.calibration import Calibration, Entry, HeadPlan, pack_bits
+from diffsparse.calibration import Calibration, Entry, HeadPlan
 from diffsparse.config import as_config
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import check_lists
+from diffsparse.packed_bits import pack_bits
 from diffsparse.plan_file import save_plans
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -84,17 +85,14 @@ def test_a_plan_computes_what_its_maps_and_orders_say():
 def test_heads_without_anything_special_need_no_tensors_for_it():
     _, plan = served(calibration(), AttentionCall(GRID))
     assert (plan.permutation, plan.key_permutation, plan.tail, plan.skipped, plan.classes) == (None,) * 5
-    assert plan.mask.counts.shape[1] == 1, "the lists of a map that all heads share are there once"
+    assert plan.mask.counts.shape[1] == 1, "a map that all heads share is there once"
 
 
-def test_rows_that_see_everything_in_all_maps_have_no_list():
-    maps = MAPS.clone()
-    maps[:, -2:] = True
-    heads = (HeadPlan(0, 0, 0, 0, 0, 0), HeadPlan(1, 0, 0, 0, 0, 0))
-    made = calibration(Entry(0, 0, "native", heads), maps=pack_bits(maps))
-    mask = served(made, AttentionCall(GRID))[1].mask
-    assert mask.key_blocks.shape == (1, 2, BLOCKS - 2, 3)
-    assert torch.equal(mask.visible()[0], maps[:2])
+def test_each_head_gets_its_map():
+    heads = (HeadPlan(1, 0, 0, 0, 0, 0), HeadPlan(0, 0, 0, 0, 0, 0))
+    mask = served(calibration(Entry(0, 0, "native", heads)), AttentionCall(GRID))[1].mask
+    assert torch.equal(mask.visible()[0], MAPS[[1, 0]])
+    assert torch.equal(mask.counts[0], MAPS[[1, 0]].sum(-1))
 
 
 def test_tail_and_skipped_heads_come_back():
