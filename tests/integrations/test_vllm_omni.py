@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
+import gc
 import inspect
 import logging
+import weakref
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import vllm_omni_standins as standins
 from diffsparse.grid import TokenGrid
 from diffsparse.integrations import vllm_omni
 from diffsparse.integrations.vllm_omni import geometry_fn, make_attn_fn, read_config
+from diffsparse.plan import AttentionPlan
 from diffsparse.session import DenseFallback
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.strategy import AttentionCall
@@ -75,6 +79,30 @@ def test_all_blocks_give_exact_attention():
     qkv = inputs()
     torch.testing.assert_close(layer.forward(*qkv, STATE), exact(*qkv, scale=0.3))
     assert ran(attn_fn) == (1, {})
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_plan_outlives_its_call(monkeypatch, fails):
+    plans = weakref.WeakSet()
+    plan, attend = Adaptive.plan, AttentionPlan.attend
+
+    def watched(*args):
+        plans.add(made := plan(*args))
+        return made
+
+    def attend_or_fail(*args, **kwargs):
+        if fails:
+            raise torch.OutOfMemoryError
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(Adaptive, "plan", watched)
+    monkeypatch.setattr(AttentionPlan, "attend", attend_or_fail)
+    layer = standins.Dispatcher(attn_fn := make_attn_fn(), density=0.5, min_tokens=0)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        layer.forward(*inputs(), STATE)
+    gc.collect()
+    assert ran(attn_fn)[0] == (0 if fails else 1)
+    assert len(plans) == 0
 
 
 def test_each_call_runs_by_a_plan_of_its_own():
