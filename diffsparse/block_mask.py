@@ -75,12 +75,11 @@ class BlockMask:
         What follows the first `counts` of a row is 0.
         """
         visible = self.visible()
-        place = visible.cumsum(-1).sub_(1)
-        # What is not seen goes to a place of its own, which is cut off.
-        place.masked_fill_(~visible, self.num_key_blocks)
+        # From 1 on. What is not seen goes to place 0, which is cut off.
+        place = visible.cumsum(-1).mul_(visible)
         lists = self.counts.new_zeros((*self.counts.shape, self.num_key_blocks + 1))
         blocks = torch.arange(self.num_key_blocks, dtype=torch.int32, device=lists.device)
-        return lists.scatter_(-1, place, blocks.expand_as(place))[..., :-1]
+        return lists.scatter_(-1, place, blocks.expand_as(place))[..., 1:]
 
 
 def num_blocks(num_tokens: int, block_size: int) -> int:

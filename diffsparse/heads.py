@@ -39,7 +39,7 @@ def sample_rows(grid: TokenGrid, count: int, seed: int = 0) -> Tensor:
     count = min(count, grid.num_video_tokens)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.arange(count + 1) * grid.num_video_tokens // count
-    places = torch.rand(count, generator=generator) * starts.diff()
+    places = torch.rand(count, generator=generator, dtype=torch.float32) * starts.diff()
     return starts[:-1] + places.long() + grid.text_before
 
 
