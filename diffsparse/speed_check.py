@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Hashable
 
 import torch
@@ -32,7 +33,7 @@ class SpeedCheck:
 
     def __init__(self, model_name: str, config: SparseAttentionConfig) -> None:
         self._model_name = model_name
-        self._config_number = _number_of(config)
+        self._config_mark = _mark_of(config)
         self._times = config.min_tokens is None
 
     def knows(self, query: Tensor, mask: Tensor | None) -> bool:
@@ -85,7 +86,7 @@ class SpeedCheck:
             )
 
     def _kind(self, query: Tensor, mask: Tensor | None) -> Hashable:
-        return query.device, query.dtype, query.shape, mask is None, self._config_number
+        return query.device, query.dtype, query.shape, mask is None, self._config_mark
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
@@ -108,9 +109,11 @@ def _cannot_wait(query: Tensor) -> bool:
     return query.is_meta or (query.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _number_of(config: SparseAttentionConfig) -> int:
-    """The same for equal configs. A strategy of the user's may have no hash."""
+def _mark_of(config: SparseAttentionConfig) -> Hashable:
+    """What equal configs share and no other has, not even one made after they are gone, as with an id or a hash."""
     try:
-        return hash(config)
-    except TypeError:
-        return id(config)
+        hash(config)
+    except TypeError:  # A strategy of the user's may have no hash.
+        return object()
+    # A strategy that equals itself alone may hold much, which nobody will ask for once it is gone.
+    return weakref.ref(config) if type(config.strategy).__eq__ is object.__eq__ else config

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import weakref
 
 import comfy_standins
 import pytest
@@ -135,14 +136,44 @@ def test_what_is_timed_is_a_step_in_the_middle(wan, call, set_clock):
 
 
 def test_a_strategy_that_cannot_be_hashed_is_timed(wan, call, set_clock):
-    class NoHash(Adaptive):
-        __hash__ = None
-
     clock = set_clock(dense=1.0, sparse=0.1, plan=0.1)
     wan.enable_sparse_attention(timed(strategy=NoHash(query_block_size=16, key_block_size=16)))
     run(wan, call)
     run(wan, call)
     assert (clock.timed, report_of(wan).sparse_calls) == (3 * speed_check.ROUNDS, 6)
+
+
+class Itself:
+    """A strategy without a hash of its own, as a plain class is and `Calibrated`."""
+
+    def plan(self, query, key, value, call):
+        raise AssertionError
+
+
+class NoHash(Adaptive):
+    __hash__ = None
+
+
+@pytest.mark.parametrize("make", [Itself, NoHash])
+def test_nothing_is_known_of_a_strategy_because_of_one_that_is_gone(make):
+    gone, query = [], torch.zeros(1, 1, 8, 8)
+    for _ in range(20):
+        # Nobody holds it when the next one is made, which may well lie where it lay.
+        chosen = timed(make())
+        gone.append(weakref.ref(chosen.strategy))
+        speed = speed_check.SpeedCheck("a model", chosen)
+        assert not speed.knows(query, None)
+        speed.time(query, None, list, lambda plan: None, lambda progress: 0, num_served=1)
+        assert speed.knows(query, None)
+        del chosen
+    assert [strategy() for strategy in gone] == [None] * 20
+
+
+@pytest.mark.parametrize("make", [Itself, Adaptive])
+def test_what_is_known_of_a_config_is_known_to_who_has_it_next(make):
+    chosen, query = timed(make()), torch.zeros(1, 1, 8, 8)
+    speed_check.SpeedCheck("a model", chosen).time(query, None, list, lambda plan: None, lambda progress: 0, 1)
+    assert speed_check.SpeedCheck("another model", chosen).knows(query, None)
 
 
 def test_dense_attention_is_timed_under_the_models_autocast(wan, call, set_clock, monkeypatch):
