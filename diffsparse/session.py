@@ -202,13 +202,14 @@ class Session:
             make_plan = functools.partial(self._make_plan, layer, query, key, value, key_length, scale)
             plan = self._plan(layer, query, key, value, key_length, make_plan)
             if isinstance(plan, AttentionPlan):
-                output = sparse(plan)
                 if dense is not None and not self._speed_check.knows(query, mask):
+                    # Once before it is timed, and not kept: dense attention may need the memory.
+                    sparse(plan)
                     self._speed_check.time(query, mask, dense, sparse, make_plan, self._num_served(plan))
                     if (reason := self._speed_check.why_slow(query, mask)) is not None:
-                        self.forget_plans()
                         self.count_dense(layer, reason)
                         return None
+                output = sparse(plan)
                 # Not before it has run: memory may run out.
                 self.tallies[layer].count_sparse(plan)
                 return order.apply(output)

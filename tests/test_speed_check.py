@@ -12,6 +12,9 @@ from tiny_models import TINY
 
 import diffsparse.config
 from diffsparse import Adaptive, processors, speed_check
+from diffsparse.plan import AttentionPlan
+from diffsparse.session import Session
+from diffsparse.steps import Step
 
 SMALL = Adaptive(density=0.3, query_block_size=16, key_block_size=16)
 
@@ -200,6 +203,54 @@ def test_the_clock_counts_the_calls():
     calls = []
     assert speed_check.seconds_of(lambda: calls.append(1), torch.device("cpu"), repeats=3) > 0
     assert len(calls) == 3
+
+
+class NoText:
+    name, padding_mask, text_apart = "no text", False, None
+
+
+def begin(session, index):
+    session.begin(Step(index, 4, None, index == 0), (3, 5, 7, 0, 0))
+
+
+def attend(session, layer=0, batch=1, dense=list):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(batch, 2, 105, 8, generator=generator) for _ in range(3))
+    return session.attend(layer, query, key, value, None, None, dense=dense)
+
+
+def test_no_output_of_sparse_attention_lies_in_memory_while_dense_attention_is_timed(monkeypatch):
+    def watched(*args, **kwargs):
+        outputs.append(weakref.ref(output := attend_by_plan(*args, **kwargs)))
+        return output
+
+    attend_by_plan, outputs, alive = AttentionPlan.attend, [], []
+    monkeypatch.setattr(AttentionPlan, "attend", watched)
+    session = Session("a model", NoText(), ("layer",), timed(replan_every=100))
+    begin(session, 0)
+    attend(session, dense=lambda: alive.append([output() for output in outputs if output() is not None]))
+    assert alive == [[]] * speed_check.ROUNDS
+    assert len(outputs) > 1
+
+
+def test_what_is_found_slow_takes_no_plan_from_what_is_not(set_clock):
+    planned = []
+
+    class Watched(Adaptive):
+        def plan(self, query, key, value, call):
+            planned.append((call.layer, call.step))
+            return super().plan(query, key, value, call)
+
+    strategy = Watched(query_block_size=16, key_block_size=16)
+    session = Session("a model", NoText(), ("fast", "slow"), timed(strategy))
+    for index in range(4):
+        begin(session, index)
+        set_clock(dense=1.0, sparse=0.1, plan=0.1)
+        attend(session, 0)
+        set_clock(dense=1.0, sparse=9.0, plan=0.1)
+        attend(session, 1, batch=2)
+    assert [tally.sparse_calls for tally in session.tallies] == [4, 0]
+    assert set(planned) == {(0, 0), (1, 0)}
 
 
 def test_in_comfyui_the_line_says_what_was_found(monkeypatch, tmp_path, set_clock, caplog):
