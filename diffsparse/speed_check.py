@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 import weakref
 from collections.abc import Callable, Hashable
@@ -58,12 +59,13 @@ class SpeedCheck:
     ) -> None:
         """Time this kind of call, and warn where it is not worth to be sparse. Waits for the device.
 
-        Of calls in turn the fastest of each counts, so that what else the machine does meanwhile weighs little.
+        Of calls in turn the fastest of each counts, so that what else the machine does meanwhile weighs little. Where
+        dense attention has no memory to run in, sparse attention stays.
 
         Args:
             query, mask: of the call, [B, H, S, D].
-            dense: the attention of one layer. It has run before, as the other two have.
-            sparse: the same by a plan.
+            dense: the attention of one layer.
+            sparse: the same by a plan. It has run before, and so has `plan`.
             plan: makes one, for steps whose `progress` it is given. It is that of the middle: what strategies compute
                 may fall from step to step.
             num_served: how many steps share a plan.
@@ -72,10 +74,14 @@ class SpeedCheck:
         if typical is None:
             return
         calls = dense, functools.partial(sparse, typical), functools.partial(plan, progress=0.5)
-        rounds = [[seconds_of(call, query.device) for call in calls] for _ in range(ROUNDS)]
-        dense_seconds, sparse_seconds, plan_seconds = (min(seconds) for seconds in zip(*rounds))
-        kind = self._kind(query, mask)
-        _SPEED_UPS.setdefault(kind, dense_seconds / (sparse_seconds + plan_seconds / num_served))
+        try:
+            rounds = [[seconds_of(call, query.device) for call in calls] for _ in range(ROUNDS)]
+        except torch.OutOfMemoryError:
+            speed_up = math.inf
+        else:
+            dense_seconds, sparse_seconds, plan_seconds = (min(seconds) for seconds in zip(*rounds))
+            speed_up = dense_seconds / (sparse_seconds + plan_seconds / num_served)
+        _SPEED_UPS.setdefault(self._kind(query, mask), speed_up)
         if (reason := self.why_slow(query, mask)) is not None:
             logger.warning(
                 "diffsparse: self-attention of %s over %d tokens stays dense: %s. min_tokens=0 makes it sparse all the "

@@ -233,6 +233,19 @@ def test_no_output_of_sparse_attention_lies_in_memory_while_dense_attention_is_t
     assert len(outputs) > 1
 
 
+def test_what_dense_attention_has_no_memory_for_stays_sparse():
+    def dense():
+        tried.append(1)
+        raise torch.OutOfMemoryError
+
+    tried = []
+    session = Session("a model", NoText(), ("layer",), timed())
+    for index in range(3):
+        begin(session, index)
+        assert attend(session, dense=dense) is not None
+    assert (len(tried), session.tallies[0].sparse_calls) == (1, 3)
+
+
 def test_what_is_found_slow_takes_no_plan_from_what_is_not(set_clock):
     planned = []
 
