@@ -1,6 +1,7 @@
 """Context parallelism of diffusers over two and four processes: what one process computes, on fewer heads each."""
 
 import dataclasses
+import math
 import multiprocessing
 import sys
 import traceback
@@ -11,12 +12,13 @@ from diffusers import ContextParallelConfig
 from diffusers.hooks import context_parallel
 from diffusers.models import attention_dispatch
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
-from enabled import DENSE, config, report_of, run
+from enabled import DENSE, FULL, config, report_of, run
 from tiny.model import HEAD_DIM, TEXT_CHANNELS, Random
 from tiny_models import TINY
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-from diffsparse import Adaptive
+import diffsparse.config
+from diffsparse import Adaptive, speed_check
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.rank_order import RankOrder
 
@@ -204,6 +206,9 @@ def work(rank, ranks, folder):
     runs += [("ring", way, RING, chosen) for way, chosen in RING_CONFIGS.items()]
     if ranks == 2:
         runs.append(("compiled", "sparse", COMPILED, CONFIGS["sparse"]))
+    # Timed by each rank, and found slow by some: at full density that shows in the report alone.
+    speed_check.LEAST_SPEED_UP, diffsparse.config.MIN_TOKENS = (math.inf if rank % 2 else 0.0), 0
+    runs.append(("wan", "timed", SCENARIOS["wan"], dataclasses.replace(FULL, min_tokens=None, strict=True)))
     for name, way, scenario, chosen in runs:
         attention_dispatch._native_attention_forward_op = attention_with_logsumexp if scenario.ring else stock_attention
         try:
@@ -255,6 +260,13 @@ def test_no_rank_waits_for_another_where_heads_share_their_blocks(results):
     for _, report in results["wan", "shared"]:
         assert report.density == pytest.approx(alone.density)
         assert (report.sparse_calls, report.dense_calls) == (alone.sparse_calls, 0)
+
+
+def test_ranks_may_differ_in_what_they_find_fast(results):
+    stock, _ = SCENARIOS["wan"].run(None)
+    for rank, (output, report) in enumerate(results["wan", "timed"]):
+        torch.testing.assert_close(output, stock)
+        assert (report.sparse_calls == 0, report.dense_calls == 0) == ((True, False) if rank % 2 else (False, True))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
