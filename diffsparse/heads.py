@@ -159,8 +159,11 @@ def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
     def check() -> bool:
         from diffsparse.kernels.block_sums_triton import block_sums
 
-        query, key, value = (torch.randn(1, 2, tokens, 32) for tokens in (5, 70, 70))
-        order = torch.randperm(70)
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (
+            torch.randn(1, 2, tokens, 32, generator=generator, dtype=torch.float32) for tokens in (5, 70, 70)
+        )
+        order = torch.randperm(70, generator=generator)
         expected = BlockSums.of(query, key, value, 32, order)
         actual = BlockSums(*block_sums(query.to(device), key.to(device), value.to(device), 32, order.to(device)))
         return torch.allclose(actual.exact().cpu(), expected.exact(), rtol=1e-3, atol=1e-3)

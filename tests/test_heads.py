@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import Tensor
 
+from diffsparse import heads
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import BlockSums, head_errors, sample_rows
 from diffsparse.kernels.pooling import block_means
@@ -130,3 +134,32 @@ def test_sampled_rows_depend_on_the_seed_alone():
     grid = TokenGrid(3, 5, 7)
     assert torch.equal(sample_rows(grid, 10, seed=1), sample_rows(grid, 10, seed=1))
     assert not torch.equal(sample_rows(grid, 10, seed=1), sample_rows(grid, 10, seed=2))
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """In place of the GPU's kernel, right, and for float32 alone."""
+
+    def block_sums(query, key, value, block_size, order):
+        assert {x.dtype for x in (query, key, value)} == {torch.float32}
+        return vars(BlockSums.of(query, key, value, block_size, order)).values()
+
+    monkeypatch.setitem(
+        sys.modules, "diffsparse.kernels.block_sums_triton", types.SimpleNamespace(block_sums=block_sums)
+    )
+    return block_sums
+
+
+def test_trying_the_kernel_draws_no_numbers_that_a_video_is_made_of(stand_in):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert heads._kernel.__wrapped__(torch.device("cpu")) is stand_in
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_kernel_is_tried_in_float32_whatever_the_default_is(stand_in):
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert heads._kernel.__wrapped__(torch.device("cpu")) is stand_in
+    finally:
+        torch.set_default_dtype(torch.float32)
