@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 
@@ -163,3 +164,13 @@ def test_the_kernel_is_tried_in_float32_whatever_the_default_is(stand_in):
         assert heads._kernel.__wrapped__(torch.device("cpu")) is stand_in
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("wrong", [field.name for field in dataclasses.fields(BlockSums)])
+def test_a_kernel_with_one_wrong_sum_is_left_out(wrong, stand_in, monkeypatch):
+    def off(*args):
+        return [x + 0.1 * (name == wrong) for name, x in vars(BlockSums.of(*args)).items()]
+
+    monkeypatch.setattr(sys.modules["diffsparse.kernels.block_sums_triton"], "block_sums", off)
+    with pytest.warns(UserWarning, match="judging candidate masks is left out"):
+        assert heads._kernel.__wrapped__(torch.device("cpu")) is None
