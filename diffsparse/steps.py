@@ -98,14 +98,14 @@ class StepClock:
         """The step of the transformer call that begins now; `timestep` is what the call was given."""
         index, total, branch, begins_at = self._read(timestep)
         last = self._last
-        same_step = last is not None and index == last.index
-        is_named = branch is not None
-        if branch is None:
-            branch = len(self._branches) % MAX_UNNAMED_BRANCHES if same_step else 0
-        # One that begins late, or a second expert, may go on behind where the last generation was interrupted.
+        # A generation that begins late, or a second expert, may go on behind where the last one was interrupted.
         timesteps = self._scheduled_timesteps()
         rescheduled = timesteps is not None and timesteps is not self._timesteps_before
         self._timesteps_before = timesteps
+        same_step = last is not None and index == last.index and not rescheduled
+        is_named = branch is not None
+        if branch is None:
+            branch = len(self._branches) % MAX_UNNAMED_BRANCHES if same_step else 0
         is_first = last is None or index < last.index or (same_step and branch in self._branches) or rescheduled
         if is_first:
             self._calls_of_step_before = None

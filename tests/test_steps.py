@@ -271,6 +271,16 @@ def test_new_timesteps_are_a_new_generation_wherever_it_begins():
     assert firsts == [True, False, False, False] * 2
 
 
+def test_branches_are_counted_anew_where_one_of_them_was_interrupted():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline = Pipeline(scheduler=scheduler)
+    clock, seen = StepClock(pipeline), []
+    for calls in (1, 2):
+        scheduler.set_timesteps(10)
+        seen += [clock.tick(scheduler.timesteps[0].item()) for _ in range(calls)]
+    assert [(step.branch, step.is_first_of_generation) for step in seen] == [(0, True), (0, True), (1, False)]
+
+
 def test_timesteps_that_a_scheduler_makes_at_each_look_are_no_new_generation():
     class Scheduler:
         _step_index, _begin_index = 0, None
