@@ -275,3 +275,22 @@ def test_in_comfyui_the_line_says_what_was_found(monkeypatch, tmp_path, set_cloc
         assert torch.equal(comfy_standins.sample(sparse), comfy_standins.sample(model))
     assert "0 of 5 steps sparse" in caplog.text
     assert "sparse attention is 0.50x as fast as dense attention here (" in caplog.text
+
+
+def test_in_comfyui_what_another_node_has_put_in_the_place_of_dense_attention_is_timed(
+    monkeypatch, tmp_path, set_clock
+):
+    def other(function, *args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    comfy_standins.install(monkeypatch, tmp_path)
+    set_clock(dense=1.0, sparse=0.1, plan=0.0)
+    counts = []
+    for min_tokens in (0, -1):
+        calls = []
+        sparse = comfy_standins.patched(comfy_standins.patcher(), min_tokens=min_tokens, start_percent=0.0)
+        sparse.model_options["transformer_options"]["optimized_attention_override"] = other
+        comfy_standins.sample(sparse)
+        counts.append(len(calls))
+    assert counts[1] == counts[0] + speed_check.ROUNDS

@@ -13,6 +13,8 @@ import pytest
 import torch
 import vllm_omni_standins as standins
 
+import diffsparse.config
+from diffsparse import speed_check
 from diffsparse.grid import TokenGrid
 from diffsparse.integrations import vllm_omni
 from diffsparse.integrations.vllm_omni import geometry_fn, make_attn_fn, read_config
@@ -79,6 +81,25 @@ def test_all_blocks_give_exact_attention():
     qkv = inputs()
     torch.testing.assert_close(layer.forward(*qkv, STATE), exact(*qkv, scale=0.3))
     assert ran(attn_fn) == (1, {})
+
+
+def test_the_dense_attention_of_the_call_is_what_sparse_attention_is_timed_against(monkeypatch):
+    outputs = []
+
+    def one_second(call, device):
+        outputs.append(call())
+        return 1.0
+
+    monkeypatch.setattr(diffsparse.config, "MIN_TOKENS", 0)
+    monkeypatch.setattr(speed_check, "_SPEED_UPS", {})
+    monkeypatch.setattr(speed_check, "LEAST_SPEED_UP", 1.2)
+    monkeypatch.setattr(speed_check, "seconds_of", one_second)
+    layer = standins.Dispatcher(attn_fn := make_attn_fn(), softmax_scale=0.3)
+    qkv = inputs()
+    # Each call has a plan of its own, and bears the whole of it.
+    for output in (layer.forward(*qkv, STATE), outputs[0]):
+        torch.testing.assert_close(output, exact(*qkv, scale=0.3))
+    assert ran(attn_fn) == (0, {"sparse attention is 0.50x as fast as dense attention here": 1})
 
 
 @pytest.mark.parametrize("fails", [False, True])
