@@ -11,8 +11,9 @@ def block_means(x: Tensor, block_size: int, key_length: Tensor | None = None) ->
     """Mean of every block of x [B, H, S, D] as [B, H, K, D] fp32, and how many tokens it is over, [B|1, K] int64.
 
     The last block may be ragged. Tokens at or beyond `key_length` [B] are left out, whatever they hold; a block
-    without any token left has mean 0 and count 0. Nothing is synchronised with the host.
+    without any token left has mean 0 and count 0. No gradient goes through. Nothing is synchronised with the host.
     """
+    x = x.detach()
     batch, heads, num_tokens, head_dim = x.shape
     token_counts = block_token_counts(num_tokens, block_size, key_length, x.device)
     if key_length is not None:

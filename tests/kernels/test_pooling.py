@@ -72,3 +72,8 @@ def test_everything_is_made_on_the_device_of_the_input():
         x = torch.empty(1, 2, 100, 8, device="cuda")
         means, token_counts = block_means(x, 16)
     assert means.device == token_counts.device == x.device
+
+
+def test_what_requires_gradients_is_planned_as_anything_else():
+    x = torch.randn(1, 2, 37, 8)
+    assert torch.equal(block_means(x.clone().requires_grad_(), 16)[0], block_means(x, 16)[0])
