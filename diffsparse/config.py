@@ -29,8 +29,8 @@ class SparseAttentionConfig:
         min_tokens: shorter sequences stay dense. None for 4,096, and from there on for what sparse attention is hardly
             faster at on this machine: the first sparse call of each size is timed against the dense one.
         replan_every: steps for which a layer's plan is kept, unless the strategy has made it to last.
-        strict: raise at the first dense fallback, instead of counting it in the report. Early steps, dense layers
-            and short sequences are policy, not fallbacks.
+        strict: raise at the first dense fallback, instead of counting it in the report. Early steps, dense layers,
+            short sequences and what is hardly faster are policy, not fallbacks.
         backend: the kernel's implementation, one of those that `diffsparse doctor` lists; None for the best one.
         quantization: what sparse attention computes in, "int8", "int8_fp8", "fp8" or "int4" (docs/quantization.md);
             None for the dtype of the model. Where the backend cannot, the first attention call raises ValueError.

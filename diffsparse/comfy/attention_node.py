@@ -116,9 +116,10 @@ class DiffSparseAttention:
                         "max": 1_000_000,
                         "advanced": True,
                         "tooltip": (
-                            "Shorter sequences stay full. -1: the first call of each size is timed, and what is not "
-                            "at least 1.2 times as fast sparse stays full. 0: none stay full. 16384 are about 41 "
-                            "frames of 832 x 480 in Wan; DiffSparse Token Count tells the tokens of a latent."
+                            "Shorter sequences stay full. -1: below 4096 tokens; of longer ones the first call of "
+                            "each size is timed, and what is not at least 1.2 times as fast sparse stays full. "
+                            "0: none stay full. 16384 are about 41 frames of 832 x 480 in Wan; DiffSparse Token Count "
+                            "tells the tokens of a latent."
                         ),
                     },
                 ),
