@@ -4,10 +4,12 @@ import comfy_standins as standins
 import pytest
 import torch
 
+import diffsparse.config
 from diffsparse.comfy.calibrate_node import DiffSparseCalibrate
 from diffsparse.plan import AttentionPlan
 from diffsparse.plan_file import load_plans
 from diffsparse.session import DenseFallback
+from diffsparse.speed_check import SpeedCheck
 
 
 @pytest.fixture
@@ -38,6 +40,13 @@ def test_the_file_makes_the_very_latents_that_it_was_made_with(file, model_class
     assert torch.equal(sample(served), expected)
     assert "preset fast and density 0.25 have no effect with plan_file plan.safetensors" in caplog.text
     assert not torch.equal(sample(standins.patched(model, preset="fast", quantize=quantize)), expected)
+
+
+def test_nothing_is_timed_while_a_file_is_made(file, monkeypatch):
+    monkeypatch.setattr(SpeedCheck, "time", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(diffsparse.config, "MIN_TOKENS", 0)
+    standins.sample(recording(standins.patcher(), min_tokens=-1))
+    assert load_plans(file).num_prompts == 1
 
 
 def test_prompts_in_one_batch_vote_and_the_density_stays(file):

@@ -5,11 +5,12 @@ import argparse
 import pytest
 import torch
 
-import diffsparse
+import diffsparse.config
 from diffsparse.eval import calibrate
 from diffsparse.eval.generate import Sampling, generate, load_pipeline
 from diffsparse.eval.named_config import read_config
 from diffsparse.plan_file import load_plans
+from diffsparse.speed_check import SpeedCheck
 
 SMALL = "min_tokens=0,query_block_size=8,key_block_size=8"
 LASTING = f"sparsed:density=0.3,dense_steps=0.4,{SMALL}"
@@ -40,6 +41,15 @@ def test_the_file_makes_the_video_of_the_strategy_it_was_made_by(tiny_model, tmp
     assert torch.equal(of_file, of_strategy)
     assert report.as_dict() == expected.as_dict()
     assert report.density < 0.9
+
+
+def test_nothing_is_timed_or_left_dense_for_being_slow_here(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(SpeedCheck, "time", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(diffsparse.config, "MIN_TOKENS", 0)
+    file = tmp_path / "plan.safetensors"
+    assert start(tiny_model, file, strategy=LASTING.replace("min_tokens=0,", "")) == 0
+    # Where the file is used it may well be timed.
+    assert load_plans(file).settings["min_tokens"] is None
 
 
 def test_the_file_says_what_it_was_made_for(tiny_model, tmp_path):

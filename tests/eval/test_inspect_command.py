@@ -8,9 +8,11 @@ import re
 import pytest
 from page_reader import HOSTILE, Page
 
+import diffsparse.config
 from diffsparse.eval import cli, inspect_command
 from diffsparse.eval.generate import Sampling, generate, load_pipeline
 from diffsparse.eval.named_config import read_config
+from diffsparse.speed_check import SpeedCheck
 
 SMALL = "min_tokens=0,dense_steps=0.4"
 CONFIG = f"adaptive:density=0.3,query_block_size=8,key_block_size=8,sampled_rows=8,{SMALL}"
@@ -67,6 +69,13 @@ def test_the_numbers_are_those_of_the_run(written, tiny_model):
     assert last_classes == report.transformers[0].head_classes
     worst = max(transformer["heads"], key=lambda head: head["error"])
     assert data["summary"]["worst_head"] == {name: worst[name] for name in ("transformer", "layer", "head", "error")}
+
+
+def test_nothing_is_timed_or_left_dense_for_being_slow_here(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(SpeedCheck, "time", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(diffsparse.config, "MIN_TOKENS", 0)
+    assert run(tiny_model, tmp_path, config=CONFIG.replace("min_tokens=0,", "")) == 0
+    assert json.loads((tmp_path / "inspect.json").read_text())["summary"]["density"] < 1
 
 
 def test_the_page_stands_alone_and_a_hostile_prompt_is_only_text(written):
