@@ -42,7 +42,7 @@ class SpeedCheck:
         return not self._times or self._kind(query, mask) in _SPEED_UPS or _cannot_wait(query)
 
     def why_slow(self, query: Tensor, mask: Tensor | None) -> str | None:
-        """Why this kind of call is not worth to be sparse; None where it is, or where nobody knows."""
+        """Why this kind of call is not worth being sparse; None where it is, or where nobody knows."""
         speed_up = _SPEED_UPS.get(self._kind(query, mask)) if self._times else None
         if speed_up is None or speed_up >= LEAST_SPEED_UP:
             return None
@@ -57,7 +57,7 @@ class SpeedCheck:
         plan: Callable[..., AttentionPlan | None],
         num_served: int,
     ) -> None:
-        """Time this kind of call, and warn where it is not worth to be sparse. Waits for the device.
+        """Time this kind of call, and warn where it is not worth being sparse. Waits for the device.
 
         Of calls in turn the fastest of each counts, so that what else the machine does meanwhile weighs little. Where
         dense attention has no memory to run in, sparse attention stays.
