@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.plan import AttentionPlan
+from diffsparse.strategies.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +29,14 @@ _SPEED_UPS: dict[Hashable, float] = {}
 class SpeedCheck:
     """Finds out at the first sparse call of each kind how much faster it is than the dense one.
 
-    A kind is a shape, dtype and device of the query, with a mask or without, and a config. Where the config says
-    `min_tokens`, nothing is timed.
+    A kind is a shape, dtype and device of the query, with a mask or without, and what is computed by the config. Where
+    that says `min_tokens`, nothing is timed.
     """
 
     def __init__(self, model_name: str, config: SparseAttentionConfig) -> None:
         self._model_name = model_name
-        self._config_mark = _mark_of(config)
+        # Of the config, what the time of a call depends on.
+        self._computes = _mark_of(config.strategy), config.replan_every, config.backend, config.quantization
         self._times = config.min_tokens is None
 
     def knows(self, query: Tensor, mask: Tensor | None) -> bool:
@@ -92,7 +94,7 @@ class SpeedCheck:
             )
 
     def _kind(self, query: Tensor, mask: Tensor | None) -> Hashable:
-        return query.device, query.dtype, query.shape, mask is None, self._config_mark
+        return query.device, query.dtype, query.shape, mask is None, self._computes
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
@@ -115,11 +117,12 @@ def _cannot_wait(query: Tensor) -> bool:
     return query.is_meta or (query.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _mark_of(config: SparseAttentionConfig) -> Hashable:
-    """What equal configs share and no other has, not even one made after they are gone, as with an id or a hash."""
+def _mark_of(strategy: Strategy) -> Hashable:
+    """What equal strategies share and no other has, not even one made after they are gone, as with an id or a hash."""
     try:
-        hash(config)
-    except TypeError:  # A strategy of the user's may have no hash.
+        # One that equals itself alone may hold much, and nobody will ask for it once it is gone.
+        mark: object = weakref.ref(strategy) if type(strategy).__eq__ is object.__eq__ else strategy
+        hash(mark)
+    except TypeError:  # A strategy of the user's may have no hash, or no place for a weak reference.
         return object()
-    # A strategy that equals itself alone may hold much, which nobody will ask for once it is gone.
-    return weakref.ref(config) if type(config.strategy).__eq__ is object.__eq__ else config
+    return mark

@@ -1,5 +1,6 @@
 """Sparse attention is left out where it would not be faster, and that is found out once."""
 
+import dataclasses
 import itertools
 import logging
 import weakref
@@ -138,6 +139,12 @@ def test_what_is_timed_is_a_step_in_the_middle(wan, call, set_clock):
     assert seen == [None, *[0.5] * (1 + speed_check.ROUNDS), None, None]
 
 
+def test_a_strategy_that_nobody_can_watch_is_timed():
+    speed, query = speed_check.SpeedCheck("a model", timed(Slots())), torch.zeros(1, 1, 8, 8)
+    speed.time(query, None, list, lambda plan: None, lambda progress: 0, 1)
+    assert speed.knows(query, None)
+
+
 def test_a_strategy_that_cannot_be_hashed_is_timed(wan, call, set_clock):
     clock = set_clock(dense=1.0, sparse=0.1, plan=0.1)
     wan.enable_sparse_attention(timed(strategy=NoHash(query_block_size=16, key_block_size=16)))
@@ -157,6 +164,13 @@ class NoHash(Adaptive):
     __hash__ = None
 
 
+class Slots:
+    """The same without a weak reference to it."""
+
+    __slots__ = ("place",)
+    plan = Itself.plan
+
+
 @pytest.mark.parametrize("make", [Itself, NoHash])
 def test_nothing_is_known_of_a_strategy_because_of_one_that_is_gone(make):
     gone, query = [], torch.zeros(1, 1, 8, 8)
@@ -173,10 +187,26 @@ def test_nothing_is_known_of_a_strategy_because_of_one_that_is_gone(make):
 
 
 @pytest.mark.parametrize("make", [Itself, Adaptive])
-def test_what_is_known_of_a_config_is_known_to_who_has_it_next(make):
+@pytest.mark.parametrize(
+    ("changes", "is_known"),
+    [
+        ({}, True),
+        # As `eval run` warms up.
+        ({"dense_steps": 0.5}, True),
+        ({"dense_layers": (0,)}, True),
+        ({"strict": True}, True),
+        ({"replan_every": 7}, False),
+        ({"backend": "flex"}, False),
+        ({"quantization": "int8"}, False),
+        ({"strategy": Adaptive(density=0.5)}, False),
+    ],
+    ids=lambda value: next(iter(value), "nothing") if isinstance(value, dict) else None,
+)
+def test_what_is_known_holds_for_configs_that_take_the_same_time(make, changes, is_known):
     chosen, query = timed(make()), torch.zeros(1, 1, 8, 8)
     speed_check.SpeedCheck("a model", chosen).time(query, None, list, lambda plan: None, lambda progress: 0, 1)
-    assert speed_check.SpeedCheck("another model", chosen).knows(query, None)
+    other = dataclasses.replace(chosen, **changes)
+    assert speed_check.SpeedCheck("another model", other).knows(query, None) == is_known
 
 
 def test_dense_attention_is_timed_under_the_models_autocast(wan, call, set_clock, monkeypatch):
