@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 LEAST_SPEED_UP = 1.2
 """Of one attention call, its share of planning included. For less, the video that changes is not worth it."""
-ROUNDS = 2
+LEAST_ROUNDS, MOST_ROUNDS = 2, 8
+ENOUGH_SECONDS = 0.5
+"""Of timing, after which no more rounds are needed than the least: what takes long is disturbed less."""
 
 _SPEED_UPS: dict[Hashable, float] = {}
 """By kind of call. Whoever timed it first is right for the whole process, so that one seed makes one video."""
@@ -76,8 +78,10 @@ class SpeedCheck:
         if typical is None:
             return
         calls = dense, functools.partial(sparse, typical), functools.partial(plan, progress=0.5)
+        rounds: list[list[float]] = []
         try:
-            rounds = [[seconds_of(call, query.device) for call in calls] for _ in range(ROUNDS)]
+            while len(rounds) < LEAST_ROUNDS or (len(rounds) < MOST_ROUNDS and sum(map(sum, rounds)) < ENOUGH_SECONDS):
+                rounds.append([seconds_of(call, query.device) for call in calls])
         except torch.OutOfMemoryError:
             speed_up = math.inf
         else:

@@ -1,14 +1,17 @@
-"""Configs small enough for tiny models, a call, and what ran: for every test that enables sparse attention."""
+"""Configs small enough for tiny models, calls, and what ran: for every test that enables sparse attention."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from tiny_models import TINY
 from torch import Tensor, nn
 
 import diffsparse
 from diffsparse import Adaptive, SparseAttentionConfig
+from diffsparse.pipelines.families import find_family
 from diffsparse.report import TransformerReport
 from diffsparse.strategies.dense import Dense
 
@@ -40,3 +43,40 @@ def report_of(model: Any) -> TransformerReport:
     """The report of the one transformer that is enabled."""
     (report,) = diffsparse.sparse_attention_report(model).transformers
     return report
+
+
+def steps(model, call, count=3):
+    """The call at falling timesteps, as a denoising loop makes them."""
+    name = find_family(model).timestep
+    return [call | {name: call[name] * (count - step) / count} for step in range(count)]
+
+
+def run_steps(model, call, count=3):
+    return torch.stack([run(model, each) for each in steps(model, call, count)])
+
+
+def num_calls(tiny):
+    """Attention calls of a call of the transformer with two rows."""
+    return len(tiny.layers) * tiny.calls_per_layer
+
+
+def surroundings(model):
+    """Everything on a model that enabling could touch: attributes, processors, hooks."""
+    return {
+        name: (
+            type(module),
+            sorted(key for key in vars(module)),
+            type(getattr(module, "processor", None)),
+            dict(vars(getattr(module, "processor", object))),
+            [len(hooks) for key, hooks in sorted(vars(module).items()) if key.endswith(("_hooks", "_kwargs"))],
+        )
+        for name, module in model.named_modules()
+    }
+
+
+# What does not depend on how a model lays out its tokens is tried on one model for each way to attention.
+each_way_to_attention = pytest.mark.parametrize("tiny", [name for name in TINY if TINY[name].compiled], indirect=True)
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

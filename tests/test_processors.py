@@ -1,4 +1,4 @@
-"""What stands in for the attention functions while a layer runs; whole models are in test_enable.py."""
+"""What stands in for the attention functions while a layer runs; whole models are in tests/enable."""
 
 import pytest
 import torch

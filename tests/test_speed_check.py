@@ -94,7 +94,7 @@ def test_what_is_not_faster_is_dense_from_its_first_call_on(wan, call, set_clock
 
 def test_each_kind_of_call_is_timed_once_in_a_process(wan, call, set_clock):
     clock = set_clock(dense=1.0, sparse=0.1, plan=0.1)
-    once = 3 * speed_check.ROUNDS
+    once = 3 * speed_check.LEAST_ROUNDS
     for _ in range(2):
         wan.enable_sparse_attention(timed())
         run(wan, call)
@@ -136,7 +136,15 @@ def test_what_is_timed_is_a_step_in_the_middle(wan, call, set_clock):
     wan.enable_sparse_attention(timed(strategy=Watched(query_block_size=16, key_block_size=16)))
     run(wan, call)
     # The first layer: its own plan, one to time sparse attention by, one in each round; then two more layers.
-    assert seen == [None, *[0.5] * (1 + speed_check.ROUNDS), None, None]
+    assert seen == [None, *[0.5] * (1 + speed_check.LEAST_ROUNDS), None, None]
+
+
+@pytest.mark.parametrize(("dense", "rounds"), [(1e-3, 8), (0.1, 5), (9.0, 2)])
+def test_short_calls_are_timed_more_often(wan, call, set_clock, dense, rounds):
+    clock = set_clock(dense=dense, sparse=0.0, plan=1e-9)
+    wan.enable_sparse_attention(timed())
+    run(wan, call)
+    assert clock.timed == 3 * rounds
 
 
 def test_a_strategy_that_nobody_can_watch_is_timed():
@@ -150,7 +158,7 @@ def test_a_strategy_that_cannot_be_hashed_is_timed(wan, call, set_clock):
     wan.enable_sparse_attention(timed(strategy=NoHash(query_block_size=16, key_block_size=16)))
     run(wan, call)
     run(wan, call)
-    assert (clock.timed, report_of(wan).sparse_calls) == (3 * speed_check.ROUNDS, 6)
+    assert (clock.timed, report_of(wan).sparse_calls) == (3 * speed_check.LEAST_ROUNDS, 6)
 
 
 class Itself:
@@ -220,7 +228,7 @@ def test_dense_attention_is_timed_under_the_models_autocast(wan, call, set_clock
     wan.enable_sparse_attention(timed())
     with torch.autocast("cpu", dtype=torch.float16):
         run(wan, call)
-    assert seen == [torch.float16] * speed_check.ROUNDS
+    assert seen == [torch.float16] * speed_check.LEAST_ROUNDS
 
 
 def test_nothing_is_timed_where_nothing_is_computed():
@@ -259,8 +267,8 @@ def test_no_output_of_sparse_attention_lies_in_memory_while_dense_attention_is_t
     session = Session("a model", NoText(), ("layer",), timed(replan_every=100))
     begin(session, 0)
     attend(session, dense=lambda: alive.append([output() for output in outputs if output() is not None]))
-    assert alive == [[]] * speed_check.ROUNDS
-    assert len(outputs) > 1
+    assert len(outputs) > len(alive) > 0
+    assert not any(alive)
 
 
 def test_what_dense_attention_has_no_memory_for_stays_sparse():
@@ -323,4 +331,4 @@ def test_in_comfyui_what_another_node_has_put_in_the_place_of_dense_attention_is
         sparse.model_options["transformer_options"]["optimized_attention_override"] = other
         comfy_standins.sample(sparse)
         counts.append(len(calls))
-    assert counts[1] == counts[0] + speed_check.ROUNDS
+    assert counts[1] == counts[0] + speed_check.LEAST_ROUNDS

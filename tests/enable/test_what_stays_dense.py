@@ -1,0 +1,165 @@
+"""Which attention stays dense, with its reason in the report, or an error where the config is strict."""
+
+import diffusers
+import pytest
+import torch
+from enabled import DENSE, FULL, SPARSE, config, report_of, run
+from tiny_models import TINY
+
+import diffsparse
+from diffsparse import DenseFallback
+from diffsparse.pipelines.left_alone import LEFT_ALONE
+
+
+def test_head_dim_above_256_runs_dense():
+    model = TINY["wan"].make(num_attention_heads=1, attention_head_dim=260, num_layers=1)
+    call = TINY["wan"].call(model, (1, 5, 7))
+    stock = run(model, call)
+    model.enable_sparse_attention(SPARSE)
+    assert torch.equal(run(model, call), stock)
+    assert report_of(model).dense_reasons == {"head dim 260 above 256": 1}
+
+
+def test_a_mask_of_all_pairs_runs_dense():
+    # SkyReels-V2 where it generates block by block.
+    model = TINY["skyreels_v2"].make(num_frame_per_block=3)
+    call = TINY["skyreels_v2"].call(model, (6, 3, 3))
+    stock = run(model, call)
+    model.enable_sparse_attention(SPARSE)
+    assert torch.equal(run(model, call), stock)
+    assert report_of(model).dense_reasons == {"attention mask": 3}
+
+
+def test_a_call_that_does_not_say_its_sizes_runs_dense():
+    model = TINY["ltx"].make()
+    call = TINY["ltx"].call(model, (3, 7, 5))
+    # As LTXConditionPipeline calls it.
+    for name in ("num_frames", "height", "width"):
+        del call[name]
+    call["video_coords"] = torch.rand(1, 3, 3 * 7 * 5)
+    stock = run(model, call)
+    model.enable_sparse_attention(SPARSE)
+    assert torch.equal(run(model, call), stock)
+    assert report_of(model).dense_reasons == {"the call does not say the size of the grid": 3}
+
+
+def test_strict_raises_at_the_first_fallback_and_the_model_is_usable():
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    model.enable_sparse_attention(config(strict=True))
+    good = run(model, call)
+    broken = call | {"hidden_states": torch.full_like(call["hidden_states"], torch.nan)}
+    with pytest.raises(DenseFallback, match=r"blocks\.0\.attn1.*NaN.*strict=False"):
+        run(model, broken)
+    assert report_of(model).dense_calls == 1
+    assert torch.equal(run(model, call), good)
+
+
+def test_quantization_is_another_result_and_reported():
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    stock = run(model, call)
+    errors = {}
+    for quantization in (None, "int8", "int4"):
+        model.enable_sparse_attention(
+            config(FULL.strategy, quantization=quantization, dense_layers=(0,), min_tokens=0, strict=True)
+        )
+        errors[quantization] = float((run(model, call) - stock).norm() / stock.norm())
+        assert report_of(model).precisions == {quantization or "native": 2}
+        model.disable_sparse_attention()
+    assert errors[None] < errors["int8"] < errors["int4"] < 0.1
+
+
+def test_quantization_that_the_backend_lacks_is_an_error_at_the_first_call(monkeypatch):
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    monkeypatch.setattr("diffsparse.kernels.block_sparse_eager.why_not", lambda query, *sizes: None)
+    # Early steps are dense: nobody should wait for the error until they are done.
+    model.enable_sparse_attention(config(quantization="fp8", dense_steps=1.0))
+    with pytest.raises(ValueError, match=r"`quantization` 'fp8' .* eager: it does not compute in fp8"):
+        run(model, call)
+    model.disable_sparse_attention()
+    model.enable_sparse_attention(config(dense_steps=0.0))
+    run(model, call)
+
+
+def test_policy_is_no_fallback():
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    for chosen in ({"dense_steps": 1.0}, {"dense_layers": (0, 1, 2)}, {"min_tokens": 10_000}):
+        model.enable_sparse_attention(config(strict=True, **chosen))
+        run(model, call)
+        assert report_of(model).dense_calls == 3
+        model.disable_sparse_attention()
+
+
+def test_a_transformer_left_alone_says_why(warnings):
+    model = type("LatteTransformer3DModel", (torch.nn.Identity,), {})()
+    diffsparse.enable_sparse_attention(model, SPARSE)
+    assert warnings() == [f"LatteTransformer3DModel stays dense: {LEFT_ALONE['LatteTransformer3DModel']}."]
+    assert report_of(model).num_layers == 0
+    diffsparse.disable_sparse_attention(model)
+
+
+def test_a_processor_with_weights_of_its_own_keeps_it(warnings):
+    class Adapter(torch.nn.Module):
+        def __init__(self, stock):
+            super().__init__()
+            self.stock = stock
+
+        def forward(self, attn, *args, **kwargs):
+            return self.stock(attn, *args, **kwargs)
+
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    stock = run(model, call)
+    model.blocks[1].attn1.processor = Adapter(model.blocks[1].attn1.processor)
+    model.enable_sparse_attention(DENSE)
+    assert torch.equal(run(model, call), stock)
+    assert ["blocks.1.attn1" in warning for warning in warnings()] == [True]
+    assert report_of(model).unreached_layers == {"its processor cannot be made sparse": 1}
+    model.disable_sparse_attention()
+    assert isinstance(model.blocks[1].attn1.processor, Adapter)
+
+
+def test_a_processor_made_anew_by_a_loader_runs_dense():
+    model = TINY["flux"].make()
+    call = TINY["flux"].call(model, (1, 7, 5))
+    stock = run(model, call)
+    model.enable_sparse_attention(SPARSE)
+    # As diffusers' IP-Adapter loader does.
+    model.set_attn_processor({name: type(p)() for name, p in model.attn_processors.items()})
+    assert torch.equal(run(model, call), stock)
+    assert report_of(model).unreached_layers == {"its processor was replaced after enabling": 4}
+    model.disable_sparse_attention()
+    assert torch.equal(run(model, call), stock)
+
+
+def test_layers_whose_processor_is_replaced_are_reported_and_strict_refuses_them():
+    model = TINY["flux"].make()
+    call = TINY["flux"].call(model, (1, 7, 5))
+    reason = "its processor was replaced after enabling"
+    model.enable_sparse_attention(SPARSE)
+    run(model, call)
+    assert report_of(model).unreached_layers == {}
+    assert "not counted" not in str(diffsparse.sparse_attention_report(model))
+    model.transformer_blocks[1].attn.set_processor(type(model.transformer_blocks[0].attn.processor)())
+    run(model, call)
+    report = report_of(model)
+    assert report.unreached_layers == {reason: 1}
+    assert (report.sparse_calls, report.dense_calls) == (4 + 3, 0)
+    assert f"not counted: {reason}" in str(diffsparse.sparse_attention_report(model))
+    model.disable_sparse_attention()
+
+    model.enable_sparse_attention(config(strict=True))
+    run(model, call)
+    model.transformer_blocks[1].attn.set_processor(diffusers.models.transformers.transformer_flux.FluxAttnProcessor())
+    with pytest.raises(DenseFallback, match=rf"transformer_blocks\.1\.attn.*{reason}.*strict=False"):
+        run(model, call)
+
+
+def test_a_large_sum_in_half_precision_is_not_taken_for_infinity():
+    from diffsparse.session import _is_finite
+
+    half = torch.full((1, 2, 4096, 64), 0.5, dtype=torch.float16)
+    assert _is_finite(half, half, half)

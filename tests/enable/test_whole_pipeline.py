@@ -1,0 +1,299 @@
+"""Sparse attention over the generations of a whole pipeline, and what is left of it afterwards."""
+
+import dataclasses
+import gc
+import itertools
+import threading
+import weakref
+
+import diffusers
+import pytest
+import torch
+from enabled import DENSE, SPARSE, config, contents, report_of, run
+from tiny_models import TINY, generate, tiny_wan_pipeline
+
+from diffsparse import Adaptive
+
+
+def test_a_pipeline_runs_dense_sparse_and_dense_again(pipeline):
+    stock = generate(pipeline)
+    assert not pipeline.is_sparse_attention_enabled
+    pipeline.enable_sparse_attention(DENSE)
+    assert pipeline.is_sparse_attention_enabled
+    assert torch.equal(generate(pipeline), stock)
+    pipeline.disable_sparse_attention()
+    pipeline.enable_sparse_attention(SPARSE)
+    sparse = generate(pipeline)
+    assert not torch.equal(sparse, stock)
+    assert torch.equal(generate(pipeline), sparse)
+    pipeline.disable_sparse_attention()
+    assert torch.equal(generate(pipeline), stock)
+
+
+def test_early_steps_are_dense_in_both_guidance_branches(pipeline):
+    pipeline.enable_sparse_attention(config(dense_steps=0.4))
+    for generations in (1, 2):
+        generate(pipeline, steps=5)
+        report = report_of(pipeline)
+        assert report.dense_reasons == {"early step": generations * 2 * 2 * 2}
+        assert report.sparse_calls == generations * 3 * 2 * 2
+
+
+def test_both_experts_are_enabled_and_the_second_starts_late():
+    pipeline = tiny_wan_pipeline(two_experts=True)
+    pipeline.enable_sparse_attention(config(dense_steps=0.25))
+    generate(pipeline, steps=8)
+    first, second = pipeline.sparse_attention_report().transformers
+    assert {first.name, second.name} == {"transformer", "transformer_2"}
+    assert first.sparse_calls + first.dense_calls + second.sparse_calls + second.dense_calls == 8 * 2 * 2
+    # Two of eight steps, wherever the first expert ends.
+    assert first.dense_reasons == {"early step": 2 * 2 * 2}
+    assert second.dense_calls == 0
+    assert second.sparse_calls > 0
+
+
+@pytest.mark.parametrize("order", ["enable, offload", "offload, enable"])
+def test_a_second_call_after_offload_still_runs_sparse(pipeline, order):
+    pipeline.enable_sparse_attention(SPARSE)
+    expected = generate(pipeline)
+    pipeline.disable_sparse_attention()
+    for action in order.split(", "):
+        if action == "enable":
+            pipeline.enable_sparse_attention(SPARSE)
+        else:
+            # There is no accelerator to load onto; the hooks are the same.
+            pipeline.enable_model_cpu_offload(device="cpu")
+    for calls in (1, 2, 3):
+        assert torch.equal(generate(pipeline), expected)
+        assert report_of(pipeline).sparse_calls == calls * 3 * 2 * 2
+        assert report_of(pipeline).dense_calls == 0
+    pipeline.disable_sparse_attention()
+    pipeline.remove_all_hooks()
+    assert torch.equal(generate(pipeline), generate(tiny_wan_pipeline()))
+
+
+def test_saving_a_pipeline_leaves_no_trace(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "stock")
+    pipeline.enable_sparse_attention(SPARSE)
+    generate(pipeline)
+    pipeline.save_pretrained(tmp_path / "enabled")
+    stock, enabled = (contents(tmp_path / name) for name in ("stock", "enabled"))
+    assert stock.keys() == enabled.keys()
+    assert all(stock[name] == enabled[name] for name in stock if not name.endswith(".json"))
+    for name in stock:
+        if name.endswith(".json"):
+            assert b"sparse" not in enabled[name].lower()
+    loaded = diffusers.WanPipeline.from_pretrained(tmp_path / "enabled", local_files_only=True)
+    assert not loaded.is_sparse_attention_enabled
+
+
+def test_two_pipelines_in_two_threads_do_not_disturb_each_other():
+    def made(seed, chosen):
+        pipeline = tiny_wan_pipeline(seed)
+        pipeline.enable_sparse_attention(chosen)
+        return pipeline
+
+    chosen = [config(dense_steps=0.5), config(Adaptive(density=0.6, query_block_size=32), replan_every=1)]
+    arguments = [{"steps": 6, "prompt": "a cat"}, {"steps": 5, "prompt": "two dogs", "grid": (3, 4, 3)}]
+    alone = [generate(made(seed, chosen[seed]), **arguments[seed]) for seed in (0, 1)]
+    pipelines = [made(seed, chosen[seed]) for seed in (0, 1)]
+    together = [[], []]
+    start = threading.Barrier(2)
+
+    def work(number):
+        start.wait()
+        for _ in range(3):
+            together[number].append(generate(pipelines[number], **arguments[number]))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in (0, 1):
+        assert len(together[number]) == 3
+        assert all(torch.equal(output, alone[number]) for output in together[number])
+    first, second = (report_of(pipeline) for pipeline in pipelines)
+    assert (first.sparse_calls, first.dense_calls) == (3 * 3 * 2 * 2, 3 * 3 * 2 * 2)
+    assert (second.sparse_calls, second.dense_calls) == (3 * 5 * 2 * 2, 0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("place", ["between steps", "in a layer", "in the strategy"])
+def test_an_interrupted_generation_leaves_the_pipeline_usable(pipeline, error, place, monkeypatch):
+    pipeline.enable_sparse_attention(SPARSE)
+    expected = generate(pipeline)
+    with monkeypatch.context() as patch:
+        if place == "between steps":
+
+            def interrupt(pipe, step, timestep, kwargs):
+                if step == 1:
+                    raise error("enough")
+                return kwargs
+
+            arguments = {"callback_on_step_end": interrupt}
+        else:
+            count, arguments = itertools.count(), {}
+            owner, name = {
+                "in a layer": (torch.nn.functional, "softmax"),
+                "in the strategy": (Adaptive, "plan"),
+            }[place]
+            if place == "in a layer":
+                owner, name = pipeline.transformer.blocks[1].attn1.to_q, "forward"
+            stock = getattr(owner, name)
+
+            def fail(*args, **kwargs):
+                if next(count) == 1:
+                    raise error("enough")
+                return stock(*args, **kwargs)
+
+            patch.setattr(owner, name, fail)
+        with pytest.raises(error, match="enough"):
+            generate(pipeline, **arguments)
+    before = report_of(pipeline)
+    assert torch.equal(generate(pipeline), expected)
+    after = report_of(pipeline)
+    assert after.sparse_calls - before.sparse_calls == 3 * 2 * 2
+    pipeline.disable_sparse_attention()
+    assert torch.equal(generate(pipeline), generate(tiny_wan_pipeline()))
+
+
+def test_another_grid_and_another_number_of_steps_between_calls(pipeline):
+    pipeline.enable_sparse_attention(SPARSE)
+    small, large = generate(pipeline), generate(pipeline, grid=(3, 4, 5), steps=4)
+    assert torch.equal(generate(pipeline), small)
+    assert torch.equal(generate(pipeline, grid=(3, 4, 5), steps=4), large)
+    assert report_of(pipeline).dense_calls == 0
+
+
+def test_an_enabled_pipeline_is_freed():
+    pipeline = tiny_wan_pipeline()
+    pipeline.enable_sparse_attention(SPARSE)
+    generate(pipeline)
+    transformer = weakref.ref(pipeline.transformer)
+    del pipeline
+    gc.collect()
+    assert transformer() is None
+
+
+@pytest.fixture
+def watched():
+    """A config, and the plans made by it that anyone still keeps."""
+    plans = weakref.WeakSet()
+
+    class Watched(Adaptive):
+        def plan(self, *args, **kwargs):
+            plans.add(plan := super().plan(*args, **kwargs))
+            return plan
+
+    return config(Watched(query_block_size=16, key_block_size=16)), plans
+
+
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+def test_plans_are_kept_for_one_generation_and_let_go_with_its_last_call(pipeline, watched, guidance_scale):
+    chosen, plans = watched
+    pipeline.enable_sparse_attention(chosen)
+    kept = []
+
+    def look(pipe, step, timestep, kwargs):
+        gc.collect()
+        kept.append(len(plans))
+        return kwargs
+
+    for grid in [(2, 3, 5), (3, 4, 5), (2, 3, 5)]:
+        generate(pipeline, grid=grid, guidance_scale=guidance_scale, callback_on_step_end=look)
+    # One for each layer, which the guidance branches share.
+    assert kept == [2, 2, 0] * 3
+
+
+def test_plans_of_an_interrupted_generation_go_with_the_next(pipeline, watched):
+    chosen, plans = watched
+    pipeline.enable_sparse_attention(chosen)
+
+    def interrupt(pipe, step, timestep, kwargs):
+        raise KeyboardInterrupt
+
+    def stop(pipe, step, timestep, kwargs):
+        pipe._interrupt = step == 1
+        return kwargs
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipeline, callback_on_step_end=interrupt)
+    generate(pipeline, callback_on_step_end=stop)
+    gc.collect()
+    assert len(plans) == 2
+    generate(pipeline)
+    gc.collect()
+    assert len(plans) == 0
+
+
+def test_a_plan_that_lasts_serves_the_rest_of_the_generation_and_no_other(pipeline):
+    planned_at = []
+
+    class LastsFromStepTwo(Adaptive):
+        def plan(self, query, key, value, call):
+            planned_at.append((call.layer, call.step))
+            return dataclasses.replace(super().plan(query, key, value, call), lasts=call.step >= 2)
+
+    pipeline.enable_sparse_attention(config(LastsFromStepTwo(query_block_size=16, key_block_size=16), replan_every=1))
+    for _ in range(2):
+        generate(pipeline, steps=6)
+    assert planned_at == [(layer, step) for step in range(3) for layer in range(2)] * 2
+
+
+def test_a_second_expert_plans_anew_where_the_generation_before_was_interrupted_shortly_before():
+    planned_at = []
+
+    class Watched(Adaptive):
+        def plan(self, query, key, value, call):
+            planned_at.append((call.layer, call.step))
+            return super().plan(query, key, value, call)
+
+    def stop(pipe, step, timestep, kwargs):
+        pipe._interrupt = step == 3
+        return kwargs
+
+    pipeline = tiny_wan_pipeline(two_experts=True)
+    pipeline.enable_sparse_attention(config(Watched(query_block_size=16, key_block_size=16)))
+    generate(pipeline, steps=6, callback_on_step_end=stop)
+    assert planned_at == [(layer, step) for step in (0, 3) for layer in range(2)]
+    planned_at.clear()
+    # The second expert begins at step 5 of 12, two behind the plans that it has left from the first generation.
+    generate(pipeline, steps=12, prompt="two dogs")
+    assert planned_at == [(layer, step) for step in (0, 4, 5, 9) for layer in range(2)]
+
+
+def test_plans_of_a_bare_transformer_do_not_pile_up(watched):
+    chosen, plans = watched
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    model.enable_sparse_attention(chosen)
+    kept = []
+    for _ in range(2):
+        for _ in range(8):
+            # The same timestep each time, as of a model that needs one step.
+            run(model, call)
+        gc.collect()
+        kept.append(len(plans))
+    assert kept[1] <= kept[0]
+
+
+@pytest.mark.parametrize("cache_first", [False, True])
+def test_a_cache_that_skips_blocks_does_not_confuse_the_layers(pipeline, cache_first):
+    cache = diffusers.FirstBlockCacheConfig(threshold=0.0)
+    pipeline.enable_sparse_attention(SPARSE)
+    expected = generate(pipeline, steps=4)
+    pipeline.disable_sparse_attention()
+    if cache_first:
+        pipeline.transformer.enable_cache(cache)
+    pipeline.enable_sparse_attention(SPARSE)
+    if not cache_first:
+        pipeline.transformer.enable_cache(cache)
+    assert torch.equal(generate(pipeline, steps=4), expected)
+    assert report_of(pipeline).sparse_calls == 4 * 2 * 2
+    pipeline.transformer.disable_cache()
+    pipeline.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1e9))
+    generate(pipeline, steps=4)
+    # The first block runs at each step, the second at the first step alone.
+    assert report_of(pipeline).sparse_calls == 4 * 2 * 2 + 2 * (4 + 1)
+    assert report_of(pipeline).dense_calls == 0
