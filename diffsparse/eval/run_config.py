@@ -67,7 +67,10 @@ class RunConfig:
                 if not isinstance(part, SparseAttentionConfig):
                     stack.enter_context(part.on(pipe, num_steps))
                     continue
-                config = part if dense_steps is None else dataclasses.replace(part, dense_steps=dense_steps)
+                # Nothing is timed: processes that share a run could find otherwise, and a slow config is to be seen.
+                config = dataclasses.replace(part, min_tokens=part.fewest_tokens)
+                if dense_steps is not None:
+                    config = dataclasses.replace(config, dense_steps=dense_steps)
                 diffsparse.enable_sparse_attention(pipe, config)
                 stack.callback(diffsparse.disable_sparse_attention, pipe)
             yield

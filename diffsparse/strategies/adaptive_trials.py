@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,8 +63,11 @@ class Trial:
         """Of the order of this number, a few heads at a time."""
         slices = head_slices(inputs.query, inputs.rows.shape[2])
         parts = [cls._of_some(number, rules, counts, inputs.some(heads), geometry) for heads in slices]
-        names = (field.name for field in fields(cls))
-        return cls(*(torch.cat([getattr(part, n) for part in parts], int(n.startswith("mean"))) for n in names))
+
+        def joined(name: str, axis: int) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts], axis)
+
+        return cls(joined("errors", 0), joined("sizes", 0), joined("mean_query", 1), joined("mean_key", 1))
 
     @classmethod
     def _of_some(cls, number: int, rules: list[str], counts: list[int], inputs: Inputs, geometry: Geometry) -> Trial:

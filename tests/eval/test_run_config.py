@@ -1,11 +1,17 @@
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
+import pytest
+from enabled import config
+from tiny_models import generate, tiny_wan_pipeline
+
+import diffsparse.config
 from diffsparse import Adaptive, SparseAttentionConfig
 from diffsparse.eval.baseline import AttentionBackend, Cache
 from diffsparse.eval.named_config import read_config
-from diffsparse.eval.run_config import read_run_config, read_run_configs
+from diffsparse.eval.run_config import RunConfig, read_run_config, read_run_configs
+from diffsparse.speed_check import SpeedCheck
 
 
 @pytest.mark.parametrize("text", ["fast", "adaptive:density=0.2,dense_steps=1e-1", "dense:backend=eager"])
@@ -79,3 +85,12 @@ def test_long_options_have_short_folder_names_that_differ_as_they_do(tmp_path):
     for folder in folders:
         assert folder.startswith("magcache_mag_ratios=_1.0,1.001,")
         (tmp_path / folder).mkdir()
+
+
+def test_what_a_run_compares_is_not_timed(monkeypatch):
+    monkeypatch.setattr(diffsparse.config, "MIN_TOKENS", 0)
+    monkeypatch.setattr(SpeedCheck, "time", lambda *args: pytest.fail("timed"))
+    pipe = tiny_wan_pipeline()
+    with RunConfig("small", (dataclasses.replace(config(), min_tokens=None),)).on(pipe, num_steps=2):
+        generate(pipe)
+        assert pipe.sparse_attention_report().density < 1
