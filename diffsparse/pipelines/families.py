@@ -7,6 +7,7 @@ from torch import nn
 from diffsparse.pipelines.allegro import ALLEGRO
 from diffsparse.pipelines.anyflow import ANYFLOW
 from diffsparse.pipelines.auraflow import AURAFLOW
+from diffsparse.pipelines.bria_fibo import BRIA_FIBO
 from diffsparse.pipelines.bria_fibo2 import BRIA_FIBO2
 from diffsparse.pipelines.chroma import CHROMA
 from diffsparse.pipelines.cogvideox import COGVIDEOX
@@ -58,6 +59,7 @@ FAMILIES: tuple[Family, ...] = (
     MINIMAX_H3,
     MOTIF_VIDEO,
     FLUX,
+    BRIA_FIBO,
     BRIA_FIBO2,
     CHROMA,
     FLUX2,

@@ -57,7 +57,6 @@ FLUX = Family(
     transformers=(
         "FluxTransformer2DModel",
         "BriaTransformer2DModel",
-        "BriaFiboTransformer2DModel",
         "OvisImageTransformer2DModel",
         "LongCatImageTransformer2DModel",
     ),

@@ -101,6 +101,13 @@ def test_chroma_stays_dense_with_the_mask_of_its_pipeline():
     assert Called("chroma", attention_mask=mask).stays_dense("attention mask")
 
 
+def test_bria_fibo_stays_dense_where_prompts_differ_in_length():
+    text = torch.arange(7) < torch.tensor([[7], [4]])
+    mask = torch.cat([text, torch.ones(2, 35, dtype=torch.bool)], dim=1)[:, None, None]
+    assert Called("bria_fibo", batch=2, joint_attention_kwargs={"attention_mask": mask}).stays_dense("attention mask")
+    assert Called("bria_fibo", batch=2).ran() == (4, {})
+
+
 def test_cogview4_and_glm_image_stay_dense_with_a_mask():
     mask = torch.ones(1, 7)
     for name in ("cogview4", "glm_image"):
