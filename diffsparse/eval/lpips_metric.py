@@ -22,8 +22,8 @@ class Lpips:
     """LPIPS on a net of `BACKBONES`, its weights from a file.
 
     Raises:
-        OSError: no such file.
-        ValueError: the file is not torchvision's network.
+        OSError: the file cannot be read.
+        ValueError: there is no such file, or it is not torchvision's network.
     """
 
     def __init__(self, backbone: Path, net: str = DEFAULT_NET, device: str = "cpu") -> None:

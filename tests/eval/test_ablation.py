@@ -34,6 +34,16 @@ def test_every_rule_is_measured_with_and_without_tail(tiny_model, tmp_path, caps
     assert "| adaptive | " in table
 
 
+def test_what_nobody_measured_is_a_dash(tmp_path, capsys):
+    video = {"prompt": "a", "seed": 0, "row": "adaptive", "at_density": 0.5, "tail": True, "psnr_db": 21.0}
+    video |= {"ssim": 0.9, "density": 0.5, "seconds": 1.0, "dense_seconds": 2.0}
+    file = tmp_path / "part.json"
+    settings = {"sampling": "20 steps", "dense_steps": 0.2, "device": "cpu"}
+    file.write_text(json.dumps({"settings": settings, "videos": [video]}))
+    assert cli.main(["eval", "ablation", "--merge", str(file)]) == 0
+    assert "| adaptive | – / 21.0 |" in capsys.readouterr().out
+
+
 def test_a_cell_is_the_mean_of_the_prompts_without_and_with_tail(tmp_path, capsys):
     videos = [
         {"prompt": prompt, "seed": 0, "row": "adaptive", "at_density": 0.5, "tail": tail, "psnr_db": psnr}

@@ -138,7 +138,7 @@ def test_a_damaged_cache_is_a_reason_and_not_an_error(empty_cache):
 
 
 def test_a_named_backbone_that_cannot_serve_is_an_error(random_backbones, tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"none\.pth is no file"):
         lpips_or_reason("alex", tmp_path / "none.pth")
     with pytest.raises(ValueError, match="not the SqueezeNet"):
         lpips_or_reason("squeeze", random_backbones.file("squeeze"))
