@@ -59,21 +59,23 @@ def run(args: argparse.Namespace) -> int:
 
 def as_markdown(results: SweepResults) -> str:
     """The mean PSNR of every rule at every density, without and with the tail, of the complete pairs."""
-    variants = results.variants
+    pairs, variants = results.complete_pairs(), results.variants
     densities = list(dict.fromkeys(variant.density for variant in variants))
     lines = [
         "| mean PSNR to dense, dB: dropped / pooled tail | " + " | ".join(f"{100 * d:g} %" for d in densities) + " |",
         "|---" * (len(densities) + 1) + "|",
     ]
     for rule in dict.fromkeys(variant.row for variant in variants):
-        cells = [[Variant(rule, density, tail) for tail in (False, True)] for density in densities]
-        texts = [" / ".join(_mean_psnr(results, variant) for variant in cell) for cell in cells]
-        lines.append(f"| {rule} | " + " | ".join(texts) + " |")
+        cells = []
+        for density in densities:
+            both = (Variant(rule, density, tail) for tail in (False, True))
+            # Nobody may have made the videos of one.
+            means = (
+                f"{statistics.fmean(results.scores[pair, variant].psnr_db for pair in pairs):.1f}"
+                if variant in variants
+                else "–"
+                for variant in both
+            )
+            cells.append(" / ".join(means))
+        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", results.coverage()])
-
-
-def _mean_psnr(results: SweepResults, variant: Variant) -> str:
-    """Of a variant over the complete pairs, in dB; a dash where nobody made its videos."""
-    if variant not in results.variants:
-        return "–"
-    return f"{statistics.fmean(results.scores[pair, variant].psnr_db for pair in results.complete_pairs()):.1f}"

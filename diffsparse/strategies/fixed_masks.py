@@ -50,7 +50,7 @@ class FixedMasks:
     ) -> FixedMasks:
         """From orders [M, S], and for each mask the number of its order and its block map [Q, K] bool.
 
-        `key_orders` [M, S] where keys and values have their own. Waits for values: made once for a grid, and kept.
+        `key_orders` [M, S] where keys and values have their own. Copies to the device: made once for a grid, and kept.
         """
         order_of = tuple(number for number, _ in masks)
         visible = torch.stack([block_map for _, block_map in masks]).to(device)

@@ -33,7 +33,7 @@ def test_a_mask_of_all_pairs_runs_dense():
 def test_a_call_that_does_not_say_its_sizes_runs_dense():
     model = TINY["ltx"].make()
     call = TINY["ltx"].call(model, (3, 7, 5))
-    # As LTXConditionPipeline calls it.
+    # Coordinates as LTXConditionPipeline passes them, but of tokens that make no grid.
     for name in ("num_frames", "height", "width"):
         del call[name]
     call["video_coords"] = torch.rand(1, 3, 3 * 7 * 5)
