@@ -16,6 +16,8 @@ from diffsparse.eval.lpips_backbone import BACKBONES, check_backbone
 from diffsparse.eval.metrics import Frames, as_unit_floats, check_same_shape
 
 DEFAULT_NET = "alex"
+PIXELS_AT_A_TIME = 2**20
+"""Of all frames judged together: one of full HD, or a whole small video."""
 
 
 class Lpips:
@@ -46,10 +48,13 @@ class Lpips:
 
         check_same_shape(a, b)
         scores = []
-        for pair in zip(a, b):
-            # [1, 3, H, W], twice
-            first, second = (torch.from_numpy(as_unit_floats(x)).permute(2, 0, 1)[None] for x in pair)
-            scores.append(self._model(first.to(self._device), second.to(self._device), normalize=True).item())
+        at_a_time = max(1, PIXELS_AT_A_TIME // (a.shape[1] * a.shape[2]))
+        for start in range(0, len(a), at_a_time):
+            # [F, 3, H, W], twice
+            first, second = (
+                torch.from_numpy(as_unit_floats(x[start : start + at_a_time])).permute(0, 3, 1, 2) for x in (a, b)
+            )
+            scores += self._model(first.to(self._device), second.to(self._device), normalize=True).flatten().tolist()
         return scores
 
 

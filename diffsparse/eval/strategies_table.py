@@ -20,6 +20,7 @@ class TableRow:
 
     Attributes:
         psnr_db, ssim, density: means; of density over the videos with sparse calls, 1 where there is none.
+        lpips: mean; None where not every video was judged by it.
         differences: of PSNR in dB to the reference, pair by pair, where both are finite; None where there is none.
         error: relative error of the attention output, on the recorded calls.
         dial: the option and its value.
@@ -29,6 +30,7 @@ class TableRow:
     psnr_db: float
     ssim: float
     density: float
+    lpips: float | None
     differences: list[float] | None
     error: float
     dial: str
@@ -60,6 +62,7 @@ def table_rows(results: SweepResults) -> list[TableRow]:
                 psnr_db=statistics.fmean(score.psnr_db for score in scores),
                 ssim=statistics.fmean(score.ssim for score in scores),
                 density=statistics.fmean(1.0 if score.density is None else score.density for score in scores),
+                lpips=_mean([score.lpips for score in scores]),
                 differences=None if variant == reference else _differences(scores, others),
                 error=dial["error_with_tail" if variant.tail else "error"],
                 dial=f"{dial['option']}={_short(dial['value'])}",
@@ -71,15 +74,17 @@ def table_rows(results: SweepResults) -> list[TableRow]:
 def as_markdown(results: SweepResults) -> str:
     """A table for each density, and what a reader has to know besides."""
     rows = table_rows(results)
+    net = results.settings.get("lpips_net")
+    columns = ["SSIM", *([] if net is None else [f"LPIPS, {net}"]), "error of attention", "dial"]
     parts = []
     for density in dict.fromkeys(variant.density for variant in results.variants):
         parts.append(f"### {100 * density:g} %\n")
         parts.append(
-            f"| strategy | density | PSNR to dense, dB | − {REFERENCE} + tail [95 %] | better, worse; p | SSIM "
-            f"| error of attention | dial |"
+            f"| strategy | density | PSNR to dense, dB | − {REFERENCE} + tail [95 %] | better, worse; p | "
+            f"{' | '.join(columns)} |"
         )
-        parts.append("|---" * 8 + "|")
-        parts += [_line(row) for row in rows if row.variant.density == density]
+        parts.append("|---" * (5 + len(columns)) + "|")
+        parts += [_line(row, net is not None) for row in rows if row.variant.density == density]
         parts.append("")
     notes = [
         results.coverage(),
@@ -95,10 +100,12 @@ def as_markdown(results: SweepResults) -> str:
     return "\n".join([*parts, " ".join(notes)])
 
 
-def _line(row: TableRow) -> str:
+def _line(row: TableRow, has_lpips: bool) -> str:
     name = f"**{row.label}**" if row.variant.row == REFERENCE else row.label
     psnr = "equal" if math.isinf(row.psnr_db) else f"{row.psnr_db:.2f}"
     cells = [name, f"{100 * row.density:.1f} %", psnr, *_compared(row.differences), f"{row.ssim:.3f}"]
+    if has_lpips:
+        cells.append("–" if row.lpips is None else f"{row.lpips:.3f}")
     return f"| {' | '.join([*cells, f'{row.error:.3f}', f'`{row.dial}`'])} |"
 
 
@@ -115,6 +122,11 @@ def _compared(differences: list[float] | None) -> tuple[str, str]:
 def _differences(scores: list[Score], others: list[Score | None]) -> list[float]:
     pairs = [(score.psnr_db, other.psnr_db) for score, other in zip(scores, others) if other is not None]
     return [psnr - other for psnr, other in pairs if math.isfinite(psnr) and math.isfinite(other)]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
 def _short(value: str) -> str:

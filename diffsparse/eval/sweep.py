@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffsparse.eval.demo import LARGEST_SEED, MODEL, PROMPTS
 from diffsparse.eval.generate import Sampling, choose_device, generate, load_pipeline
+from diffsparse.eval.lpips_metric import Lpips, NoLpips, add_lpips_arguments, lpips_or_reason
 from diffsparse.eval.metrics import FrameScores, psnr_db, ssim
 from diffsparse.eval.output_file import check_output_file
 from diffsparse.eval.sweep_results import Pair, Score, SweepResults, Variant
@@ -52,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser, prompts: int, densities: list
         metavar="FILE",
         help="results so far, which the next run goes on with; with --merge, the joined ones",
     )
+    add_lpips_arguments(parser)
 
 
 def prepared(args: argparse.Namespace) -> tuple[Sampling, str, Callable[[], Any]]:
@@ -103,6 +106,7 @@ def carry_out(args: argparse.Namespace, name: str, prepare: Prepare) -> SweepRes
             results.write(args.output)
         return results
     sampling, device, load = prepared(args)
+    lpips = lpips_or_reason(args.lpips_net, args.lpips_backbone, device)
     strategies, others = prepare(sampling, load)
     settings = {
         "model": str(args.model.name),
@@ -111,11 +115,15 @@ def carry_out(args: argparse.Namespace, name: str, prepare: Prepare) -> SweepRes
         # A GPU computes in another precision.
         "device": device.partition(":")[0],
     }
+    if isinstance(lpips, NoLpips):
+        print(f"LPIPS {lpips.reason}.")
+    else:
+        settings["lpips_net"] = lpips.net
     # A shard has a file of its own, or two would overwrite each other.
     shard = "" if args.shard is None else f"-{args.shard[0]}-of-{args.shard[1]}"
     file = args.output or Path(f"{name}{shard}.json")
     results = SweepResults.going_on(file, settings | others)
-    _make_videos(args, load, sampling, strategies, results, file)
+    _make_videos(args, load, sampling, strategies, lpips, results, file)
     if args.shard is None:
         return results
     print(f"{file} has {len(results.scores)} videos. When all shards are done, join their files by --merge.")
@@ -127,6 +135,7 @@ def _make_videos(
     load: Callable[[], Any],
     sampling: Sampling,
     strategies: Mapping[Variant, Strategy],
+    lpips: Lpips | NoLpips,
     results: SweepResults,
     file: Path,
 ) -> None:
@@ -146,12 +155,14 @@ def _make_videos(
             sparse = generate(pipe, pair.prompt, pair.seed, sampling)
             density = pipe.sparse_attention_report().density
             disable_sparse_attention(pipe)
+            videos = dense.frames, sparse.frames
             score = results.scores[pair, variant] = Score(
-                psnr_db=FrameScores(tuple(psnr_db(dense.frames, sparse.frames)), higher_is_better=True).mean,
-                ssim=FrameScores(tuple(ssim(dense.frames, sparse.frames)), higher_is_better=True).mean,
+                psnr_db=FrameScores(tuple(psnr_db(*videos)), higher_is_better=True).mean,
+                ssim=FrameScores(tuple(ssim(*videos)), higher_is_better=True).mean,
                 density=density,
                 seconds=sum(sparse.step_seconds),
                 dense_seconds=sum(dense.step_seconds),
+                lpips=None if isinstance(lpips, NoLpips) else statistics.fmean(lpips(*videos)),
             )
             results.write(file)
             print(f"{score.psnr_db:6.2f} dB  {variant}: {pair.prompt}, seed {pair.seed}", flush=True)

@@ -42,6 +42,7 @@ class Score:
         psnr_db, ssim: mean over the frames; infinite where all are equal.
         density: measured, of the sparse calls; None where none ran.
         seconds, dense_seconds: of the denoising steps of either.
+        lpips: mean over the frames; None where its backbone was not at hand.
     """
 
     psnr_db: float
@@ -49,6 +50,7 @@ class Score:
     density: float | None
     seconds: float
     dense_seconds: float
+    lpips: float | None = None
 
 
 class SweepResults:
@@ -71,7 +73,10 @@ class SweepResults:
             for video in contents["videos"]:
                 pair = Pair(video["prompt"], video["seed"])
                 variant = Variant(video["row"], video["at_density"], video["tail"])
-                values = {field.name: video[field.name] for field in dataclasses.fields(Score)}
+                # Older files know nothing of LPIPS.
+                values = {"lpips": None} | {
+                    field.name: video[field.name] for field in dataclasses.fields(Score) if field.name in video
+                }
                 results.scores[pair, variant] = Score(**values | {"psnr_db": as_number(values["psnr_db"])})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
