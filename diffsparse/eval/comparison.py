@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffsparse.eval.flicker import Flicker
-from diffsparse.eval.lpips_backbone import BACKBONES
-from diffsparse.eval.lpips_metric import Lpips, NoLpips
+from diffsparse.eval.lpips_metric import Lpips, NoLpips, lpips_for
 from diffsparse.eval.metrics import MS_SSIM_SMALLEST_SIDE, Frames, FrameScores, psnr_db, ssim, ssim_and_ms_ssim
 from diffsparse.eval.video_io import read_frames
 
@@ -83,10 +82,7 @@ def compare(windows: Iterable[tuple[Frames, Frames]], lpips: Lpips | NoLpips) ->
     height = width = 0
     for a, b in windows:
         height, width = a.shape[1:3]
-        smallest_side = BACKBONES[lpips.net].smallest_side
-        if not isinstance(lpips, NoLpips) and min(height, width) < smallest_side:
-            reason = f"n/a: it needs frames of at least {smallest_side} pixels a side, got {width} × {height}"
-            lpips = NoLpips(lpips.net, reason)
+        lpips = lpips_for(lpips, height, width)
         psnr_scores += psnr_db(a, b)
         flicker_scores += flicker(a, b)
         if min(height, width) >= MS_SSIM_SMALLEST_SIDE:

@@ -107,6 +107,15 @@ def lpips_or_reason(net: str = DEFAULT_NET, backbone: Path | None = None, device
         return NoLpips(net, f"n/a: {str(error).removesuffix('.')}")
 
 
+def lpips_for(lpips: Lpips | NoLpips, height: int, width: int) -> Lpips | NoLpips:
+    """The same for frames of that size, or why it cannot judge them."""
+    smallest_side = BACKBONES[lpips.net].smallest_side
+    if isinstance(lpips, NoLpips) or min(height, width) >= smallest_side:
+        return lpips
+    reason = f"n/a: it needs frames of at least {smallest_side} pixels a side, got {width} × {height}"
+    return NoLpips(lpips.net, reason)
+
+
 def _load_backbone(net: Any, weights: dict[str, Any]) -> None:
     """Fill every weight of LPIPS' copy of the network, where layer features.3 is called slice2.3."""
     import torch

@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the option of each strategy at each density; what it has not is found first (default: {DIALS})",
     )
     parser.add_argument("--find-dials", action="store_true", help="only find what --dials has not yet")
+    parser.add_argument(
+        "--seconds", action="store_true", help="also the time of the steps; says nothing where processes shared a device"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw PSNR against density as a PNG")
 
 
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     results = sweep.carry_out(args, "strategies", functools.partial(_prepare, args))
     if results is not None:
-        print(as_markdown(results))
+        print(as_markdown(results, args.seconds))
         if args.plot is not None:
             draw(results, args.plot)
     return 0

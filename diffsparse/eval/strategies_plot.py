@@ -57,5 +57,6 @@ def draw(results: SweepResults, path: Path) -> None:
 
 def front(rows: list[TableRow]) -> list[TableRow]:
     """The rows than which no other is both at most as dense and at least as close, and better in one."""
-    points = [Point(str(number), 1 / row.density, row.psnr_db) for number, row in enumerate(rows)]
+    # Densities are means, whose last digits are those of rounding.
+    points = [Point(str(number), 1 / round(row.density, 4), row.psnr_db) for number, row in enumerate(rows)]
     return [rows[int(point.label)] for point in unbeaten(points)]

@@ -21,6 +21,7 @@ class TableRow:
     Attributes:
         psnr_db, ssim, density: means; of density over the videos with sparse calls, 1 where there is none.
         lpips: mean; None where not every video was judged by it.
+        time: of the denoising steps, those that are dense included, as a share of the dense video's; the median.
         differences: of PSNR in dB to the reference, pair by pair, where both are finite; None where there is none.
         error: relative error of the attention output, on the recorded calls.
         dial: the option and its value.
@@ -31,6 +32,7 @@ class TableRow:
     ssim: float
     density: float
     lpips: float | None
+    time: float
     differences: list[float] | None
     error: float
     dial: str
@@ -63,6 +65,7 @@ def table_rows(results: SweepResults) -> list[TableRow]:
                 ssim=statistics.fmean(score.ssim for score in scores),
                 density=statistics.fmean(1.0 if score.density is None else score.density for score in scores),
                 lpips=_mean([score.lpips for score in scores]),
+                time=statistics.median(score.seconds / score.dense_seconds for score in scores),
                 differences=None if variant == reference else _differences(scores, others),
                 error=dial["error_with_tail" if variant.tail else "error"],
                 dial=f"{dial['option']}={_short(dial['value'])}",
@@ -71,11 +74,12 @@ def table_rows(results: SweepResults) -> list[TableRow]:
     return sorted(rows, key=lambda row: (row.is_reached, row.psnr_db), reverse=True)
 
 
-def as_markdown(results: SweepResults) -> str:
+def as_markdown(results: SweepResults, has_time: bool = False) -> str:
     """A table for each density, and what a reader has to know besides."""
     rows = table_rows(results)
     net = results.settings.get("lpips_net")
-    columns = ["SSIM", *([] if net is None else [f"LPIPS, {net}"]), "error of attention", "dial"]
+    columns = ["SSIM", *([] if net is None else [f"LPIPS, {net}"]), *(["time of dense"] if has_time else [])]
+    columns += ["error of attention", "dial"]
     parts = []
     for density in dict.fromkeys(variant.density for variant in results.variants):
         parts.append(f"### {100 * density:g} %\n")
@@ -84,7 +88,7 @@ def as_markdown(results: SweepResults) -> str:
             f"{' | '.join(columns)} |"
         )
         parts.append("|---" * (5 + len(columns)) + "|")
-        parts += [_line(row, net is not None) for row in rows if row.variant.density == density]
+        parts += [_line(row, net is not None, has_time) for row in rows if row.variant.density == density]
         parts.append("")
     notes = [
         results.coverage(),
@@ -92,6 +96,7 @@ def as_markdown(results: SweepResults) -> str:
         f"The difference is of PSNR in dB on the same prompts and seeds, with the interval of its mean by bootstrap, "
         f"then how many videos are better and worse than those of {REFERENCE} + tail, and the sign test.",
         "The error is relative, on sampled rows of one dense video.",
+        *(["Time is that of all denoising steps, as a share of the dense video's."] if has_time else []),
     ]
     if any(not row.is_reached for row in rows):
         notes.append(
@@ -100,12 +105,14 @@ def as_markdown(results: SweepResults) -> str:
     return "\n".join([*parts, " ".join(notes)])
 
 
-def _line(row: TableRow, has_lpips: bool) -> str:
+def _line(row: TableRow, has_lpips: bool, has_time: bool) -> str:
     name = f"**{row.label}**" if row.variant.row == REFERENCE else row.label
     psnr = "equal" if math.isinf(row.psnr_db) else f"{row.psnr_db:.2f}"
     cells = [name, f"{100 * row.density:.1f} %", psnr, *_compared(row.differences), f"{row.ssim:.3f}"]
     if has_lpips:
         cells.append("–" if row.lpips is None else f"{row.lpips:.3f}")
+    if has_time:
+        cells.append(f"{100 * row.time:.0f} %")
     return f"| {' | '.join([*cells, f'{row.error:.3f}', f'`{row.dial}`'])} |"
 
 

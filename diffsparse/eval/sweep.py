@@ -11,7 +11,7 @@ from typing import Any
 
 from diffsparse.eval.demo import LARGEST_SEED, MODEL, PROMPTS
 from diffsparse.eval.generate import Sampling, choose_device, generate, load_pipeline
-from diffsparse.eval.lpips_metric import Lpips, NoLpips, add_lpips_arguments, lpips_or_reason
+from diffsparse.eval.lpips_metric import Lpips, NoLpips, add_lpips_arguments, lpips_for, lpips_or_reason
 from diffsparse.eval.metrics import FrameScores, psnr_db, ssim
 from diffsparse.eval.output_file import check_output_file
 from diffsparse.eval.sweep_results import Pair, Score, SweepResults, Variant
@@ -107,6 +107,7 @@ def carry_out(args: argparse.Namespace, name: str, prepare: Prepare) -> SweepRes
         return results
     sampling, device, load = prepared(args)
     lpips = lpips_or_reason(args.lpips_net, args.lpips_backbone, device)
+    lpips = lpips_for(lpips, sampling.height, sampling.width)
     strategies, others = prepare(sampling, load)
     settings = {
         "model": str(args.model.name),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -35,6 +36,22 @@ def test_rows_go_by_psnr_and_differ_pair_by_pair():
         f"| other | 20.0 % | 30.00 | -0.33 [{low:+.2f}, {high:+.2f}] | 2, 1; {sign_test([1, 1, -1]):.3f} "
         f"| 0.900 | 0.400 | `density=0.1235` |"
     )
+
+
+def test_lpips_and_time_have_columns_of_their_own_where_they_are_known():
+    results = results_of(ADAPTIVE)
+    assert "LPIPS" not in as_markdown(results) and "time" not in as_markdown(results)
+    results.settings["lpips_net"] = "squeeze"
+    for (pair, variant), score in results.scores.items():
+        lpips = 0.25 if variant.tail else {"prompt 0": 0.1, "prompt 1": 0.3}.get(pair.prompt)
+        results.scores[pair, variant] = dataclasses.replace(score, lpips=lpips, seconds=float(pair.prompt[-1]))
+    table = as_markdown(results, has_time=True).splitlines()
+    heading = next(line for line in table if line.startswith("| strategy"))
+    assert "| SSIM | LPIPS, squeeze | time of dense | error of attention |" in heading
+    assert {line.count("|") for line in table if line.startswith("|")} == {11}
+    assert next(line for line in table if line.startswith("| **Adaptive + tail**")).split(" | ")[6:8] == ["0.250", "50 %"]
+    # Of one video LPIPS is not known.
+    assert next(line for line in table if line.startswith("| **Adaptive** ")).split(" | ")[6:8] == ["–", "50 %"]
 
 
 def test_a_row_at_another_density_is_marked_and_stands_last():

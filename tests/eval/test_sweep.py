@@ -9,6 +9,7 @@ import pytest
 
 from diffsparse.eval import sweep
 from diffsparse.eval.generate import Generation
+from diffsparse.eval.lpips_metric import Lpips
 from diffsparse.eval.metrics import psnr_db, ssim
 from diffsparse.eval.sweep_results import SweepResults, Variant
 from diffsparse.strategies.adaptive import Adaptive
@@ -74,6 +75,40 @@ def test_a_prompt_has_all_its_videos_before_the_next_and_they_are_scored_against
     assert score.ssim == pytest.approx(np.mean(ssim(DENSE, sparse)))
     assert (score.density, score.seconds, score.dense_seconds) == (0.25, 0.75, 3.0)
     assert SweepResults.read(tmp_path / "r.json").scores == results.scores
+
+
+def test_lpips_judges_where_its_backbone_is_at_hand_and_the_file_says_on_which(
+    tiny_model, tmp_path, generated, random_backbones, capsys
+):
+    file, backbone = tmp_path / "r.json", random_backbones.file("vgg")
+    with random_backbones.trusted():
+        results = run(tiny_model, "--output", file, "--lpips-net", "vgg", "--lpips-backbone", backbone)
+        judge = Lpips(backbone, "vgg")
+    assert "LPIPS" not in capsys.readouterr().out
+    assert results.settings["lpips_net"] == "vgg"
+    (pair, variant), score = next(iter(results.scores.items()))
+    noise = np.random.default_rng(len(pair.prompt)).uniform(0, 0.2, DENSE.shape).astype(np.float32)
+    assert score.lpips == pytest.approx(np.mean(judge(DENSE, DENSE + noise * (1 - variant.density))))
+    assert SweepResults.read(file).scores == results.scores
+    with pytest.raises(ValueError, match="lpips_net: vgg instead of None"):
+        run(tiny_model, "--output", file)
+
+
+def test_without_lpips_the_reason_is_said(tiny_model, tmp_path, generated, empty_cache, capsys):
+    results = run(tiny_model, "--output", tmp_path / "r.json")
+    assert "LPIPS n/a: AlexNet is not at hand" in capsys.readouterr().out
+    assert "lpips_net" not in results.settings
+    assert {score.lpips for score in results.scores.values()} == {None}
+
+
+def test_results_from_before_lpips_are_read(tiny_model, tmp_path, generated):
+    file = tmp_path / "r.json"
+    results = run(tiny_model, "--output", file)
+    contents = json.loads(file.read_text())
+    for video in contents["videos"]:
+        del video["lpips"]
+    file.write_text(json.dumps(contents))
+    assert SweepResults.read(file).scores == results.scores
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tiny_model, tmp_path, generated):
