@@ -6,6 +6,7 @@ Dense and sparse calls take turns in one run, so that whatever else the machine 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -108,8 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite",
         choices=SUITES,
-        help="instead of one size, those of real models against all dense attention at hand: `gpu`, or `tiny` to try; "
-        "goes on with what an existing --output lacks",
+        help="instead of one size, those of real models against all attention at hand, dense and block-sparse: `gpu`, "
+        "or `tiny` to try; goes on with what an existing --output lacks",
     )
     parser.add_argument(
         "--table", type=Path, metavar="FILE", help="measure nothing: print a suite's results as Markdown"
@@ -137,7 +138,9 @@ def run(args: argparse.Namespace) -> int:
     check_output_file("`--output`", args.output)
     device = torch.device(choose_device(args.device))
     if args.suite is not None:
-        run_suite(args.suite, args.output, device, console.print, args.repeats)
+        # Messages of others are no markup.
+        say = functools.partial(console.print, markup=False)
+        run_suite(args.suite, args.output, device, say, args.repeats)
         console.print(f"Written to {args.output}")
         return 0
     threads_before = torch.get_num_threads()

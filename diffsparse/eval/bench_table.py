@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from diffsparse.eval.bench_suite import PRECISIONS
+
 
 def as_markdown(record: Mapping[str, Any]) -> str:
     """Tables of a result file: attention, planning and memory, transformers."""
@@ -33,11 +35,11 @@ def _attention(result: Mapping[str, Any]) -> str:
         "| attention | density | ms | TFLOP/s on exact blocks | speed-up | of linear | error against float64 |",
         "|---|---|---|---|---|---|---|",
     ]
-    # The dense ones as they are, then ours by precision, the densest first.
+    # The dense ones as they are, then ours by precision, then others' sparse ones, the densest first.
     calls = sorted(result["calls"].items(), key=lambda item: _order(*item))
     for name, call in calls:
-        exact = "error" not in call
-        of_linear, error = ("", "") if exact else (f"{call['share_of_linear']:.0%}", f"{call['error']:.1e}")
+        of_linear = f"{call['share_of_linear']:.0%}" if "share_of_linear" in call else ""
+        error = f"{call['error']:.1e}" if "error" in call else ""
         lines.append(
             f"| {_title(name, call)} | {call['density']:.0%} | {call['seconds'] * 1e3:.2f} | "
             f"{call['tflops']:.0f} | {call['speed_up']:.2f}x | {of_linear} | {error} |"
@@ -46,11 +48,22 @@ def _attention(result: Mapping[str, Any]) -> str:
 
 
 def _title(name: str, call: Mapping[str, Any]) -> str:
-    return f"ours, {name.split()[0]}" if "error" in call else name
+    if "error" not in call:  # of a dense one, which is not checked
+        return name
+    method = _method(name)
+    return f"ours, {method}" if method in PRECISIONS else f"{method}, sparse"
 
 
-def _order(name: str, call: Mapping[str, Any]) -> tuple[bool, str, float]:
-    return ("error" in call, name.split()[0], -call["density"]) if "error" in call else (False, "", 0.0)
+def _order(name: str, call: Mapping[str, Any]) -> tuple[int, str, float]:
+    if "error" not in call:
+        return 0, "", 0.0
+    method = _method(name)
+    return 1 if method in PRECISIONS else 2, method, -call["density"]
+
+
+def _method(name: str) -> str:
+    """The name of a sparse call without the density that ends it."""
+    return name.rsplit(maxsplit=1)[0]
 
 
 def _beside(result: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ Speed with random weights is honest; what comes out is not looked at.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Subject:
         layers: the entries of the config that say how many layers there are.
         inputs: shapes of the call's tensors.
         constants: what else the call takes, as numbers for a batch of one.
+        extras: makes what is left, on the default device.
     """
 
     class_name: str
@@ -36,7 +38,7 @@ class Subject:
     layers: dict[str, int]
     inputs: dict[str, tuple[int, ...]]
     constants: dict[str, float]
-    extras: Callable[[], dict[str, torch.Tensor]] = dict
+    extras: Callable[[], dict[str, Any]] = dict
 
     @property
     def num_layers(self) -> int:
@@ -65,7 +67,9 @@ class Subject:
 
         tensors = {name: torch.randn(shape, device=device, dtype=dtype) for name, shape in self.inputs.items()}
         numbers = {name: torch.full((1,), value, device=device) for name, value in self.constants.items()}
-        return tensors | numbers | {name: x.to(device) for name, x in self.extras().items()} | {"return_dict": False}
+        with torch.device(device):
+            extras = self.extras()
+        return tensors | numbers | extras | {"return_dict": False}
 
 
 def _flux_ids() -> dict[str, torch.Tensor]:
@@ -81,6 +85,15 @@ def _hunyuan_mask() -> dict[str, torch.Tensor]:
     import torch
 
     return {"encoder_attention_mask": torch.ones(1, 256, dtype=torch.long)}
+
+
+def _cogvideox_rotary(frames: int, height: int, width: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Cosines and sines for this many tokens; the pipeline makes them outside of the transformer."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    head_dim, size = 64, (height, width)
+    rotary = get_3d_rotary_pos_embed(head_dim, None, size, frames, grid_type="slice", max_size=size)
+    return {"image_rotary_emb": rotary}
 
 
 # The configurations are those of the models as published on the Hugging Face hub.
@@ -103,6 +116,20 @@ SUBJECTS = {
         },
         {"timestep": 500, "guidance": 6000},
         _hunyuan_mask,
+    ),
+    "CogVideoX 1.5, 768p, 81 frames": Subject(
+        "CogVideoXTransformer3DModel",
+        {
+            "num_attention_heads": 48,
+            "patch_size_t": 2,
+            "patch_bias": False,
+            "use_rotary_positional_embeddings": True,
+        },
+        {"num_layers": 42},
+        # 81 frames are 21 latents, which the pipeline fills up to 22.
+        {"hidden_states": (1, 22, 16, 96, 170), "encoder_hidden_states": (1, 226, 4096)},
+        {"timestep": 500},
+        functools.partial(_cogvideox_rotary, 11, 48, 85),
     ),
     "FLUX.1, 1024 x 1024": Subject(
         "FluxTransformer2DModel",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,13 @@ EXACT = (*TORCH_BACKENDS, "flash-attn-4")
 """Those that compute in the dtype of their inputs; SageAttention quantizes."""
 
 
-def dense_candidates(query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def dense_candidates(
+    query: Tensor, key: Tensor, value: Tensor, say: Callable[[str], None]
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Name and call of every dense attention that can take query, key, value [B, H, S, D] here.
 
-    torch's own, flash-attn-4 and SageAttention where they are installed. What raises at a first call is left out.
+    torch's own, flash-attn-4 and SageAttention where they are installed. What raises at a first call is left out,
+    and `say` is told why.
     """
     makers: list[Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]]] = [
         *(functools.partial(_torch, backend=backend) for backend in TORCH_BACKENDS.values()),
@@ -29,9 +33,15 @@ def dense_candidates(query: Tensor, key: Tensor, value: Tensor) -> Iterator[tupl
         try:
             call = make(query, key, value)
             call()
-        except Exception:  # whatever a missing or an unfitting library raises: it is not a candidate then
+        except Exception as error:  # whatever a missing or an unfitting library raises: it is not a candidate then
+            say(f"{name} cannot run: {reason_of(error)}")
             continue
         yield name, call
+
+
+def reason_of(error: Exception) -> str:
+    """What was raised, on one line: compilers say much."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
 
 def _torch(query: Tensor, key: Tensor, value: Tensor, backend: str | None) -> Callable[[], Tensor]:
