@@ -32,9 +32,9 @@ DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.25)
 PRECISIONS = ("native", "int8", "int8_fp8")
 ROUNDS = 5
 TRANSFORMER_PRESETS = ("balanced",)
-SAMPLED_ROWS = 4
+SAMPLED_ROWS = 16
 # Relative error of sampled rows against float64: rounding of bf16, of INT8 scores, of FP8 weights and values.
-LARGEST_ERRORS = {"native": 1e-2, "int8": 2e-2, "int8_fp8": 6e-2}
+LARGEST_ERRORS = {"native": 1e-2, "int8": 3e-2, "int8_fp8": 6e-2}
 
 
 @dataclass(frozen=True)
@@ -184,15 +184,21 @@ def random_inputs(geometry: Geometry, device: torch.device) -> tuple[Tensor, Ten
 
 
 def random_lists(geometry: Geometry, density: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Key blocks [1, H, Q, C] and counts [1, H, Q]: ragged, from half to one and a half times the mean."""
+    """Key blocks [1, H, Q, C] and counts [1, H, Q]: ragged, from half to one and a half times the mean.
+
+    They ascend, as those of a plan do: query blocks that run at the same time then share what the cache holds.
+    """
     import torch
 
     blocks = -(-geometry.grid.num_tokens // BLOCK_SIZE)
     spread = min(0.5, 1 / density - 1)
     factors = 1 + spread * (2 * torch.rand((1, geometry.heads, blocks), device=device) - 1)
     counts = (density * blocks * factors).round().clamp(1, blocks).to(torch.int32)
-    shuffled = torch.rand((1, geometry.heads, blocks, blocks), device=device).argsort(dim=-1)
-    return shuffled[..., : int(counts.max())].to(torch.int32).contiguous(), counts
+    ranks = torch.rand((1, geometry.heads, blocks, blocks), device=device).argsort(dim=-1)
+    is_listed = ranks < counts[..., None]
+    # Those that are not listed come last, whichever they are.
+    ascending = is_listed.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return ascending[..., : int(counts.max())].to(torch.int32).contiguous(), counts
 
 
 def mean_density(counts: Tensor) -> float:

@@ -27,7 +27,7 @@ def sparse_peers(
 
     Args:
         query, key, value: of self-attention.
-        lists: by density, key blocks [1, H, Q, C] and counts [1, H, Q].
+        lists: by density, key blocks [1, H, Q, C] in ascending order and counts [1, H, Q].
         block_size: tokens of a query block and of a key block.
         say: is told what cannot run, and why.
     """
@@ -53,7 +53,7 @@ def _flash4(
 
     for key_blocks, counts in lists.values():
         # It looks for the sequence's end in the last block of a list only.
-        blocks = _ascending(key_blocks, counts)
+        blocks = _padded(key_blocks, counts.shape[2])
         listed = block_lists(
             mask_block_cnt=counts.new_zeros(counts.shape),
             mask_block_idx=blocks.new_zeros(blocks.shape),
@@ -81,7 +81,7 @@ def _flex(
         return key < num_tokens
 
     for key_blocks, counts in lists.values():
-        blocks = _ascending(key_blocks, counts)
+        blocks = _padded(key_blocks, counts.shape[2])
         last = blocks.shape[3] - 1
         # Only a cut off block needs the mask: the last one, which ends the lists that have it.
         ends = blocks.gather(3, counts[..., None].long() - 1)[..., 0]
@@ -99,12 +99,8 @@ def _flex(
         yield functools.partial(attention, query, key, value, block_mask=mask)
 
 
-def _ascending(key_blocks: Tensor, counts: Tensor) -> Tensor:
-    """The lists in ascending order, filled up to all blocks [1, H, Q, K]: one shape at every density."""
-    import torch
+def _padded(key_blocks: Tensor, num_blocks: int) -> Tensor:
+    """The lists filled up to all blocks [1, H, Q, K]: one shape at every density."""
     from torch.nn import functional as F
 
-    num_blocks, longest = counts.shape[2], key_blocks.shape[3]
-    is_listed = torch.arange(longest, device=counts.device) < counts[..., None]
-    ordered = key_blocks.where(is_listed, num_blocks - 1).sort(dim=-1).values
-    return F.pad(ordered, (0, num_blocks - longest), value=num_blocks - 1)
+    return F.pad(key_blocks, (0, num_blocks - key_blocks.shape[3]))
