@@ -74,6 +74,8 @@ class AttentionPlan:
             validate=False,
         )
         assert isinstance(output, Tensor)
+        # What is in the order of the plan makes room for the output in the tokens' own.
+        del query, key, value
         if self.skipped is not None:
             output = output.masked_fill(self.skipped[:, None, None], 0.0)
         return output if self.permutation is None else self.permutation.undo(output)

@@ -133,9 +133,23 @@ def _compiled(
             "The backend 'flex' needs torch.compile, which is switched off here: uncompiled, flex_attention does not "
             "read the lists of blocks. Switch it on, or take another backend."
         )
-    aux = AuxRequest(lse=return_lse)
-    out, extra = flex_attention(query, key, value, score_mod=score, block_mask=block_mask, scale=scale, return_aux=aux)
+    out, extra = flex_attention(
+        query,
+        key,
+        value,
+        score_mod=score,
+        block_mask=block_mask,
+        scale=scale,
+        return_aux=AuxRequest(lse=return_lse),
+        kernel_options=_tiles(*block_mask.BLOCK_SIZE),
+    )
     return out, extra.lse
+
+
+def _tiles(query_block_size: int, key_block_size: int) -> Any:
+    """Tiles that fit into the blocks where those of PyTorch's choice, up to 128 tokens, might not."""
+    sizes = {"BLOCK_M": query_block_size, "BLOCK_N": key_block_size}
+    return {name: size for name, size in sizes.items() if size < 128} or None
 
 
 def _exists(lengths: Tensor) -> Modifier:
