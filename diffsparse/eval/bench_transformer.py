@@ -159,8 +159,8 @@ def bench_transformer(
     Args:
         subject: what is measured.
         device: a GPU, or a CPU for trying.
-        config: as for `enable_sparse_attention`; its dense steps are left out. Where sparse attention is not faster, all
-            stays dense by default, and the density is None.
+        config: as for `enable_sparse_attention`; its dense steps are left out. By default all stays dense where sparse
+            attention is not faster, and the density is None.
         rounds: how often dense and sparse take turns.
         num_layers: of each kind; the model has more.
         dense_backend: for `set_attention_backend`, dense and for the dense part of sparse.

@@ -74,7 +74,8 @@ def test_random_lists_ascend_and_are_ragged():
     assert counts.unique().numel() > 3
     for blocks, count in zip(key_blocks.flatten(0, 2).tolist(), counts.flatten().tolist()):
         assert blocks[:count] == sorted(set(blocks[:count]))
-        assert 0 <= blocks[0] and blocks[count - 1] < 20
+        assert blocks[0] >= 0
+        assert blocks[count - 1] < 20
 
 
 def test_what_is_measured_is_not_measured_again(suite, tmp_path, monkeypatch):
