@@ -1,9 +1,9 @@
 """`diffsparse eval ablation`: what the adaptive strategy owes to its parts, on the demo model.
 
 Each fixed rule is the adaptive strategy with a single candidate and the same density in every head and at every step,
-so that all run on the same kernel, at the same density, with the same dense steps. Then its parts come one after
-another: the choice among all candidates, blocks shared among heads, more of them for the first sparse steps. Videos of
-the same prompt and seed are compared with the dense one by PSNR.
+so that all run on the same kernel, at the same density, with the same dense steps. Then come its parts: the choice among
+all candidates, with it blocks shared among heads, or more of them for the first sparse steps, and both. Videos of the
+same prompt and seed are compared with the dense one by PSNR.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ RULES: dict[str, dict[str, Any]] = {
     **{name: EVEN | {"candidates": candidates} for name, candidates in FIXED_RULES.items()},
     "choice of each head": EVEN,
     "choice, blocks shared among heads": {"front_load": 0.0},
+    "choice, more in the first steps": {"equal_heads": True},
     "adaptive": {},
 }
 """Options of `Adaptive`, by what they stand for."""

@@ -27,11 +27,11 @@ QUERY_BLOCK = 128
 KEY_BLOCKS = (64, 128)
 HEAD_DIMS = (64, 128)
 # Tiles of keys and of values in shared memory at a time, by head dim and the bytes of a key's and a value's number.
-# Quantized keys have an even number of them: means take the room of two. There are barriers for five at most.
-STAGES = {(64, 2, 2): 5, (128, 2, 2): 3, (64, 1, 1): 4, (128, 1, 1): 4, (64, 1, 2): 4, (128, 1, 2): 2}
-# Whether it computes in INT8 and FP8. It did on an H200, right and at 800 TFLOP/s, in some 200 calls. But two of two
-# processes that shared the GPU with fourteen others died of «operation not supported on global/shared address space» at
-# their first call, and why is not known. Until it is, the Triton kernel takes these calls.
+# Quantized keys have an even number of them: means take the room of two.
+STAGES = {(64, 2, 2): 6, (128, 2, 2): 3, (64, 1, 1): 8, (128, 1, 1): 4, (64, 1, 2): 6, (128, 1, 2): 2}
+# Whether it computes in INT8 and FP8. Alone on an H200 it does, rightly and fast. Beside other processes such calls have
+# died of accesses to memory that is not theirs, and why is not known (docs/benchmarks.md). Until it is, the Triton
+# kernel takes them.
 QUANTIZES = False
 
 

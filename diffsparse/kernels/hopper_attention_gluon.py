@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from diffsparse.kernels.hopper_barriers_gluon import KEYS, VALUES, is_free, pass_turn, wait_for_turn, wait_for_warps
 from diffsparse.kernels.hopper_lists_gluon import TILE, block_of, existing, sizes_of
 from diffsparse.kernels.hopper_products_gluon import (
     INT_OFFSET,
@@ -53,12 +52,11 @@ def attend_half(
 ):
     """Attention of one half of the query block. Runs in one warpgroup.
 
-    The product of a tile's weights and values runs together with the next tile's softmax. Where a head is large the
-    warpgroups start their products in turn, so that one takes its softmax while the other multiplies.
+    The product of a tile's weights and values runs together with the next tile's softmax.
     """
     query_tiles, query_ready, out_tiles = queries
-    key_tiles, key_ready = keys
-    value_tiles, value_ready = values
+    key_tiles, key_ready, key_free = keys
+    value_tiles, value_ready, value_free = values
     num_tiles, num_missing = lists[2], lists[3]
     num_tail_tiles, tail_sizes_ptr, value_scale_ptr = tail
     logit_scale, first_size, key_length = softmax
@@ -67,7 +65,6 @@ def attend_half(
     out_desc, lse_ptr, head_of_batch, num_queries = results
     STAGES: gl.constexpr = key_tiles.shape[0]
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
-    IN_TURN: gl.constexpr = HEAD_DIM == 128
     QUANTIZED: gl.constexpr = key_scale_ptr is not None
     FP8_VALUES: gl.constexpr = value_tiles.dtype == gl.float8e4nv
     BOOST: gl.constexpr = FP8_BOOST if FP8_VALUES else 0.0
@@ -93,14 +90,9 @@ def attend_half(
         next_block = block_of(2, lists)
     mbarrier.wait(query_ready, 0)
     mbarrier.wait(key_ready.index(0), 0)
-    if IN_TURN and PART == 1:
-        wait_for_turn(PART, STAGES)
     # [ROWS, TILE]
-    logits = start_logits(query, key_tiles.index(0))
-    if IN_TURN:
-        pass_turn(PART, STAGES)
-    logits = warpgroup_mma_wait(0, deps=[logits])
-    is_free(KEYS, 0, STAGES)
+    logits = warpgroup_mma_wait(0, deps=[start_logits(query, key_tiles.index(0))])
+    mbarrier.arrive(key_free.index(0), count=1)
     exists = existing(columns, first_size, gl.where(num_missing == 0, second_size, 0), KEY_BLOCK)
     logits = gl.where(exists[None, :], as_float(logits), -float("inf"))
     peak, fade, weights, total = online_softmax(logits, scale, peak, total, OFFSET, BOOST)
@@ -116,21 +108,7 @@ def attend_half(
             next_scale = gl.load(key_scale_ptr + next_block)
             next_block = block_of(tile + 2, lists)
         weights, numerator, fade, peak, total = _take_tile(
-            tile,
-            query,
-            keys,
-            values,
-            weights,
-            numerator,
-            fade,
-            peak,
-            total,
-            scale,
-            columns,
-            sizes,
-            None,
-            KEY_BLOCK,
-            PART,
+            tile, query, keys, values, weights, numerator, fade, peak, total, scale, columns, sizes, None, KEY_BLOCK
         )
     last_tile = num_tiles - 1
     if tail_sizes_ptr is not None and not QUANTIZED:
@@ -151,16 +129,10 @@ def attend_half(
                 None,
                 means_ptr,
                 KEY_BLOCK,
-                PART,
             )
         last_tile += num_tail_tiles
 
-    product = start_product(weights, value_tiles.index(last_tile % STAGES), numerator)
-    if IN_TURN and PART == 0:
-        # The last turn that the other has passed.
-        wait_for_turn(PART, STAGES)
-    product = warpgroup_mma_wait(0, deps=[product])
-    is_free(VALUES, last_tile % STAGES, STAGES)
+    product = warpgroup_mma_wait(0, deps=[start_product(weights, value_tiles.index(last_tile % STAGES), numerator)])
     numerator = numerator * gl.convert_layout(fade, out_rows)[:, None] + product if FP8_VALUES else product
     if value_scale_ptr is not None:
         value_scale = gl.load(value_scale_ptr + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, out_layout)))
@@ -170,8 +142,8 @@ def attend_half(
         if num_tail_tiles > 0:
             out_tiles.index(PART).store(scaled(query, query_scale, out_desc.dtype))
             fence_async_shared()
-        # The products take the rows of all four.
-        wait_for_warps()
+        # Arriving waits for the other warps, whose rows of the query the products take too.
+        mbarrier.arrive(value_free.index(last_tile % STAGES), count=1)
         mean_layout: gl.constexpr = product_layout(HEAD_DIM, out_desc.dtype)
         mean_rows: gl.constexpr = gl.SliceLayout(1, product_layout(TILE, out_desc.dtype))
         numerator = gl.convert_layout(numerator, mean_layout)
@@ -216,7 +188,6 @@ def _take_tile(
     sizes,
     means_ptr,
     KEY_BLOCK: gl.constexpr,
-    PART: gl.constexpr,
 ):
     """Take the last tile's weights [ROWS, TILE] into the numerator, this tile's into the total.
 
@@ -226,26 +197,21 @@ def _take_tile(
     The tensor cores of Hopper keep sums of FP8 products to 14 bits: those of a tile are added in fp32, with the
     numerator one `fade` behind, so that both take one instruction.
     """
-    key_tiles, key_ready = keys
-    value_tiles, value_ready = values
+    key_tiles, key_ready, key_free = keys
+    value_tiles, value_ready, value_free = values
     STAGES: gl.constexpr = key_tiles.shape[0]
-    IN_TURN: gl.constexpr = key_tiles.shape[2] == 128
     FP8_VALUES: gl.constexpr = value_tiles.dtype == gl.float8e4nv
     BOOST: gl.constexpr = FP8_BOOST if FP8_VALUES else 0.0
     OFFSET: gl.constexpr = INT_OFFSET if key_tiles.dtype == gl.int8 else 0.0
     out_layout: gl.constexpr = numerator.type.layout
     stage, phase, last_stage = tile % STAGES, (tile // STAGES) & 1, (tile - 1) % STAGES
     mbarrier.wait(key_ready.index(stage), phase)
-    if IN_TURN:
-        wait_for_turn(PART, STAGES)
     logits = start_logits(query, key_tiles.index(stage))
     product = start_product(weights, value_tiles.index(last_stage), numerator)
-    if IN_TURN:
-        pass_turn(PART, STAGES)
     if means_ptr is not None:
         num_tokens = gl.load(means_ptr + columns)
     logits = warpgroup_mma_wait(1, deps=[logits])
-    is_free(KEYS, stage, STAGES)
+    mbarrier.arrive(key_free.index(stage), count=1)
     logits = as_float(logits)
     if sizes is not None:  # noqa: SIM102 (the compiler would look at both halves)
         if gl.minimum(sizes[0], sizes[1]) < KEY_BLOCK:
@@ -257,7 +223,7 @@ def _take_tile(
     # Waiting for the values here and not in the next round keeps ptxas from moving the softmax behind what follows.
     mbarrier.wait(value_ready.index(stage), phase)
     product = warpgroup_mma_wait(0, deps=[product])
-    is_free(VALUES, last_stage, STAGES)
+    mbarrier.arrive(value_free.index(last_stage), count=1)
     weights = as_operand(new_weights, value_tiles.dtype, out_layout)
     if FP8_VALUES:
         numerator = numerator * gl.convert_layout(fade, gl.SliceLayout(1, out_layout))[:, None] + product

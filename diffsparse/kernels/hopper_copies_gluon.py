@@ -9,7 +9,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from diffsparse.kernels.hopper_barriers_gluon import KEYS, VALUES, wait_until_free
 from diffsparse.kernels.hopper_lists_gluon import TILE, blocks_of
 from diffsparse.kernels.hopper_products_gluon import ROWS
 
@@ -19,7 +18,6 @@ def copy_tiles(queries, keys, values, means, lists, num_tail_tiles, place, descs
     """Copy the query block, then tile after tile of keys and values as they become free. Runs in one warp."""
     query_tiles, query_ready, _ = queries
     num_tiles = lists[2]
-    STAGES: gl.constexpr = keys[0].shape[0]
     b, h, row = place
     query_desc, key_desc, value_desc, pooled_key_desc, pooled_value_desc = descs
     FP8_VALUES: gl.constexpr = value_desc.dtype == gl.float8e4nv
@@ -29,41 +27,25 @@ def copy_tiles(queries, keys, values, means, lists, num_tail_tiles, place, descs
         tma.async_copy_global_to_shared(query_desc, [b, h, first_query, 0], query_ready, query_tiles.index(i))
     for tile in range(num_tiles):
         first, second = blocks_of(tile, lists, KEY_BLOCK)
-        _copy_tile(key_desc, b, h, first * KEY_BLOCK, second * KEY_BLOCK, KEYS, keys, tile, KEY_BLOCK)
-        _copy_tile(value_desc, b, h, first * KEY_BLOCK, second * KEY_BLOCK, VALUES, values, tile, KEY_BLOCK, FP8_VALUES)
-    if means[0] is None and pooled_key_desc is not None:
-        for i in range(num_tail_tiles):
-            _copy_tile(pooled_key_desc, b, h, i * TILE, 0, KEYS, keys, num_tiles + i, TILE)
-            _copy_tile(pooled_value_desc, b, h, i * TILE, 0, VALUES, values, num_tiles + i, TILE)
-        num_tiles += num_tail_tiles
-    for i in gl.static_range(STAGES):
-        if i < num_tiles:
-            wait_until_free(KEYS, i, STAGES)
-            wait_until_free(VALUES, i, STAGES)
+        _copy_tile(key_desc, b, h, first * KEY_BLOCK, second * KEY_BLOCK, keys, tile, KEY_BLOCK)
+        _copy_tile(value_desc, b, h, first * KEY_BLOCK, second * KEY_BLOCK, values, tile, KEY_BLOCK, FP8_VALUES)
     if means[0] is not None:
-        _copy_means(pooled_key_desc, pooled_value_desc, b, h, means, num_tail_tiles)
+        _copy_means(pooled_key_desc, pooled_value_desc, b, h, keys, values, means, num_tiles, num_tail_tiles)
+    elif pooled_key_desc is not None:
+        for i in range(num_tail_tiles):
+            _copy_tile(pooled_key_desc, b, h, i * TILE, 0, keys, num_tiles + i, TILE)
+            _copy_tile(pooled_value_desc, b, h, i * TILE, 0, values, num_tiles + i, TILE)
 
 
 @gluon.jit
-def _copy_tile(
-    desc,
-    b,
-    h,
-    first,
-    second,
-    TILES: gl.constexpr,
-    ring,
-    tile,
-    KEY_BLOCK: gl.constexpr,
-    TRANSPOSED: gl.constexpr = False,
-):
+def _copy_tile(desc, b, h, first, second, ring, tile, KEY_BLOCK: gl.constexpr, TRANSPOSED: gl.constexpr = False):
     """Copy rows [TILE, D] of one head: those from `first` on, then, of small blocks, those from `second` on."""
-    tiles, ready = ring
+    tiles, ready, free = ring
     STAGES: gl.constexpr = tiles.shape[0]
-    stage = tile % STAGES
+    stage, phase = tile % STAGES, (tile // STAGES) & 1
     rows = tiles.index(stage)
-    if tile >= STAGES:
-        wait_until_free(TILES, stage, STAGES)
+    # The phase before the first counts as passed: nothing has to be freed in the first round.
+    mbarrier.wait(free.index(stage), phase ^ 1)
     mbarrier.expect(ready.index(stage), TILE // KEY_BLOCK * desc.block_type.nbytes)
     if TRANSPOSED:
         tma.async_copy_global_to_shared(desc, [b, h, 0, first], ready.index(stage), rows)
@@ -74,13 +56,16 @@ def _copy_tile(
 
 
 @gluon.jit
-def _copy_means(key_desc, value_desc, b, h, means, num_tail_tiles):
+def _copy_means(key_desc, value_desc, b, h, keys, values, means, num_tiles, num_tail_tiles):
     """Copy the means of blocks to where the quantized keys and values were."""
     mean_keys, mean_values, ready, free = means
-    STAGES: gl.constexpr = mean_keys.shape[0]
+    STAGES: gl.constexpr = keys[0].shape[0]
+    for i in gl.static_range(STAGES):
+        num_uses = (num_tiles - i + STAGES - 1) // STAGES
+        mbarrier.wait(keys[2].index(i), (num_uses - 1) & 1)
+        mbarrier.wait(values[2].index(i), (num_uses - 1) & 1)
     for tile in range(num_tail_tiles):
-        stage, phase = tile % STAGES, (tile // STAGES) & 1
-        # The phase before the first counts as passed: nothing has to be freed in the first round.
+        stage, phase = tile % (STAGES // 2), (tile // (STAGES // 2)) & 1
         mbarrier.wait(free.index(stage), phase ^ 1)
         mbarrier.expect(ready.index(stage), 2 * key_desc.block_type.nbytes)
         first = [b, h, tile * TILE, 0]

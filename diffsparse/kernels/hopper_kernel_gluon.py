@@ -63,9 +63,8 @@ def attention_kernel(
 ):
     """One query block of one head. The optional pointers and descriptors are None where there is nothing to point to.
 
-    A barrier `ready` is passed when a tile has come in; that both warpgroups are done with it the barriers of
-    `hopper_barriers_gluon.py` say, or `free`. Tiles of block means follow the listed ones; where those are quantized,
-    in the same memory, once it is free.
+    A barrier `ready` is passed when a tile has come in, `free` when both warpgroups are done with it. Tiles of block
+    means follow the listed ones; where those are quantized, in the same memory, once it is free.
 
     Values in FP8 lie transposed, [B, H, D, S']. The scales of query and key are per block, [B, H, blocks]; that of
     value is [B, H, D].
@@ -112,20 +111,24 @@ def attention_kernel(
         value_tiles = gl.allocate_shared_memory(value_desc.dtype, [STAGES, TILE, HEAD_DIM], value_desc.layout)
     query_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mean_ready = gl.allocate_shared_memory(gl.int64, [STAGES // 2, 1], mbarrier.MBarrierLayout())
     mean_free = gl.allocate_shared_memory(gl.int64, [STAGES // 2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES // 2):
         mbarrier.init(mean_ready.index(i), count=1)
-        # Both warpgroups arrive.
         mbarrier.init(mean_free.index(i), count=2)
     mbarrier.init(query_ready, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(key_ready.index(i), count=1)
         mbarrier.init(value_ready.index(i), count=1)
+        # Both warpgroups arrive.
+        mbarrier.init(key_free.index(i), count=2)
+        mbarrier.init(value_free.index(i), count=2)
 
-    keys = (key_tiles, key_ready)
-    values = (value_tiles, value_ready)
+    keys = (key_tiles, key_ready, key_free)
+    values = (value_tiles, value_ready, value_free)
     queries = (query_tiles, query_ready, out_tiles)
     means = (None, None, mean_ready, mean_free)
     if QUANTIZED and pooled_key_desc is not None:
