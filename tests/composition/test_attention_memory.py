@@ -10,6 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffsparse import Adaptive, SparseAttentionConfig, processors
+from diffsparse.block_mask import BlockMask
+from diffsparse.permutation import Permutation
+from diffsparse.plan import AttentionPlan
 from diffsparse.steps import Step
 from diffsparse.strategies.dense import Dense
 
@@ -119,3 +122,16 @@ def test_no_tensor_is_larger_than_query_key_value_and_output(name, attention_as_
     stock_mask, dense_mask = attention_as_one_operator
     assert dense_mask.shape[2] == 1
     assert (stock.largest > bound) == (stock_mask.shape[2] > 1) == (name == "HunyuanVideo15Transformer3DModel")
+
+
+def test_tokens_in_another_order_go_before_the_output_comes_back():
+    # Beside the inputs, which count too: three of them and the output, or the output in both orders, never more.
+    query, key, value = (torch.empty(1, 8, 4096, 64, device="meta") for _ in range(3))
+    visible = torch.ones(1, 8, 32, 32, dtype=torch.bool, device="meta")
+    order = torch.arange(4096, device="meta").expand(8, -1)
+    plan = AttentionPlan(Permutation(order, order), BlockMask.from_visible(visible, 4096, 128, 128))
+    with Allocations() as counted:
+        output = plan.attend(query, key, value)
+    assert output.shape == query.shape
+    copies = counted.peak / (query.numel() * query.element_size())
+    assert 3 + 4 <= copies < 3 + 4.1

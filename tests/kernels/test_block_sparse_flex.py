@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import shutil
@@ -96,6 +97,23 @@ def test_its_block_mask_is_that_of_the_specification(monkeypatch, tail, lengths)
 def test_other_numbers_of_keys_lists_and_dtypes(monkeypatch, changes):
     monkeypatch.setattr(block_sparse_flex, "_compiled", as_documented)
     check(make_inputs(tail=[[True, False]], **changes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tiles"), [((128, 128), None), ((128, 64), {"BLOCK_N": 64}), ((32, 16), {"BLOCK_M": 32, "BLOCK_N": 16})]
+)
+def test_tiles_fit_into_blocks_that_are_smaller_than_pytorchs(monkeypatch, sizes, tiles):
+    seen = []
+
+    def attention(query, *inputs, kernel_options, **options):
+        seen.append(kernel_options)
+        return query, argparse.Namespace(lse=None)
+
+    monkeypatch.setattr(block_sparse_flex, "flex_attention", attention)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    mask = argparse.Namespace(BLOCK_SIZE=sizes)
+    block_sparse_flex._compiled._torchdynamo_orig_callable(torch.zeros(1), None, None, mask, None, 1.0, False)
+    assert seen == [tiles]
 
 
 @pytest.mark.skipif(
