@@ -1,9 +1,9 @@
 """`diffsparse eval ablation`: what the adaptive strategy owes to its parts, on the demo model.
 
 Each fixed rule is the adaptive strategy with a single candidate and the same density in every head and at every step,
-so that all run on the same kernel, at the same density, with the same dense steps. Then come its parts: the choice among
-all candidates, with it blocks shared among heads, or more of them for the first sparse steps, and both. Videos of the
-same prompt and seed are compared with the dense one by PSNR.
+so that all run on the same kernel, at the same density, with the same dense steps. Then come its parts: the choice
+among all candidates, with it blocks shared among heads, or more of them for the first sparse steps, and both. Videos of
+the same prompt and seed are compared with the dense one by PSNR.
 """
 
 from __future__ import annotations

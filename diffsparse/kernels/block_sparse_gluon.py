@@ -29,8 +29,8 @@ HEAD_DIMS = (64, 128)
 # Tiles of keys and of values in shared memory at a time, by head dim and the bytes of a key's and a value's number.
 # Quantized keys have an even number of them: means take the room of two.
 STAGES = {(64, 2, 2): 6, (128, 2, 2): 3, (64, 1, 1): 8, (128, 1, 1): 4, (64, 1, 2): 6, (128, 1, 2): 2}
-# Whether it computes in INT8 and FP8. Alone on an H200 it does, rightly and fast. Beside other processes such calls have
-# died of accesses to memory that is not theirs, and why is not known (docs/benchmarks.md). Until it is, the Triton
+# Whether it computes in INT8 and FP8. Alone on an H200 it does, rightly and fast. Beside other processes such calls
+# have died of accesses to memory that is not theirs, and why is not known (docs/benchmarks.md). Until it is, the Triton
 # kernel takes them.
 QUANTIZES = False
 
