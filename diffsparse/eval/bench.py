@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffsparse.eval.bench_suite import SUITES, run_suite
+from diffsparse.eval.bench_plot import draw
 from diffsparse.eval.bench_table import as_markdown
 from diffsparse.eval.output_file import check_output_file
 
@@ -116,6 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--table", type=Path, metavar="FILE", help="measure nothing: print a suite's results as Markdown"
     )
     parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="with --table, also draw speed-up against density: a PNG"
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("diffsparse_bench.json"), help="JSON file to write (default: %(default)s)"
     )
 
@@ -130,8 +134,12 @@ def run(args: argparse.Namespace) -> int:
     from diffsparse.eval.generate import choose_device
     from diffsparse.kernels.self_test import LARGEST_ERROR, self_test
 
+    if args.plot is not None:
+        if args.table is None:
+            raise ValueError(f"`--plot` {args.plot} draws the results that `--table` names, and there is no `--table`.")
+        check_output_file("`--plot`", args.plot)
     if args.table is not None:
-        print(_table_of(args.table), end="")
+        _show(args.table, args.plot)
         return 0
     console = Console()
     cases = make_cases(args)
@@ -187,10 +195,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table_of(file: Path) -> str:
-    """The results of a suite in a file as Markdown."""
+def _show(file: Path, plot: Path | None) -> None:
+    """Print the results of a suite in a file as Markdown, and draw them."""
     try:
-        return as_markdown(json.loads(file.read_text()))
+        record = json.loads(file.read_text())
+        print(as_markdown(record), end="")
+        if plot is not None:
+            draw(record, plot)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"`--table` {file} holds no results of a suite ({type(error).__name__}: {error}). "

@@ -41,21 +41,27 @@ def _attention(result: Mapping[str, Any]) -> str:
         of_linear = f"{call['share_of_linear']:.0%}" if "share_of_linear" in call else ""
         error = f"{call['error']:.1e}" if "error" in call else ""
         lines.append(
-            f"| {_title(name, call)} | {call['density']:.0%} | {call['seconds'] * 1e3:.2f} | "
+            f"| {title_of(name, call)} | {call['density']:.0%} | {call['seconds'] * 1e3:.2f} | "
             f"{call['tflops']:.0f} | {call['speed_up']:.2f}x | {of_linear} | {error} |"
         )
     return "\n".join(lines)
 
 
-def _title(name: str, call: Mapping[str, Any]) -> str:
-    if "error" not in call:  # of a dense one, which is not checked
+def is_dense(call: Mapping[str, Any]) -> bool:
+    """Whether a call lists no blocks; only those that do are checked."""
+    return "error" not in call
+
+
+def title_of(name: str, call: Mapping[str, Any]) -> str:
+    """What a call is named in tables and pictures, without its density."""
+    if is_dense(call):
         return name
     method = _method(name)
     return f"ours, {method}" if method in PRECISIONS else f"{method}, sparse"
 
 
 def _order(name: str, call: Mapping[str, Any]) -> tuple[int, str, float]:
-    if "error" not in call:
+    if is_dense(call):
         return 0, "", 0.0
     method = _method(name)
     return 1 if method in PRECISIONS else 2, method, -call["density"]
@@ -76,7 +82,7 @@ def _beside(result: Mapping[str, Any]) -> str:
     extra: dict[str, float] = {}
     for name, peak in result["extra_bytes"].items():
         if peak is not None:
-            kind = _title(name, result["calls"][name])
+            kind = title_of(name, result["calls"][name])
             extra[kind] = max(extra.get(kind, 0.0), peak / result["input_bytes"])
     if extra:
         shares = ", ".join(f"{kind} {share:.2f}" for kind, share in extra.items())

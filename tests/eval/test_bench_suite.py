@@ -65,7 +65,7 @@ def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, cap
         assert call["tflops"] * 1e12 * call["seconds"] == pytest.approx(operations)
     assert ours["native 1"]["error"] < 1e-6 < ours["int8 1"]["error"]
 
-    assert bench.run(argparse.Namespace(table=output)) == 0
+    assert bench.run(argparse.Namespace(table=output, plot=None)) == 0
     assert "| ours, int8_fp8 | 100% |" in capsys.readouterr().out
 
 

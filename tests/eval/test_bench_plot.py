@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from diffsparse.eval import bench
+from diffsparse.eval.bench_plot import draw
+
+PUBLISHED = json.loads((Path(__file__).parents[2] / "docs/benchmarks/h200.json").read_text())
+
+
+def test_every_point_of_every_geometry_is_in_the_picture(tmp_path):
+    file = tmp_path / "p.png"
+
+    def picture(record):
+        draw(record, file)
+        return matplotlib.image.imread(file)
+
+    before = picture(PUBLISHED)
+    for name, call in (("Wan 2.1 14B, 720p, 81 frames", "native 0.5"), ("FLUX.1, 1024 x 1024", "flash-attn-4")):
+        changed = copy.deepcopy(PUBLISHED)
+        changed["attention"][name]["calls"][call]["speed_up"] *= 1.5
+        after = picture(changed)
+        assert after.shape == before.shape
+        assert (after != before).any()
+
+
+def test_panels_without_a_geometry_are_left_out(tmp_path):
+    names = list(PUBLISHED["attention"])
+    for count, rows in ((1, 1), (3, 2)):
+        record = {"attention": {name: PUBLISHED["attention"][name] for name in names[:count]}}
+        draw(record, tmp_path / f"{count}.png")
+        assert matplotlib.image.imread(tmp_path / f"{count}.png").shape[0] == 450 * rows
+
+
+def test_the_command_draws_what_its_table_shows(tmp_path, capsys):
+    results, plot = tmp_path / "r.json", tmp_path / "p.png"
+    results.write_text(json.dumps(PUBLISHED))
+    assert run("--table", results, "--plot", plot) == 0
+    assert "### FLUX.1" in capsys.readouterr().out
+    assert matplotlib.image.imread(plot).shape == (900, 1000, 4)
+    plot.unlink()
+    results.write_text('{"machine": {}}')
+    with pytest.raises(ValueError, match="holds no results of a suite"):
+        run("--table", results, "--plot", plot)
+    with pytest.raises(ValueError, match="`--plot` .* and there is no `--table`"):
+        run("--plot", plot)
+    assert not plot.exists()
+
+
+def run(*words):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return bench.run(parser.parse_args([str(word) for word in words]))
