@@ -15,8 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffsparse.eval.bench_suite import SUITES, run_suite
 from diffsparse.eval.bench_plot import draw
+from diffsparse.eval.bench_suite import SUITES, run_suite
 from diffsparse.eval.bench_table import as_markdown
 from diffsparse.eval.output_file import check_output_file
 
