@@ -1,21 +1,23 @@
 """What `diffsparse eval strategies` compares: every published method, the default, and random blocks.
 
 All have blocks of 64 tokens, and tiles, windows and patches of as many, so that none is coarser than another and those
-that are published with whole blocks have them. Other options are the defaults but where said.
+that are published with whole blocks have them. Other options are the defaults but where said. A strategy that is not
+named here is compared by its `density`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import diffsparse
 from diffsparse.eval.dials import Row
+from diffsparse.eval.named_config import exported_strategies
 from diffsparse.heads import HeadClass
 from diffsparse.strategies.adaptive import Adaptive, Candidate
 from diffsparse.strategies.draft_attention import DraftAttention
 from diffsparse.strategies.flex_prefill import FlexPrefill
 from diffsparse.strategies.minference import MInference
-from diffsparse.strategies.mm_inference import MMInference
-from diffsparse.strategies.paro_attention import PAROAttention
 from diffsparse.strategies.radial import Radial
 from diffsparse.strategies.rain_fusion import RainFusion
 from diffsparse.strategies.rain_fusion2 import RainFusion2
@@ -23,9 +25,7 @@ from diffsparse.strategies.s2_attention import S2Attention
 from diffsparse.strategies.sample_attention import SampleAttention
 from diffsparse.strategies.sliding_tile import SlidingTile
 from diffsparse.strategies.sparge_attention import SpargeAttention
-from diffsparse.strategies.sparse_d import SparseD
 from diffsparse.strategies.sparse_vdit import SparseVDiT
-from diffsparse.strategies.sparse_video_gen import SparseVideoGen
 from diffsparse.strategies.svg2 import SVG2
 from diffsparse.strategies.vmoba import VMoBA
 from diffsparse.strategies.x_attention import XAttention
@@ -53,14 +53,12 @@ def _stride_at(position: float) -> int:
     return round(1 / position)
 
 
-ROWS = (
+NAMED = (
     Row(REFERENCE, Adaptive(**BLOCKS)),
     Row("random blocks", Adaptive(candidates=RANDOM, equal_heads=True, front_load=0.0, **BLOCKS)),
     Row("DraftAttention", DraftAttention(patch=(8, 8), **BLOCKS)),
     Row("FlexPrefill", FlexPrefill(block_size=64), "mass"),
     Row("MInference", MInference(block_size=64)),
-    Row("MMInference", MMInference(**BLOCKS)),
-    Row("PAROAttention", PAROAttention(**BLOCKS)),
     Row("Radial", Radial(**BLOCKS), "decay"),
     # The released code's rule: the checkerboard of the paper's keeps half of the keys, whatever the density.
     Row("RainFusion", RainFusion(rule="two-way", **BLOCKS)),
@@ -72,11 +70,25 @@ ROWS = (
     Row("SlidingTile", SlidingTile(tile=(4, 4, 4), **BLOCKS), "window", _window_at),
     # The released function that goes by density; the other one keeps all blocks whose tokens differ among themselves.
     Row("SpargeAttention", SpargeAttention(density=0.5, similarity=-0.1, **BLOCKS)),
-    Row("SparseD", SparseD(**BLOCKS)),
     # By the relative error, or the scale of a model's values would decide.
     Row("SparseVDiT", SparseVDiT(relative=True, **BLOCKS)),
-    Row("SparseVideoGen", SparseVideoGen(**BLOCKS)),
     Row("SVG2", SVG2(**BLOCKS), "mass"),
     Row("VMoBA", VMoBA(**BLOCKS), "threshold"),
     Row("XAttention", XAttention(**BLOCKS), "mass"),
 )
+
+
+def _others() -> tuple[Row, ...]:
+    named = {diffsparse.Dense, *(type(row.strategy) for row in NAMED)}
+    sizes = BLOCKS | {"block_size": 64}
+    return tuple(
+        Row(
+            each.__name__,
+            each(**{field.name: sizes[field.name] for field in dataclasses.fields(each) if field.name in sizes}),
+        )
+        for each in exported_strategies().values()
+        if each not in named
+    )
+
+
+ROWS = (*NAMED, *_others())

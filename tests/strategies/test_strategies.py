@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffsparse import (
     SVG2,
     Adaptive,
+    Dense,
     DraftAttention,
     FlexPrefill,
     MInference,
@@ -29,13 +31,14 @@ from diffsparse import (
     VMoBA,
     XAttention,
 )
+from diffsparse.eval.named_config import exported_strategies
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import check_lists
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.strategy import AttentionCall
 
 SMALL = {"query_block_size": 16, "key_block_size": 16}
-STRATEGIES = [
+LISTED = [
     Adaptive(density=0.3, sampled_rows=16, tile=(2, 2, 4), **SMALL),
     SpargeAttention(mass=0.5, similarity=0.05, **SMALL),
     SlidingTile(tile=(2, 2, 4), window=(1, 2, 1), **SMALL),
@@ -58,6 +61,17 @@ STRATEGIES = [
     VMoBA(box_chunk=(2, 3, 4), select="top-k", top_k=(1, 2, 2), scope="head-global", routing="union", **SMALL),
     MMInference(density=0.3, sampled_rows=16, **SMALL),
 ]
+
+
+def small(strategy: type) -> object:
+    """One with its default options, but for small blocks."""
+    sizes = SMALL | {"block_size": 16}
+    options = {field.name for field in dataclasses.fields(strategy)}
+    return strategy(**{name: size for name, size in sizes.items() if name in options})
+
+
+OTHERS = set(exported_strategies().values()) - {Dense, *map(type, LISTED)}
+STRATEGIES = [*LISTED, *map(small, sorted(OTHERS, key=lambda strategy: strategy.__name__))]
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
 
 pytestmark = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: type(strategy).__name__)
