@@ -16,6 +16,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.pipelines.families import find_family
 from diffsparse.published_models import make_call
 from diffsparse.session import resolve_dense_layers
+from diffsparse.speed_check import LEAST_SPEED_UP
 from diffsparse.strategies.adaptive import Adaptive
 
 
@@ -59,8 +60,6 @@ MEASURED = {
 """By a part of the GPU's name and what attention computes in. Of docs/benchmarks/h200.json, which a test holds."""
 
 ASSUMED_EFFICIENCY = 0.9
-ASSUMED_CROSSOVER = 16384
-"""Tokens below which dense attention is taken to be done before a plan is made, as long as nobody has measured it."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +128,17 @@ class SparseAttentionPrediction:
         return 1 - sparse * (1 - self.density)
 
     @property
-    def step_speed_up(self) -> float:
-        """Of a mean sparse step over a dense one, planning and permuting included; 1 where no step is sparse."""
+    def call_speed_up(self) -> float:
+        """Of a mean sparse call over a dense one, planning and permuting included; 1 where no step is sparse."""
         if not self._num_sparse_steps:
             return 1.0
         beside = self.permuting_seconds + self.planning_seconds * self.num_plans / self._num_sparse_steps
-        call = self.density / self.efficiency + beside / self.dense_call_seconds
-        return self.dense_flops / (self.dense_flops + self._sparse_part * (call - 1))
+        return 1 / (self.density / self.efficiency + beside / self.dense_call_seconds)
+
+    @property
+    def step_speed_up(self) -> float:
+        """Of a mean sparse step over a dense one."""
+        return self.dense_flops / (self.dense_flops + self._sparse_part * (1 / self.call_speed_up - 1))
 
     @property
     def speed_up(self) -> float:
@@ -153,8 +156,9 @@ class SparseAttentionPrediction:
 
     def as_dict(self) -> dict[str, Any]:
         """Fields and figures as plain dicts and numbers."""
-        names = ("attention_share", "dense_flops", "sparse_flops", "overall_density", "step_speed_up", "speed_up")
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
+        names = ("attention_share", "dense_flops", "sparse_flops", "overall_density")
+        speed_ups = ("call_speed_up", "step_speed_up", "speed_up")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in (*names, *speed_ups)}
 
     def __str__(self) -> str:
         grid, text = self.grid, self.grid.text_before + self.grid.text_after
@@ -234,17 +238,7 @@ def predict_sparse_attention(
 
     dense_layers = resolve_dense_layers(chosen.dense_layers, len(names), type(transformer).__name__)
     num_dense_steps = round(chosen.dense_steps * num_inference_steps)
-    fewest = ASSUMED_CROSSOVER if chosen.min_tokens is None else chosen.min_tokens
-    why_dense = None
-    if grid.num_tokens < fewest:
-        why_dense = f"fewer than {fewest:,} tokens"
-        if chosen.min_tokens is None:
-            why_dense += ", for which a GPU is taken to be as fast dense; it is timed when the model runs"
-    elif num_dense_steps == num_inference_steps:
-        why_dense = "all steps are dense steps"
-    if why_dense is not None:
-        num_dense_steps = num_inference_steps
-    num_sparse_layers = 0 if why_dense is not None else len(names) - len(dense_layers)
+    num_sparse_layers = len(names) - len(dense_layers)
 
     strategy = chosen.strategy
     if isinstance(strategy, Adaptive) and density is not None:
@@ -257,7 +251,7 @@ def predict_sparse_attention(
         )
     speed = _kernel_speed(gpu, chosen.quantization, efficiency)
     attention_flops = sum(each for _, each in flops.attention)
-    return SparseAttentionPrediction(
+    sparse = SparseAttentionPrediction(
         transformer=type(transformer).__name__,
         grid=grid,
         num_heads=num_heads,
@@ -276,6 +270,25 @@ def predict_sparse_attention(
         planning_seconds=speed.planning_seconds,
         permuting_seconds=speed.permuting_seconds,
         source=speed.source,
+        why_dense=None,
+    )
+    if grid.num_tokens < chosen.fewest_tokens:
+        why_dense = f"fewer than {chosen.fewest_tokens:,} tokens"
+    elif num_dense_steps == num_inference_steps:
+        why_dense = "all steps are dense steps"
+    elif chosen.min_tokens is None and sparse.call_speed_up < LEAST_SPEED_UP:
+        why_dense = (
+            f"sparse attention is predicted to be {sparse.call_speed_up:.2f}x as fast as dense attention and used from "
+            f"{LEAST_SPEED_UP}x on; it is timed when the model runs"
+        )
+    else:
+        return sparse
+    return dataclasses.replace(
+        sparse,
+        num_sparse_layers=0,
+        num_dense_steps=num_inference_steps,
+        num_plans=0,
+        plan_bytes=0,
         why_dense=why_dense,
     )
 
