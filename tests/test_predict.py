@@ -11,6 +11,7 @@ from tiny_models import TINY, tiny_wan_pipeline
 
 import diffsparse
 from diffsparse import SVG2, Adaptive, SparseAttentionConfig, predict_sparse_attention
+from diffsparse.eval.bench_transformer import NUM_LAYERS, STEPS, SUBJECTS
 from diffsparse.predict import MEASURED
 from diffsparse.published_models import published_transformer
 
@@ -120,6 +121,44 @@ def test_the_table_is_that_of_the_published_benchmark():
     assert H200.permuting_seconds == pytest.approx(max(p["permute_seconds"] for p in planning), abs=1e-4)
     dense = [size["calls"]["torch"]["tflops"] * 1e12 for size in sizes]
     assert H200.dense_flops_per_second == pytest.approx(max(dense), abs=1e12)
+
+
+@pytest.mark.parametrize(
+    ("name", "height", "width", "num_frames"),
+    [
+        ("Wan 2.1 14B, 720p, 81 frames", 720, 1280, 81),
+        ("HunyuanVideo, 720p, 129 frames", 720, 1280, 129),
+        ("CogVideoX 1.5, 768p, 81 frames", 768, 1360, 81),
+    ],
+)
+def test_measured_steps_gain_what_is_predicted_within_a_fourth(name, height, width, num_frames):
+    found = predict_as_measured(name, height=height, width=width, num_frames=num_frames)
+    measured = PUBLISHED["transformers"][name]["balanced"]
+    assert found.grid.num_tokens == PUBLISHED["attention"][name]["tokens"]
+    assert (found.num_layers, found.num_dense_steps, found.num_plans) == (measured["layers_measured"], 0, 1)
+    assert found.density == pytest.approx(measured["density"])
+    assert 4 / 5 < found.speed_up / measured["speed_up"] < 5 / 4
+
+    predicted_ms = found.dense_flops / H200.dense_flops_per_second * 1e3
+    dense_ms, sparse_ms = (measured["seconds_per_step"][kind] * 1e3 for kind in ("dense", "sparse"))
+    row = (
+        f"| {name} | {found.speed_up:.2f}× | {measured['speed_up']:.2f}× "
+        f"| {predicted_ms:,.0f} → {predicted_ms / found.speed_up:,.0f} ms | {dense_ms:,.0f} → {sparse_ms:,.0f} ms |"
+    )
+    assert row in (DOCS / "plan.md").read_text()
+
+
+def test_what_stayed_dense_when_measured_is_predicted_dense():
+    name = "FLUX.1, 1024 x 1024"
+    assert predict_as_measured(name, height=1024, width=1024, num_frames=1).why_dense is not None
+    assert PUBLISHED["transformers"][name]["balanced"]["density"] is None
+
+
+def predict_as_measured(name, **size):
+    """Of what `bench_transformer` measures: few layers, and no dense steps."""
+    config = replace(diffsparse.PRESETS["balanced"](), dense_steps=0.0)
+    transformer = SUBJECTS[name].build(torch.device("meta"), torch.bfloat16, NUM_LAYERS)
+    return predict(transformer, config=config, num_inference_steps=STEPS, **size)
 
 
 def test_efficiency_is_a_straight_line_between_measurements():
