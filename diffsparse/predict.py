@@ -16,6 +16,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.pipelines.families import find_family
 from diffsparse.published_models import make_call
 from diffsparse.session import resolve_dense_layers
+from diffsparse.speed_check import LEAST_SPEED_UP
 from diffsparse.strategies.adaptive import Adaptive
 
 
@@ -24,15 +25,17 @@ class KernelSpeed:
     """How fast sparse attention is beside dense attention.
 
     Attributes:
-        efficiency: by density, the speed-up of a sparse call over the fastest dense one, times the density.
-        planning: seconds of making one plan, as a share of a dense call.
-        permuting: seconds of permuting the tokens of one call, as a share of a dense call.
+        efficiency: by density, the speed-up of a sparse call over `F.scaled_dot_product_attention`, times the density.
+        planning_seconds: of making one plan.
+        permuting_seconds: of permuting the tokens of one call.
+        dense_flops_per_second: of `F.scaled_dot_product_attention`.
         source: where that is from.
     """
 
     efficiency: Mapping[float, float]
-    planning: float
-    permuting: float
+    planning_seconds: float
+    permuting_seconds: float
+    dense_flops_per_second: float
     source: str
 
     def at(self, density: float) -> float:
@@ -46,18 +49,17 @@ class KernelSpeed:
 
 MEASURED = {
     ("H200", "bfloat16"): KernelSpeed(
-        {0.1: 0.93, 0.2: 0.96, 0.25: 0.96, 0.3: 0.98, 0.5: 1.0, 1.0: 1.03},
-        planning=0.63,
-        permuting=0.01,
-        source="measured on an H200 in bfloat16 at head dim 128 on 2026-11-26, the slower of two sizes "
-        "(docs/benchmarks.md); planning has been mended since and not measured again",
+        {0.1: 0.88, 0.2: 0.94, 0.25: 0.92, 0.3: 0.97, 0.5: 0.98, 1.0: 1.06},
+        planning_seconds=0.0277,
+        permuting_seconds=0.0021,
+        dense_flops_per_second=574e12,
+        source="from measurements on an H200 in bfloat16 on 2026-11-26, each at the least favourable of three sizes "
+        "(docs/benchmarks.md)",
     )
 }
 """By a part of the GPU's name and what attention computes in. Of docs/benchmarks/h200.json, which a test holds."""
 
 ASSUMED_EFFICIENCY = 0.9
-ASSUMED_CROSSOVER = 16384
-"""Tokens below which dense attention is taken to be done before a plan is made, as long as nobody has measured it."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ class SparseAttentionPrediction:
         plan_bytes: that the plans of all layers keep; None for strategies that do not say.
         num_plans: how often each layer is planned in a generation.
         efficiency: speed-up of the kernel over dense attention, times the density.
-        planning, permuting: of one plan and of one call, as a share of a dense call.
-        source: where these three are from.
+        dense_call_seconds: of one layer's self-attention, dense.
+        planning_seconds, permuting_seconds: of one plan and of one call.
+        source: where these four are from.
         why_dense: why no step is sparse; None where some are.
     """
 
@@ -97,8 +100,9 @@ class SparseAttentionPrediction:
     plan_bytes: int | None
     num_plans: int
     efficiency: float
-    planning: float
-    permuting: float
+    dense_call_seconds: float
+    planning_seconds: float
+    permuting_seconds: float
     source: str
     why_dense: str | None
 
@@ -124,12 +128,17 @@ class SparseAttentionPrediction:
         return 1 - sparse * (1 - self.density)
 
     @property
-    def step_speed_up(self) -> float:
-        """Of a mean sparse step over a dense one, planning and permuting included; 1 where no step is sparse."""
+    def call_speed_up(self) -> float:
+        """Of a mean sparse call over a dense one, planning and permuting included; 1 where no step is sparse."""
         if not self._num_sparse_steps:
             return 1.0
-        call = self.density / self.efficiency + self.permuting + self.planning * self.num_plans / self._num_sparse_steps
-        return self.dense_flops / (self.dense_flops + self._sparse_part * (call - 1))
+        beside = self.permuting_seconds + self.planning_seconds * self.num_plans / self._num_sparse_steps
+        return 1 / (self.density / self.efficiency + beside / self.dense_call_seconds)
+
+    @property
+    def step_speed_up(self) -> float:
+        """Of a mean sparse step over a dense one."""
+        return self.dense_flops / (self.dense_flops + self._sparse_part * (1 / self.call_speed_up - 1))
 
     @property
     def speed_up(self) -> float:
@@ -147,8 +156,9 @@ class SparseAttentionPrediction:
 
     def as_dict(self) -> dict[str, Any]:
         """Fields and figures as plain dicts and numbers."""
-        names = ("attention_share", "dense_flops", "sparse_flops", "overall_density", "step_speed_up", "speed_up")
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
+        names = ("attention_share", "dense_flops", "sparse_flops", "overall_density")
+        speed_ups = ("call_speed_up", "step_speed_up", "speed_up")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in (*names, *speed_ups)}
 
     def __str__(self) -> str:
         grid, text = self.grid, self.grid.text_before + self.grid.text_after
@@ -171,10 +181,11 @@ class SparseAttentionPrediction:
             }
         lines = [f"{name:<26}{value}" for name, value in rows.items()]
         lines.append(
-            f"This is a prediction, not a measurement. Kernel at {self.efficiency:.0%} of linear against the fastest "
-            f"dense attention, a plan {self.planning:.0%} and permuting {self.permuting:.0%} of a dense call: "
-            f"{self.source}. Linear layers are taken to reach as many FLOP/s as dense attention, and the rest of a "
-            f"step to take no time."
+            f"This is a prediction, not a measurement. Kernel at {self.efficiency:.0%} of linear against PyTorch's "
+            f"dense attention, a dense call {self.dense_call_seconds * 1e3:.1f} ms, a plan "
+            f"{self.planning_seconds * 1e3:.1f} ms, permuting {self.permuting_seconds * 1e3:.1f} ms: {self.source}. "
+            f"Linear layers are taken to reach as many FLOP/s as dense attention, and the rest of a step to take no "
+            f"time."
         )
         return "\n".join((f"{self.transformer}, predicted", *lines))
 
@@ -227,17 +238,7 @@ def predict_sparse_attention(
 
     dense_layers = resolve_dense_layers(chosen.dense_layers, len(names), type(transformer).__name__)
     num_dense_steps = round(chosen.dense_steps * num_inference_steps)
-    fewest = ASSUMED_CROSSOVER if chosen.min_tokens is None else chosen.min_tokens
-    why_dense = None
-    if grid.num_tokens < fewest:
-        why_dense = f"fewer than {fewest:,} tokens"
-        if chosen.min_tokens is None:
-            why_dense += ", for which a GPU is taken to be as fast dense; it is timed when the model runs"
-    elif num_dense_steps == num_inference_steps:
-        why_dense = "all steps are dense steps"
-    if why_dense is not None:
-        num_dense_steps = num_inference_steps
-    num_sparse_layers = 0 if why_dense is not None else len(names) - len(dense_layers)
+    num_sparse_layers = len(names) - len(dense_layers)
 
     strategy = chosen.strategy
     if isinstance(strategy, Adaptive) and density is not None:
@@ -249,7 +250,8 @@ def predict_sparse_attention(
             f"what {type(strategy).__name__} computes depends on the video: say `density`, as a report of it shows."
         )
     speed = _kernel_speed(gpu, chosen.quantization, efficiency)
-    return SparseAttentionPrediction(
+    attention_flops = sum(each for _, each in flops.attention)
+    sparse = SparseAttentionPrediction(
         transformer=type(transformer).__name__,
         grid=grid,
         num_heads=num_heads,
@@ -258,15 +260,35 @@ def predict_sparse_attention(
         num_sparse_layers=num_sparse_layers,
         num_steps=num_inference_steps,
         num_dense_steps=num_dense_steps,
-        attention_flops=sum(each for _, each in flops.attention),
+        attention_flops=attention_flops,
         other_flops=flops.other,
         density=density,
         plan_bytes=num_sparse_layers * strategy.plan_bytes(grid, num_heads) if isinstance(strategy, Adaptive) else None,
         num_plans=-(-(num_inference_steps - num_dense_steps) // chosen.replan_every),
         efficiency=speed.at(density),
-        planning=speed.planning,
-        permuting=speed.permuting,
+        dense_call_seconds=attention_flops / len(names) / speed.dense_flops_per_second,
+        planning_seconds=speed.planning_seconds,
+        permuting_seconds=speed.permuting_seconds,
         source=speed.source,
+        why_dense=None,
+    )
+    if grid.num_tokens < chosen.fewest_tokens:
+        why_dense = f"fewer than {chosen.fewest_tokens:,} tokens"
+    elif num_dense_steps == num_inference_steps:
+        why_dense = "all steps are dense steps"
+    elif chosen.min_tokens is None and sparse.call_speed_up < LEAST_SPEED_UP:
+        why_dense = (
+            f"sparse attention is predicted to be {sparse.call_speed_up:.2f}x as fast as dense attention and used from "
+            f"{LEAST_SPEED_UP}x on; it is timed when the model runs"
+        )
+    else:
+        return sparse
+    return dataclasses.replace(
+        sparse,
+        num_sparse_layers=0,
+        num_dense_steps=num_inference_steps,
+        num_plans=0,
+        plan_bytes=0,
         why_dense=why_dense,
     )
 
@@ -292,14 +314,14 @@ def _kernel_speed(gpu: str | None, quantization: str | None, efficiency: float |
     if known is not None and efficiency is None:
         return known
     closest = known or MEASURED["H200", "bfloat16"]
-    planning = "planning and permuting as on an H200, before planning was mended"
+    seconds = "seconds as on an H200"
     if efficiency is not None:
-        return dataclasses.replace(closest, efficiency={1.0: efficiency}, source=f"efficiency as you said, {planning}")
+        return dataclasses.replace(closest, efficiency={1.0: efficiency}, source=f"efficiency as you said, {seconds}")
     return dataclasses.replace(
         closest,
         efficiency={1.0: ASSUMED_EFFICIENCY},
         source=f"unknown hardware ({gpu}, {computes_in}): kernel efficiency assumed {ASSUMED_EFFICIENCY}, say "
-        f"--efficiency or --gpu H200; {planning}",
+        f"--efficiency or --gpu H200; {seconds}",
     )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,9 @@ def test_the_command_says_what_wan_would_gain(capsys, tmp_path):
     assert "prediction, not a measurement" in shown
     written = json.loads(output.read_text())
     assert f"{written['speed_up']:.2f}x, without text encoder and VAE" in shown
+    # The documentation shows this command, in shorter lines.
+    documentation = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
+    assert " ".join(shown.split()) in " ".join(documentation.split())
 
 
 def test_images_have_one_frame_where_nothing_is_said(capsys):
