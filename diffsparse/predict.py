@@ -26,35 +26,36 @@ class KernelSpeed:
 
     Attributes:
         efficiency: by density, the speed-up of a sparse call over `F.scaled_dot_product_attention`, times the density.
-        planning_seconds: of making one plan.
-        permuting_seconds: of permuting the tokens of one call.
+        planning_seconds: of making one plan, by the numbers of a query, S times H times D.
+        permuting_seconds: of permuting the tokens of one call, by the same.
         dense_flops_per_second: of `F.scaled_dot_product_attention`.
         source: where that is from.
     """
 
     efficiency: Mapping[float, float]
-    planning_seconds: float
-    permuting_seconds: float
+    planning_seconds: Mapping[float, float]
+    permuting_seconds: Mapping[float, float]
     dense_flops_per_second: float
     source: str
 
-    def at(self, density: float) -> float:
-        """The efficiency at a density, between measured ones by a straight line, beyond them as at the last."""
-        known = sorted(self.efficiency)
-        lower = max((d for d in known if d <= density), default=known[0])
-        upper = min((d for d in known if d >= density), default=known[-1])
-        part = (density - lower) / (upper - lower) if upper > lower else 0.0
-        return self.efficiency[lower] * (1 - part) + self.efficiency[upper] * part
+
+def between(measured: Mapping[float, float], at: float) -> float:
+    """The value between measured ones by a straight line, beyond them as at the last."""
+    known = sorted(measured)
+    lower = max((x for x in known if x <= at), default=known[0])
+    upper = min((x for x in known if x >= at), default=known[-1])
+    part = (at - lower) / (upper - lower) if upper > lower else 0.0
+    return measured[lower] * (1 - part) + measured[upper] * part
 
 
 MEASURED = {
     ("H200", "bfloat16"): KernelSpeed(
         {0.1: 0.88, 0.2: 0.94, 0.25: 0.92, 0.3: 0.97, 0.5: 0.98, 1.0: 1.06},
-        planning_seconds=0.0277,
-        permuting_seconds=0.0021,
+        planning_seconds={14.2e6: 0.0065, 138.6e6: 0.0277, 365.7e6: 0.0216, 387.1e6: 0.0259},
+        permuting_seconds={14.2e6: 0.0003, 138.6e6: 0.0017, 365.7e6: 0.0019, 387.1e6: 0.0021},
         dense_flops_per_second=574e12,
-        source="from measurements on an H200 in bfloat16 on 2026-11-26, each at the least favourable of three sizes "
-        "(docs/benchmarks.md)",
+        source="from measurements on an H200 in bfloat16 on 2026-11-26, kernel and dense call at the least favourable "
+        "of three sizes (docs/benchmarks.md)",
     )
 }
 """By a part of the GPU's name and what attention computes in. Of docs/benchmarks/h200.json, which a test holds."""
@@ -265,10 +266,10 @@ def predict_sparse_attention(
         density=density,
         plan_bytes=num_sparse_layers * strategy.plan_bytes(grid, num_heads) if isinstance(strategy, Adaptive) else None,
         num_plans=-(-(num_inference_steps - num_dense_steps) // chosen.replan_every),
-        efficiency=speed.at(density),
+        efficiency=between(speed.efficiency, density),
         dense_call_seconds=attention_flops / len(names) / speed.dense_flops_per_second,
-        planning_seconds=speed.planning_seconds,
-        permuting_seconds=speed.permuting_seconds,
+        planning_seconds=between(speed.planning_seconds, num_tokens * num_heads * head_dim),
+        permuting_seconds=between(speed.permuting_seconds, num_tokens * num_heads * head_dim),
         source=speed.source,
         why_dense=None,
     )
