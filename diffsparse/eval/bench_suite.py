@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 BLOCK_SIZE = 128
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.25)
 PRECISIONS = ("native", "int8", "int8_fp8")
+TAIL = " + tail"
+"""Ends the names of calls with the pooled tail in all heads, before their density."""
+DENSITY_WITH_TAIL = 0.25
 ROUNDS = 5
 TRANSFORMER_PRESETS = ("balanced",)
 SAMPLED_ROWS = 16
@@ -110,13 +113,14 @@ def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable
     densities: dict[str, float] = {}
     errors: dict[str, float] = {}
     for precision in PRECISIONS:
-        for density, (key_blocks, counts) in lists.items():
-            call = _sparse(query, key, value, key_blocks, counts, precision)
-            name = f"{precision} {density:g}"
+        for density, tail in [*((density, False) for density in lists), (DENSITY_WITH_TAIL, True)]:
+            key_blocks, counts = lists[density]
+            call = _sparse(query, key, value, key_blocks, counts, precision, tail)
+            name = f"{precision}{TAIL if tail else ''} {density:g}"
             if reason := _why_not(call):
                 say_here(f"{name} cannot run: {reason}")
                 break
-            errors[name] = error_of_sampled_rows(query, key, value, key_blocks, counts, call())
+            errors[name] = error_of_sampled_rows(query, key, value, key_blocks, counts, call(), tail)
             if not errors[name] <= LARGEST_ERRORS[precision]:
                 raise ValueError(
                     f"{name} at {geometry.name} is off by {errors[name]:.1e}, {LARGEST_ERRORS[precision]:.0e} is "
@@ -148,7 +152,7 @@ def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable
         if name in densities:
             rows[name]["error"] = errors[name]
             # flash-attn-4 has a dense call of its own; the others' is the one that lists all blocks.
-            own, _ = name.rsplit(maxsplit=1)
+            own = method_of(name).removesuffix(TAIL)
             own_dense = medians.get(own, medians.get(f"{own} 1"))
             if own_dense is not None:
                 rows[name]["share_of_linear"] = own_dense / median * density
@@ -201,15 +205,26 @@ def random_lists(geometry: Geometry, density: float, device: torch.device) -> tu
     return ascending[..., : int(counts.max())].to(torch.int32).contiguous(), counts
 
 
+def method_of(name: str) -> str:
+    """The name of a sparse call without the density that ends it."""
+    return name.rsplit(maxsplit=1)[0]
+
+
 def mean_density(counts: Tensor) -> float:
     """The share of the key blocks that counts [1, H, Q] of self-attention list."""
     return float(counts.float().mean()) / counts.shape[2]
 
 
 def error_of_sampled_rows(
-    query: Tensor, key: Tensor, value: Tensor, key_blocks: Tensor, counts: Tensor, output: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_blocks: Tensor,
+    counts: Tensor,
+    output: Tensor,
+    tail: bool = False,
 ) -> float:
-    """Relative L2 error of some rows of some heads against float64."""
+    """Relative L2 error of some rows of some heads against float64, with or without the means of skipped blocks."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -217,14 +232,25 @@ def error_of_sampled_rows(
     for _ in range(SAMPLED_ROWS):
         row, head = (int(torch.randint(size, (), generator=generator)) for size in (query.shape[2], query.shape[1]))
         block = row // BLOCK_SIZE
-        listed = key_blocks[0, head, block, : int(counts[0, head, block])].long()
-        tokens = (listed[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=listed.device)).flatten()
-        tokens = tokens[tokens < key.shape[2]]
-        logits = key[0, head, tokens].double() @ query[0, head, row].double() / math.sqrt(query.shape[3])
-        expected = logits.softmax(dim=0) @ value[0, head, tokens].double()
+        listed = set(key_blocks[0, head, block, : int(counts[0, head, block])].tolist())
+        (keys, sizes), (values, _) = (_seen(x[0, head], listed, tail) for x in (key, value))
+        logits = keys @ query[0, head, row].double() / math.sqrt(query.shape[3]) + sizes.log()
+        expected = logits.softmax(dim=0) @ values
         squared_error += float((output[0, head, row].double() - expected).square().sum())
         squared_size += float(expected.square().sum())
     return math.sqrt(squared_error / squared_size)
+
+
+def _seen(x: Tensor, listed: set[int], tail: bool) -> tuple[Tensor, Tensor]:
+    """What a query block sees of a head's keys or values x [S, D]: rows [n, D], and of how many tokens each is [n]."""
+    import torch
+
+    blocks = x.double().split(BLOCK_SIZE)
+    tokens = [blocks[number] for number in sorted(listed)]
+    skipped = [block for number, block in enumerate(blocks) if number not in listed] if tail else []
+    sizes = [1] * sum(map(len, tokens)) + [len(block) for block in skipped]
+    means = [block.mean(dim=0, keepdim=True) for block in skipped]
+    return torch.cat([*tokens, *means]), torch.tensor(sizes, dtype=torch.float64, device=x.device)
 
 
 def extra_memory(call: Callable[[], object], device: torch.device) -> int | None:
@@ -247,9 +273,13 @@ def _write(record: Mapping[str, Any], path: Path) -> None:
 
 
 def _sparse(
-    query: Tensor, key: Tensor, value: Tensor, key_blocks: Tensor, counts: Tensor, precision: str
+    query: Tensor, key: Tensor, value: Tensor, key_blocks: Tensor, counts: Tensor, precision: str, tail: bool
 ) -> Callable[[], Tensor]:
+    import torch
+
     from diffsparse.kernels.block_sparse import block_sparse_attention
+
+    in_all_heads = torch.ones((1, 1), dtype=torch.bool, device=query.device) if tail else None
 
     def call() -> Tensor:
         output = block_sparse_attention(
@@ -260,6 +290,7 @@ def _sparse(
             counts,
             query_block_size=BLOCK_SIZE,
             key_block_size=BLOCK_SIZE,
+            tail=in_all_heads,
             precision=precision,
             validate=False,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffsparse.eval.bench_suite import PRECISIONS
+from diffsparse.eval.bench_suite import PRECISIONS, TAIL, method_of
 
 
 def as_markdown(record: Mapping[str, Any]) -> str:
@@ -56,20 +56,19 @@ def title_of(name: str, call: Mapping[str, Any]) -> str:
     """What a call is named in tables and pictures, without its density."""
     if is_dense(call):
         return name
-    method = _method(name)
-    return f"ours, {method}" if method in PRECISIONS else f"{method}, sparse"
+    method = method_of(name)
+    return f"ours, {method}" if _is_ours(method) else f"{method}, sparse"
 
 
 def _order(name: str, call: Mapping[str, Any]) -> tuple[int, str, float]:
     if is_dense(call):
         return 0, "", 0.0
-    method = _method(name)
-    return 1 if method in PRECISIONS else 2, method, -call["density"]
+    method = method_of(name)
+    return 1 if _is_ours(method) else 2, method, -call["density"]
 
 
-def _method(name: str) -> str:
-    """The name of a sparse call without the density that ends it."""
-    return name.rsplit(maxsplit=1)[0]
+def _is_ours(method: str) -> bool:
+    return method.removesuffix(TAIL) in PRECISIONS
 
 
 def _beside(result: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ SMALL_BLOCKS = SparseAttentionConfig(Adaptive(query_block_size=16, key_block_siz
 def suite(monkeypatch):
     monkeypatch.setitem(bench_suite.SUITES, "tiny", (SMALL, OTHER))
     monkeypatch.setattr(bench_suite, "DENSITIES", (1.0, 0.5))
+    monkeypatch.setattr(bench_suite, "DENSITY_WITH_TAIL", 0.5)
     # The error of INT8 in 4 rows of 16 numbers scatters beyond what is allowed, once in a hundred.
     monkeypatch.setattr(bench_suite, "SAMPLED_ROWS", 64)
 
@@ -56,7 +57,8 @@ def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, cap
     result = json.loads(output.read_text())["attention"]["small"]
     assert result["tokens"] == 144
     ours = {name: call for name, call in result["calls"].items() if "error" in call}
-    assert list(ours) == [f"{precision} {density:g}" for precision in bench_suite.PRECISIONS for density in (1, 0.5)]
+    kinds = ("1", "0.5", "+ tail 0.5")
+    assert list(ours) == [f"{precision} {kind}" for precision in bench_suite.PRECISIONS for kind in kinds]
     dense = result["calls"][result["best_dense"]]["seconds"]
     assert dense == min(call["seconds"] for name, call in result["calls"].items() if name not in ours)
     for call in result["calls"].values():
@@ -64,9 +66,16 @@ def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, cap
         operations = 4 * 144**2 * 16 * 2 * call["density"]
         assert call["tflops"] * 1e12 * call["seconds"] == pytest.approx(operations)
     assert ours["native 1"]["error"] < 1e-6 < ours["int8 1"]["error"]
+    with_tail = ours["native + tail 0.5"]
+    assert with_tail["error"] < 1e-6
+    assert with_tail["share_of_linear"] == pytest.approx(
+        ours["native 1"]["seconds"] / with_tail["seconds"] * with_tail["density"]
+    )
 
     assert bench.run(argparse.Namespace(table=output, plot=None)) == 0
-    assert "| ours, int8_fp8 | 100% |" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "| ours, int8_fp8 | 100% |" in table
+    assert "| ours, native + tail | " in table
 
 
 def test_random_lists_ascend_and_are_ragged():
@@ -120,8 +129,9 @@ def test_sparse_peers_take_turns_on_the_same_lists(suite, monkeypatch):
 
     lines = as_markdown(record_of(result)).splitlines()
     titles = [line.split(" | ")[0] for line in lines if line.startswith("| ") and "%" in line]
-    ours = [f"| ours, {precision}" for precision in ("int8", "int8_fp8", "native") for _ in range(2)]
-    assert titles[-9:] == ["| flash-attn-4", *ours, *["| flash-attn-4, sparse"] * 2]
+    ours = [f"| ours, {precision}" for precision in ("int8", "int8_fp8", "native")]
+    ours = [title for title in ours for title in (title, title, f"{title} + tail")]
+    assert titles[-12:] == ["| flash-attn-4", *ours, *["| flash-attn-4, sparse"] * 2]
 
 
 def test_a_wrong_peer_is_said_and_not_timed(suite, monkeypatch):
