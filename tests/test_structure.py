@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import textwrap
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -188,3 +190,9 @@ def test_importing_diffsparse_needs_only(missing):
         [sys.executable, "-c", f"{hidden}; {shown}"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert (result.returncode, result.stdout.split()) == (0, ["quality", "balanced", "fast"]), result.stderr
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)
+def test_python_on_a_page_can_be_read(page):
+    for block in re.findall(r"^ *```python\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        ast.parse(textwrap.dedent(block))
