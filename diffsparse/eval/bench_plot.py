@@ -27,7 +27,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     colours = {title: colormaps["tab10"](number % 10) for number, title in enumerate(titles)}
     figure = Figure(figsize=(10, 4.5 * -(-len(results) // COLUMNS)), layout="constrained")
     panels = figure.subplots(-(-len(results) // COLUMNS), COLUMNS, squeeze=False).flat
-    for panel, (name, result) in zip(panels, results.items()):
+    # The results first: otherwise zip takes a panel more before it finds them at an end.
+    for (name, result), panel in zip(results.items(), panels):
         lines: dict[str, list[tuple[float, float]]] = {}
         for call, row in result["calls"].items():
             point = 100 * row["density"], row["speed_up"]

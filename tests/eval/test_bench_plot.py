@@ -35,7 +35,13 @@ def test_panels_without_a_geometry_are_left_out(tmp_path):
     for count, rows in ((1, 1), (3, 2)):
         record = {"attention": {name: PUBLISHED["attention"][name] for name in names[:count]}}
         draw(record, tmp_path / f"{count}.png")
-        assert matplotlib.image.imread(tmp_path / f"{count}.png").shape[0] == 450 * rows
+        height, width = 450 * rows, 1000
+        picture = matplotlib.image.imread(tmp_path / f"{count}.png")
+        assert picture.shape == (height, width, 4)
+        # In the last row only the left half has ink, above the legend; a line of text may come a little over.
+        panels = picture[height - 450 : height - 120, :, :3]
+        assert panels[:, : width // 2].min() == 0
+        assert panels[:, width // 2 + 30 :].min() == 1
 
 
 def test_the_command_draws_what_its_table_shows(tmp_path, capsys):
