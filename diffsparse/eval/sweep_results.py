@@ -74,9 +74,7 @@ class SweepResults:
                 pair = Pair(video["prompt"], video["seed"])
                 variant = Variant(video["row"], video["at_density"], video["tail"])
                 # Older files know nothing of LPIPS.
-                values = {"lpips": None} | {
-                    field.name: video[field.name] for field in dataclasses.fields(Score) if field.name in video
-                }
+                values = {field.name: video[field.name] for field in dataclasses.fields(Score) if field.name in video}
                 results.scores[pair, variant] = Score(**values | {"psnr_db": as_number(values["psnr_db"])})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
