@@ -212,6 +212,14 @@ def test_the_rotary_embedding_goes_with_a_sparse_call():
     assert 0.2 < result["density"] < 0.6
 
 
+def test_a_transformer_that_its_config_leaves_dense_is_shown_so():
+    # It has less than the 4,096 tokens from which on "balanced" computes sparsely.
+    result = bench_transformer.bench_transformer(TRANSFORMER, CPU, "balanced", 1)
+    assert result["density"] is None
+    record = record_of({}) | {"attention": {}, "transformers": {"small": {"balanced": result}}}
+    assert as_markdown(record).splitlines()[-1].endswith("x | dense |")
+
+
 def test_a_transformer_takes_turns_with_itself():
     result = bench_transformer.bench_transformer(TRANSFORMER, CPU, SMALL_BLOCKS, 1, num_layers=2)
     assert (result["layers_measured"], result["layers_of_model"]) == (2, 5)

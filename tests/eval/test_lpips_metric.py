@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 
+from diffsparse.eval import lpips_metric
 from diffsparse.eval.lpips_backbone import BACKBONES
 from diffsparse.eval.lpips_metric import Lpips, NoLpips, lpips_or_reason
 
@@ -97,6 +98,14 @@ def test_scores_are_those_of_the_lpips_package_and_of_torchmetrics(loaded, refer
 def test_bytes_score_as_the_floats_they_stand_for(loaded, net):
     a, b = ((255 * x).astype(np.uint8) for x in two_videos(32, 33, frames=1))
     assert loaded(net)(a, b) == loaded(net)(a / np.float32(255), b / np.float32(255))
+
+
+def test_frames_of_several_turns_are_scored_each_with_its_own(loaded, monkeypatch):
+    a, b = two_videos(32, 33, frames=5)
+    one_by_one = [loaded("squeeze")(a[[frame]], b[[frame]])[0] for frame in range(5)]
+    for frames_at_a_time in (0, 2, 5):
+        monkeypatch.setattr(lpips_metric, "PIXELS_AT_A_TIME", frames_at_a_time * 32 * 33)
+        assert loaded("squeeze")(a, b) == pytest.approx(one_by_one, rel=1e-4)
 
 
 @pytest.mark.parametrize("net", BACKBONES)

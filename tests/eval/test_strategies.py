@@ -54,6 +54,9 @@ def test_dials_then_shards_then_one_table(run, tmp_path, capsys, monkeypatch):
     assert table.count("| SVG2 + tail") == table.count("| **Adaptive + tail") == 2
     assert "Videos a row: 2, of prompts: 2" in table
     assert sum(len(json.loads(file.read_text())["videos"]) for file in files) == 2 * 2 * 2 * 2
+    assert "time of dense" not in table
+    assert cli.main(["eval", "strategies", "--seconds", "--merge", *map(str, files)]) == 0
+    assert capsys.readouterr().out.count("| time of dense |") == 2
 
 
 def test_rows_with_the_tail_alone_are_compared_too(run, tmp_path, capsys):

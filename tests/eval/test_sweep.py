@@ -101,6 +101,22 @@ def test_without_lpips_the_reason_is_said(tiny_model, tmp_path, generated, empty
     assert {score.lpips for score in results.scores.values()} == {None}
 
 
+def test_frames_that_are_too_small_for_lpips_are_judged_without(
+    own_tiny_model, tmp_path, generated, random_backbones, capsys
+):
+    sampling = json.loads((own_tiny_model / "demo.json").read_text())
+    (own_tiny_model / "demo.json").write_text(json.dumps(sampling | {"height": 16}))
+    backbone = random_backbones.file("squeeze")
+    with random_backbones.trusted():
+        results = run(
+            *(own_tiny_model, "--output", tmp_path / "r.json"),
+            *("--lpips-net", "squeeze", "--lpips-backbone", backbone),
+        )
+    assert "LPIPS n/a: it needs frames of at least 17 pixels a side, got 64 × 16." in capsys.readouterr().out
+    assert "lpips_net" not in results.settings
+    assert {score.lpips for score in results.scores.values()} == {None}
+
+
 def test_results_from_before_lpips_are_read(tiny_model, tmp_path, generated):
     file = tmp_path / "r.json"
     results = run(tiny_model, "--output", file)
