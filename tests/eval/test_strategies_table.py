@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +91,9 @@ def test_one_video_has_no_interval():
 def test_sparse_calls_that_never_ran_count_as_dense():
     results = results_of(ADAPTIVE | {("never", False): [math.inf] * 3}, {"never": None})
     assert {row.variant.row: row.density for row in table_rows(results)}["never"] == 1.0
+
+
+def test_the_page_of_all_strategies_has_the_published_table():
+    docs = Path(__file__).parents[2] / "docs"
+    table = as_markdown(SweepResults.read(docs / "benchmarks/strategies.json"))
+    assert table in (docs / "strategy-tables.md").read_text(encoding="utf-8")
