@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--find-dials", action="store_true", help="only find what --dials has not yet")
     parser.add_argument(
-        "--seconds", action="store_true", help="also the time of the steps, if processes did not share the device"
+        "--seconds",
+        action="store_true",
+        help="also show the time of the steps, which says something only where processes did not share the device",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw PSNR against density as a PNG")
 
