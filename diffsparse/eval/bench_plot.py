@@ -24,7 +24,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 
     results = record["attention"]
     titles = list(dict.fromkeys(title_of(*call) for result in results.values() for call in result["calls"].items()))
-    colours = {title: colormaps["tab10"](number % 10) for number, title in enumerate(titles)}
+    palette = colormaps["tab10" if len(titles) <= 10 else "tab20"]
+    colours = {title: palette(number % palette.N) for number, title in enumerate(titles)}
     figure = Figure(figsize=(10, 4.5 * -(-len(results) // COLUMNS)), layout="constrained")
     panels = figure.subplots(-(-len(results) // COLUMNS), COLUMNS, squeeze=False).flat
     # The results first: otherwise zip takes a panel more before it finds them at an end.
@@ -32,13 +33,13 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         lines: dict[str, list[tuple[float, float]]] = {}
         for call, row in result["calls"].items():
             point = 100 * row["density"], row["speed_up"]
-            lines.setdefault(title_of(call, row), []).append(point)
             if is_dense(row):
                 panel.plot(*point, marker="_", markersize=14, color=colours[title_of(call, row)])
+            else:
+                lines.setdefault(title_of(call, row), []).append(point)
         for title, points in lines.items():
-            if len(points) > 1:
-                panel.plot(*zip(*sorted(points)), marker="o", markersize=4, color=colours[title])
-        densities = [density for points in lines.values() for density, _ in points]
+            panel.plot(*zip(*sorted(points)), marker="o", markersize=4, color=colours[title])
+        densities = [100 * row["density"] for row in result["calls"].values()]
         linear = sorted({*densities, 100.0})
         panel.plot(linear, [100 / density for density in linear], color="grey", linewidth=6, alpha=0.25)
         panel.set(title=name, xscale="log", yscale="log", xlabel="density, %", ylabel="speed-up over the fastest dense")

@@ -5,11 +5,13 @@ import copy
 import json
 from pathlib import Path
 
+import matplotlib
 import matplotlib.image
 import pytest
 
 from diffsparse.eval import bench
 from diffsparse.eval.bench_plot import draw
+from diffsparse.eval.bench_table import title_of
 
 PUBLISHED = json.loads((Path(__file__).parents[2] / "docs/benchmarks/h200.json").read_text())
 
@@ -28,6 +30,25 @@ def test_every_point_of_every_geometry_is_in_the_picture(tmp_path):
         after = picture(changed)
         assert after.shape == before.shape
         assert (after != before).any()
+
+
+def test_a_kind_with_one_density_has_its_point_and_every_kind_a_colour_of_its_own(tmp_path):
+    name, published = next(iter(PUBLISHED["attention"].items()))
+    calls = copy.deepcopy(published["calls"])
+    kinds = {title_of(*call) for call in calls.items()}
+    # Far above all others, where nothing else is drawn.
+    calls |= {f"kind {number} 0.25": {"density": 0.25, "speed_up": 30.0 * 2**number, "error": 0.0} for number in (0, 1)}
+    draw({"attention": {name: {"calls": calls}}}, tmp_path / "p.png")
+    picture = (255 * matplotlib.image.imread(tmp_path / "p.png")[..., :3]).round().astype(int)
+    assert len(coloured(picture)) == len(kinds) + 2
+    assert len(coloured(picture[30:125, 60:500])) == 2
+
+
+def coloured(picture):
+    """Which colours for kinds there are in a picture [H, W, 3], but for grey, which text has too."""
+    known = {tuple(round(255 * part) for part in colour) for colour in matplotlib.colormaps["tab20"].colors}
+    found = known & set(map(tuple, picture.reshape(-1, 3).tolist()))
+    return {colour for colour in found if len(set(colour)) > 1}
 
 
 def test_panels_without_a_geometry_are_left_out(tmp_path):
