@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from diffsparse.eval import sweep
@@ -59,11 +60,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def as_markdown(results: SweepResults) -> str:
-    """The mean PSNR of every rule at every density, without and with the tail, of the complete pairs."""
+    """The mean PSNR of every rule at every density, without and with the tail, of the complete pairs; and LPIPS."""
+    parts = [_table(results, "mean PSNR to dense, dB", lambda score: f"{score:.1f}", "psnr_db")]
+    if net := results.settings.get("lpips_net"):
+        parts.append(_table(results, f"mean LPIPS, {net}", lambda score: f"{score:.3f}", "lpips"))
+    return "\n\n".join([*parts, results.coverage()])
+
+
+def _table(results: SweepResults, title: str, as_text: Callable[[float], str], score: str) -> str:
     pairs, variants = results.complete_pairs(), results.variants
     densities = list(dict.fromkeys(variant.density for variant in variants))
     lines = [
-        "| mean PSNR to dense, dB: dropped / pooled tail | " + " | ".join(f"{100 * d:g} %" for d in densities) + " |",
+        f"| {title}: dropped / pooled tail | " + " | ".join(f"{100 * d:g} %" for d in densities) + " |",
         "|---" * (len(densities) + 1) + "|",
     ]
     for rule in dict.fromkeys(variant.row for variant in variants):
@@ -72,11 +80,11 @@ def as_markdown(results: SweepResults) -> str:
             both = (Variant(rule, density, tail) for tail in (False, True))
             # Nobody may have made the videos of one.
             means = (
-                f"{statistics.fmean(results.scores[pair, variant].psnr_db for pair in pairs):.1f}"
+                as_text(statistics.fmean(getattr(results.scores[pair, variant], score) for pair in pairs))
                 if variant in variants
                 else "–"
                 for variant in both
             )
             cells.append(" / ".join(means))
         lines.append(f"| {rule} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", results.coverage()])
+    return "\n".join(lines)

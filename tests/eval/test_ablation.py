@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from diffsparse.eval import cli
+from diffsparse.eval.ablation import FIXED_RULES, RULES
+from diffsparse.strategies.adaptive import Adaptive
 
 
 def run(model, output, *more):
@@ -42,6 +45,28 @@ def test_what_nobody_measured_is_a_dash(tmp_path, capsys):
     file.write_text(json.dumps({"settings": settings, "videos": [video]}))
     assert cli.main(["eval", "ablation", "--merge", str(file)]) == 0
     assert "| adaptive | – / 21.0 |" in capsys.readouterr().out
+
+
+def test_where_lpips_was_at_hand_it_has_a_table_of_its_own(tmp_path, capsys):
+    video = {"prompt": "a", "seed": 0, "row": "adaptive", "at_density": 0.5, "tail": True, "psnr_db": 21.0}
+    video |= {"ssim": 0.9, "density": 0.5, "seconds": 1.0, "dense_seconds": 2.0, "lpips": 0.0625}
+    file = tmp_path / "part.json"
+    settings = {"sampling": "20 steps", "dense_steps": 0.2, "device": "cpu", "lpips_net": "alex"}
+    file.write_text(json.dumps({"settings": settings, "videos": [video]}))
+    assert cli.main(["eval", "ablation", "--merge", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("| mean LPIPS, alex: dropped / pooled tail | 50 % |") + 2] == "| adaptive | – / 0.062 |"
+
+
+def test_each_part_of_the_default_is_taken_alone():
+    parts = {name: Adaptive(**options) for name, options in RULES.items() if name not in FIXED_RULES}
+    default = Adaptive()
+    assert parts == {
+        "choice of each head": replace(default, equal_heads=True, front_load=0.0),
+        "choice, blocks shared among heads": replace(default, front_load=0.0),
+        "choice, more in the first steps": replace(default, equal_heads=True),
+        "adaptive": default,
+    }
 
 
 def test_a_cell_is_the_mean_of_the_prompts_without_and_with_tail(tmp_path, capsys):
