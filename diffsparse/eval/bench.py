@@ -200,13 +200,13 @@ def _show(file: Path, plot: Path | None) -> None:
     try:
         record = json.loads(file.read_text())
         print(as_markdown(record), end="")
-        if plot is not None:
-            draw(record, plot)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"`--table` {file} holds no results of a suite ({type(error).__name__}: {error}). "
             f"Name what `diffsparse bench --suite` has written."
         ) from error
+    if plot is not None:
+        draw(record, plot)
 
 
 def make_cases(args: argparse.Namespace) -> list[AttentionCase]:

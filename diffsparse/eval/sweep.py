@@ -106,8 +106,13 @@ def carry_out(args: argparse.Namespace, name: str, prepare: Prepare) -> SweepRes
             results.write(args.output)
         return results
     sampling, device, load = prepared(args)
+    # A shard has a file of its own, or two would overwrite each other.
+    shard = "" if args.shard is None else f"-{args.shard[0]}-of-{args.shard[1]}"
+    file = args.output or Path(f"{name}{shard}.json")
     lpips = lpips_or_reason(args.lpips_net, args.lpips_backbone, device)
     lpips = lpips_for(lpips, sampling.height, sampling.width)
+    if file.exists() and "lpips_net" not in SweepResults.read(file).settings:
+        lpips = NoLpips(lpips.net, f"n/a: {file} began without it, and goes on so")
     strategies, others = prepare(sampling, load)
     settings = {
         "model": str(args.model.name),
@@ -120,9 +125,6 @@ def carry_out(args: argparse.Namespace, name: str, prepare: Prepare) -> SweepRes
         print(f"LPIPS {lpips.reason}.")
     else:
         settings["lpips_net"] = lpips.net
-    # A shard has a file of its own, or two would overwrite each other.
-    shard = "" if args.shard is None else f"-{args.shard[0]}-of-{args.shard[1]}"
-    file = args.output or Path(f"{name}{shard}.json")
     results = SweepResults.going_on(file, settings | others)
     _make_videos(args, load, sampling, strategies, lpips, results, file)
     if args.shard is None:

@@ -80,6 +80,18 @@ def test_the_command_draws_what_its_table_shows(tmp_path, capsys):
     assert not plot.exists()
 
 
+def test_a_picture_that_cannot_be_written_is_no_fault_of_the_table(tmp_path, monkeypatch):
+    results = tmp_path / "r.json"
+    results.write_text(json.dumps(PUBLISHED))
+
+    def full(record, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(bench, "draw", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        run("--table", results, "--plot", tmp_path / "p.png")
+
+
 def run(*words):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)

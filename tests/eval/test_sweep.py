@@ -117,6 +117,21 @@ def test_frames_that_are_too_small_for_lpips_are_judged_without(
     assert {score.lpips for score in results.scores.values()} == {None}
 
 
+def test_what_began_without_lpips_goes_on_without_it(tiny_model, tmp_path, generated, random_backbones, capsys):
+    file = tmp_path / "r.json"
+    generated.stop_at = 7
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, "--output", file)
+    generated.stop_at = -1
+    with random_backbones.trusted():
+        results = run(
+            tiny_model, "--output", file, "--lpips-net", "vgg", "--lpips-backbone", random_backbones.file("vgg")
+        )
+    assert f"LPIPS n/a: {file} began without it, and goes on so." in capsys.readouterr().out
+    assert len(results.scores) == 12
+    assert {score.lpips for score in results.scores.values()} == {None}
+
+
 def test_results_from_before_lpips_are_read(tiny_model, tmp_path, generated):
     file = tmp_path / "r.json"
     results = run(tiny_model, "--output", file)
