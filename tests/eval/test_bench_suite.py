@@ -41,8 +41,6 @@ def suite(monkeypatch):
     monkeypatch.setitem(bench_suite.SUITES, "tiny", (SMALL, OTHER))
     monkeypatch.setattr(bench_suite, "DENSITIES", (1.0, 0.5))
     monkeypatch.setattr(bench_suite, "DENSITY_WITH_TAIL", 0.5)
-    # The error of INT8 in 4 rows of 16 numbers scatters beyond what is allowed, once in a hundred.
-    monkeypatch.setattr(bench_suite, "SAMPLED_ROWS", 64)
 
 
 def run(output, *arguments):
