@@ -114,11 +114,6 @@ def attention_kernel(
     key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mean_ready = gl.allocate_shared_memory(gl.int64, [STAGES // 2, 1], mbarrier.MBarrierLayout())
-    mean_free = gl.allocate_shared_memory(gl.int64, [STAGES // 2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES // 2):
-        mbarrier.init(mean_ready.index(i), count=1)
-        mbarrier.init(mean_free.index(i), count=2)
     mbarrier.init(query_ready, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(key_ready.index(i), count=1)
@@ -130,7 +125,7 @@ def attention_kernel(
     keys = (key_tiles, key_ready, key_free)
     values = (value_tiles, value_ready, value_free)
     queries = (query_tiles, query_ready, out_tiles)
-    means = (None, None, mean_ready, mean_free)
+    means = (None, None, None, None)
     if QUANTIZED and pooled_key_desc is not None:
         # Two tiles of quantized keys make room for one of means.
         shape: gl.constexpr = [STAGES // 2, TILE, HEAD_DIM]
@@ -138,6 +133,11 @@ def attention_kernel(
         mean_values = value_tiles
         if value_scale_ptr is not None:
             mean_values = value_tiles._reinterpret(pooled_key_desc.dtype, shape, pooled_key_desc.layout)
+        mean_ready = gl.allocate_shared_memory(gl.int64, [STAGES // 2, 1], mbarrier.MBarrierLayout())
+        mean_free = gl.allocate_shared_memory(gl.int64, [STAGES // 2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES // 2):
+            mbarrier.init(mean_ready.index(i), count=1)
+            mbarrier.init(mean_free.index(i), count=2)
         means = (mean_keys, mean_values, mean_ready, mean_free)
     lists = (list_ptr, lists_stride_c, num_tiles, num_missing, ragged_place)
     tail = (num_tail_tiles, tail_sizes_ptr, value_scale_ptr)
