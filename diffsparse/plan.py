@@ -53,11 +53,8 @@ class AttentionPlan:
             scale: factor on the scores, D ** -0.5 if None.
             backend: the kernel's implementation; the best one that can run if None.
         """
-        key_permutation = self.permutation if self.key_permutation is None else self.key_permutation
-        if self.permutation is not None:
-            query = self.permutation.apply(query)
-        if key_permutation is not None:
-            key, value = key_permutation.apply(key), key_permutation.apply(value)
+        query_order = None if self.permutation is None else self.permutation.order
+        key_order = query_order if self.key_permutation is None else self.key_permutation.order
         output = block_sparse_attention(
             query,
             key,
@@ -68,14 +65,14 @@ class AttentionPlan:
             key_block_size=self.mask.key_block_size,
             key_length=key_length,
             tail=self.tail,
+            query_order=query_order,
+            key_order=key_order,
             scale=scale,
             precision=self.precision,
             backend=backend,
             validate=False,
         )
         assert isinstance(output, Tensor)
-        # What is in the order of the plan makes room for the output in the tokens' own.
-        del query, key, value
         if self.skipped is not None:
             output = output.masked_fill(self.skipped[:, None, None], 0.0)
         return output if self.permutation is None else self.permutation.undo(output)

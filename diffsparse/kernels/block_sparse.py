@@ -6,6 +6,7 @@ The one way in: it checks, picks the backend, and calls it as one operator that 
 from __future__ import annotations
 
 import functools
+import inspect
 from importlib import import_module
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from diffsparse.kernels.backends import BACKENDS, why_not
 from diffsparse.kernels.quantization import PRECISIONS
+from diffsparse.kernels.reorder import in_order
 from diffsparse.kernels.self_test import largest_error, self_test
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,6 +33,8 @@ def block_sparse_attention(
     key_block_size: int,
     key_length: Tensor | None = None,
     tail: Tensor | None = None,
+    query_order: Tensor | None = None,
+    key_order: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     precision: str = "native",
@@ -45,6 +49,10 @@ def block_sparse_attention(
 
     Where `tail` [B|1, H|1] bool is true, every existing block that is not listed enters the same softmax as a single
     key: the mean of its keys, with the log of their number added to the logit, and the mean of its values.
+
+    With `query_order` [H|1, S] int64 the tokens of query are taken in that order, with `key_order` those of key and
+    value. Blocks, lists and the output are then of tokens in their order; what is at or beyond a key length is so in
+    either order. Each row is an arrangement of all tokens, which is not checked.
 
     Returns the output [B, H, S, D] in query's dtype; with `return_lse` also the logsumexp of the scaled logits, tail
     included, [B, H, S] fp32, natural logarithm. Query blocks that see no existing key give 0 and -inf.
@@ -66,6 +74,9 @@ def block_sparse_attention(
         _check_side("key_length", key_length, query, torch.int32, "[B]", (batch,))
     if tail is not None:
         _check_side("tail", tail, query, torch.bool, "[B|1, H|1]", (batch, heads))
+    for name, order, x in (("query_order", query_order, query), ("key_order", key_order, key)):
+        if order is not None:
+            _check_order(name, order, x)
     check_precision("precision", precision)
     if validate and not torch.compiler.is_compiling():
         check_lists(key_blocks, counts, num_key_blocks)
@@ -78,6 +89,8 @@ def block_sparse_attention(
         counts,
         key_length,
         tail,
+        query_order,
+        key_order,
         query_block_size,
         key_block_size,
         query.shape[3] ** -0.5 if scale is None else float(scale),
@@ -183,8 +196,8 @@ def _why_not_trusted(name: str, device: torch.device, dtype: torch.dtype, precis
     "diffsparse::block_sparse_attention",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor key_blocks, Tensor counts, Tensor? key_length, "
-    "Tensor? tail, SymInt query_block_size, SymInt key_block_size, float scale, bool return_lse, str precision, "
-    "str? backend) "
+    "Tensor? tail, Tensor? query_order, Tensor? key_order, SymInt query_block_size, SymInt key_block_size, "
+    "float scale, bool return_lse, str precision, str? backend) "
     "-> (Tensor, Tensor)",
 )
 def _operator(
@@ -195,6 +208,8 @@ def _operator(
     counts: Tensor,
     key_length: Tensor | None,
     tail: Tensor | None,
+    query_order: Tensor | None,
+    key_order: Tensor | None,
     query_block_size: int,
     key_block_size: int,
     scale: float,
@@ -202,7 +217,12 @@ def _operator(
     precision: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = pick_backend(backend, query, query_block_size, key_block_size, precision).attend(
+    module = pick_backend(backend, query, query_block_size, key_block_size, precision)
+    orders = {"query_order": query_order, "key_order": key_order}
+    if not _takes_orders(module):
+        query, key, value = in_order(query, query_order), in_order(key, key_order), in_order(value, key_order)
+        orders = {}
+    out, lse = module.attend(
         query,
         key,
         value,
@@ -214,9 +234,16 @@ def _operator(
         tail=tail,
         scale=scale,
         return_lse=return_lse,
+        **orders,
         **({} if precision == "native" else {"precision": precision}),
     )
     return out, lse
+
+
+@functools.cache
+def _takes_orders(module: ModuleType) -> bool:
+    """Whether a backend puts tokens in order itself, which saves a pass where it quantizes. None has to."""
+    return "query_order" in inspect.signature(module.attend).parameters
 
 
 @_operator.register_fake
@@ -265,6 +292,20 @@ def _checked_block_size(name: str, block_size: int) -> int:
     if block_size < 1:
         raise ValueError(f"`{name}` must be at least one token, got {block_size}. Use 64 or 128.")
     return block_size
+
+
+def _check_order(name: str, order: Tensor, x: Tensor) -> None:
+    if not isinstance(order, Tensor):
+        raise TypeError(f"`{name}` must be a tensor [H|1, S] of torch.int64, got {type(order).__name__}.")
+    if order.dtype != torch.int64:
+        raise TypeError(f"`{name}` must be torch.int64, got {order.dtype}. Convert it with `.long()`.")
+    if order.device != x.device:
+        raise ValueError(f"`{name}` must be on query's device {x.device}, got {order.device}. Move it there.")
+    if order.dim() != 2 or order.shape[0] not in (1, x.shape[1]) or order.shape[1] != x.shape[2]:
+        raise ValueError(
+            f"`{name}` must be [H|1, S], here ({x.shape[1]} or 1, {x.shape[2]}), got the shape {tuple(order.shape)}. "
+            f"A row says which token comes at each place."
+        )
 
 
 def _check_side(name: str, x: Tensor, query: Tensor, dtype: torch.dtype, shape: str, sizes: tuple[int, ...]) -> None:

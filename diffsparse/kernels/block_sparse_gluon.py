@@ -20,7 +20,8 @@ from diffsparse.kernels import block_sparse_triton
 from diffsparse.kernels.hopper_kernel_gluon import attention_kernel
 from diffsparse.kernels.hopper_lists_gluon import TILE
 from diffsparse.kernels.hopper_products_gluon import ROWS
-from diffsparse.kernels.pooling import block_means, tail_sizes
+from diffsparse.kernels.operands_triton import Operands, of_key_mean, prepared
+from diffsparse.kernels.pooling import tail_sizes
 
 LOG2_E = 1.4426950408889634
 QUERY_BLOCK = 128
@@ -68,6 +69,8 @@ def attend(
     scale: float,
     return_lse: bool,
     precision: str = "native",
+    query_order: Tensor | None = None,
+    key_order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, S, D] in query's dtype, and the logsumexp [B, H, S] fp32 (empty if not asked for).
 
@@ -89,46 +92,41 @@ def attend(
             scale=scale,
             return_lse=return_lse,
             precision=precision,
+            query_order=query_order,
+            key_order=key_order,
         )
-    batch, heads = query.shape[:2]
-    if key_length is not None:
+    operands = prepared(
+        query,
+        key,
+        value,
+        precision,
+        QUERY_BLOCK,
+        key_block_size,
+        key_length=key_length,
+        query_order=query_order,
+        key_order=key_order,
+        pool=tail is not None,
+    )
+    if operands.value_scale is not None:
+        operands = replace(operands, value=_interleaved(operands.value))
+    elif key_length is not None:
         # A weight of 0 does not help against what is not a number.
         beyond = torch.arange(key.shape[2], device=key.device) >= key_length[:, None]
-        value = value.masked_fill(beyond[:, None, :, None], 0.0)
-    operands = quantized(query, key, value, precision, key_block_size, key_length)
-    means = None
-    if tail is not None:
-        pooled_key, pooled_value = (block_means(x, key_block_size, key_length)[0] for x in (key, value))
-        if operands.key_mean is not None:
-            pooled_key -= operands.key_mean
-        has_tail = tail.expand(batch, heads).to(torch.int32, memory_format=torch.contiguous_format)
-        means = pooled_key.to(query.dtype), pooled_value.to(query.dtype), has_tail
+        operands = replace(operands, value=operands.value.masked_fill(beyond[:, None, :, None], 0.0))
     out, lse = launch(
         operands,
         key_blocks,
         counts,
         key_block_size=key_block_size,
         key_length=key_length,
-        means=means,
+        tail=tail,
         dtype=query.dtype,
         scale=scale,
         return_lse=return_lse,
     )
     if return_lse and operands.key_mean is not None:
-        lse += scale * (query.float() @ operands.key_mean.mT)[..., 0]
+        lse += scale * of_key_mean(query, operands.key_mean, query_order)
     return out, lse
-
-
-def quantized(
-    query: Tensor, key: Tensor, value: Tensor, precision: str, key_block_size: int, key_length: Tensor | None
-) -> block_sparse_triton._Operands:
-    """What `launch` multiplies: as the Triton kernel's, with FP8 values in the order that FP8 weights come in."""
-    if precision != "native":
-        query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
-    operands = block_sparse_triton._operands(query, key, value, precision, QUERY_BLOCK, key_block_size, key_length)
-    if operands.value_scale is None:
-        return operands
-    return replace(operands, value=_interleaved(operands.value))
 
 
 def _interleaved(value: Tensor) -> Tensor:
@@ -141,18 +139,18 @@ def _interleaved(value: Tensor) -> Tensor:
 
 
 def launch(
-    operands: block_sparse_triton._Operands,
+    operands: Operands,
     key_blocks: Tensor,
     counts: Tensor,
     *,
     key_block_size: int,
     key_length: Tensor | None,
-    means: tuple[Tensor, Tensor, Tensor] | None,
+    tail: Tensor | None,
     dtype: torch.dtype,
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel. `means` are of keys and values [B, H, K, D] in `dtype`, and of which heads [B, H] int32."""
+    """Run the kernel on what is prepared. `dtype` is that of the output and of the means."""
     query, key, value = operands.query, operands.key, operands.value
     batch, heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
@@ -160,12 +158,16 @@ def launch(
     lse = out.new_empty((batch, heads, num_queries) if return_lse else 0, dtype=torch.float32)
     key_blocks, counts = key_blocks.expand(batch, heads, -1, -1), counts.expand(batch, heads, -1)
     sizes = pooled_key = pooled_value = has_tail = None
-    if means is not None:
+    if tail is not None:
         # Whole tiles of them, and one at least that belongs to no block.
         num_padded = ((num_keys // key_block_size + 1) // TILE.value + 1) * TILE.value
         sizes = tail_sizes(key_blocks, counts, num_keys, key_block_size, key_length, num_padded)
-        pooled_key, pooled_value = (_descriptor(x, TILE.value, head_dim) for x in means[:2])
-        has_tail = means[2]
+        assert operands.key_means is not None
+        assert operands.value_means is not None
+        pooled_key, pooled_value = (
+            _descriptor(x, TILE.value, head_dim) for x in (operands.key_means, operands.value_means)
+        )
+        has_tail = tail.expand(batch, heads).to(torch.int32, memory_format=torch.contiguous_format)
     value_tile = (key_block_size, head_dim) if operands.value_scale is None else (head_dim, key_block_size)
     with torch.cuda.device(query.device):
         attention_kernel[(counts.shape[2], batch * heads)](

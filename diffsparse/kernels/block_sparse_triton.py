@@ -1,11 +1,10 @@
-"""Block-sparse attention by Triton: the operands, how the kernel is compiled, and its launch.
+"""Block-sparse attention by Triton: how the kernel is compiled, and its launch.
 
 It is held to `block_sparse_eager.py`, which is the specification. The kernel is in `block_sparse_kernel_triton.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffsparse.kernels import quantization
 from diffsparse.kernels.block_sparse_kernel_triton import attention_kernel
-from diffsparse.kernels.pooling import block_means
-from diffsparse.kernels.quantization_triton import quantize_blocks, quantize_values
+from diffsparse.kernels.operands_triton import of_key_mean, prepared
 from diffsparse.kernels.tuning import Tuning, tuning
 
 LOG2_E = 1.4426950408889634
@@ -61,26 +59,32 @@ def attend(
     scale: float,
     return_lse: bool,
     precision: str = "native",
+    query_order: Tensor | None = None,
+    key_order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, S, D] in query's dtype, and the logsumexp [B, H, S] fp32 (empty if not asked for)."""
     batch, heads, num_queries, head_dim = query.shape
     num_keys, num_blocks = key.shape[2], triton.cdiv(key.shape[2], key_block_size)
     if scale < 0:
         query, scale = -query, -scale
-    # The kernel steps by one along the head dim.
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty((batch, heads, num_queries) if return_lse else 0, dtype=torch.float32)
     key_blocks, counts = key_blocks.expand(batch, heads, -1, -1), counts.expand(batch, heads, -1)
-    operands = _operands(query, key, value, precision, query_block_size, key_block_size, key_length)
-    if tail is None:
-        listed = pooled_key = pooled_value = has_tail = None
-    else:
+    operands = prepared(
+        query,
+        key,
+        value,
+        precision,
+        query_block_size,
+        key_block_size,
+        key_length=key_length,
+        query_order=query_order,
+        key_order=key_order,
+        pool=tail is not None,
+    )
+    listed = has_tail = None
+    if tail is not None:
         listed = _listed(key_blocks, counts, num_blocks)
-        pooled_key, pooled_value = (block_means(x, key_block_size, key_length)[0] for x in (key, value))
-        if operands.key_mean is not None:
-            pooled_key -= operands.key_mean
-        pooled_key, pooled_value = pooled_key.to(query.dtype), pooled_value.to(query.dtype)
         has_tail = tail.expand(batch, heads).to(torch.int32, memory_format=torch.contiguous_format)
     chosen = _tuning(query, query_block_size, key_block_size, precision)
     padded_dim = padded(head_dim, precision)
@@ -105,8 +109,8 @@ def attend(
             operands.value_scale,
             has_tail,
             listed,
-            pooled_key,
-            pooled_value,
+            operands.key_means,
+            operands.value_means,
             *operands.query.stride()[:3],
             *operands.key.stride()[:3],
             *operands.value.stride()[:3],
@@ -130,47 +134,8 @@ def attend(
             num_stages=chosen.num_stages,
         )
     if return_lse and operands.key_mean is not None:
-        lse += scale * (query.float() @ operands.key_mean.mT)[..., 0]
+        lse += scale * of_key_mean(query, operands.key_mean, query_order)
     return out, lse
-
-
-@dataclass(frozen=True, eq=False)
-class _Operands:
-    """What the kernel multiplies: query and key [B, H, S, D], in INT4 [B, H, S, ceil(D / 2)] as `pack_int4` packs them.
-
-    Value is [B, H, S, D], or in FP8 [B, H, D, S'].
-
-    The scales and `key_mean` are those of `quantization.py`, None where nothing is quantized.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    query_scale: Tensor | None = None
-    key_scale: Tensor | None = None
-    value_scale: Tensor | None = None
-    key_mean: Tensor | None = None
-
-
-def _operands(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    precision: str,
-    query_block_size: int,
-    key_block_size: int,
-    key_length: Tensor | None,
-) -> _Operands:
-    if precision == "native":
-        return _Operands(query, key, value)
-    formats = quantization.PRECISIONS[precision]
-    mean = quantization.key_mean(key, key_length)
-    query, query_scale, _ = quantize_blocks(query, query_block_size, formats.scores)
-    key, key_scale, _ = quantize_blocks(key, key_block_size, formats.scores, mean=mean, key_length=key_length)
-    value_scale = None
-    if formats.values == "fp8":
-        value, value_scale, _ = quantize_values(value, key_block_size, key_length=key_length)
-    return _Operands(query, key, value, query_scale, key_scale, value_scale, mean)
 
 
 def _descriptor(x: Tensor, tile: list[int]) -> TensorDescriptor:

@@ -12,6 +12,11 @@ from torch import Tensor
 from diffsparse.kernels.first_use import is_right
 
 
+def in_order(x: Tensor, order: Tensor | None) -> Tensor:
+    """The tokens of x [B, H, S, D] in an order [H|1, S] int64; x itself if None."""
+    return x if order is None else gather_tokens(x, order)
+
+
 def gather_tokens(x: Tensor, order: Tensor) -> Tensor:
     """The tokens of x [B, H, S, D] in the order [H|1, S] int64 of each head: [B, H, S, D] contiguous."""
     kernels = _kernels(x.device)

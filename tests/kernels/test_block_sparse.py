@@ -120,6 +120,19 @@ def test_queries_and_keys_may_differ_in_number():
             ValueError,
             r"`tail` must be \[B\|1, H\|1\].*\(2, 3\), got the shape \(3, 3\)",
         ),
+        ({"query_order": [0]}, TypeError, r"`query_order` must be a tensor \[H\|1, S\] of torch.int64, got list"),
+        ({"key_order": torch.zeros(1, 105).int()}, TypeError, "`key_order` must be torch.int64, got torch.int32"),
+        (
+            {"key_order": torch.zeros(1, 105, device="meta").long()},
+            ValueError,
+            "`key_order` must be on query's device cpu, got meta",
+        ),
+        (
+            {"query_order": torch.zeros(2, 105).long()},
+            ValueError,
+            r"`query_order` must be \[H\|1, S\], here \(3 or 1, 105\), got the shape \(2, 105\)",
+        ),
+        ({"key_order": torch.zeros(3, 104).long()}, ValueError, r"`key_order` must be .* got the shape \(3, 104\)"),
         ({"backend": "cuda"}, ValueError, "`backend` must be one of gluon, triton, eager, flex, got 'cuda'"),
         (
             {"precision": "fp4"},
@@ -131,6 +144,17 @@ def test_queries_and_keys_may_differ_in_number():
 def test_what_does_not_fit_is_an_error_that_names_it(changes, error, message):
     with pytest.raises(error, match=message):
         block_sparse_attention(**make_arguments(**changes))
+
+
+def test_tokens_are_taken_in_their_orders():
+    query_order, key_order = torch.stack([torch.randperm(105) for _ in range(3)]), torch.randperm(105)[None]
+    arguments = make_arguments(tail=torch.tensor([[True]]))
+    actual = block_sparse_attention(**arguments, query_order=query_order, key_order=key_order, return_lse=True)
+    arguments["query"] = torch.stack([arguments["query"][:, h, order] for h, order in enumerate(query_order)], 1)
+    for name in ("key", "value"):
+        arguments[name] = arguments[name][:, :, key_order[0]]
+    expected = block_sparse_attention(**arguments, return_lse=True)
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected))
 
 
 def test_inputs_that_require_grad_are_fine_without_grad():
@@ -223,6 +247,21 @@ def test_a_wrong_backend_fails_its_self_test():
     assert self_test("picky", dtype=torch.float16) > 0.1
 
 
+@pytest.mark.usefixtures("picky")
+def test_a_backend_may_put_tokens_in_order_itself():
+    def attend(query, key, value, *lists, query_order=None, key_order=None, **options):
+        orders.append((query_order, key_order))
+        return query.clone(), torch.zeros(0)
+
+    orders = []
+    sys.modules["picky_backend"].attend = attend
+    arguments = make_arguments()
+    arguments |= {name: arguments[name].half() for name in ("query", "key", "value")}
+    order = torch.randperm(105)[None]
+    assert torch.equal(block_sparse_attention(**arguments, query_order=order), arguments["query"])
+    assert orders == [(order, None)]
+
+
 def test_a_backend_whose_module_is_missing_cannot_run(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "absent", "diffsparse.kernels.absent")
     assert "does not import (No module named" in available_backends("cpu")["absent"]
@@ -245,7 +284,8 @@ def test_the_operator_is_well_formed(return_lse, precision):
     arguments = make_arguments()
     tail, key_length = torch.tensor([[True]]), torch.tensor([105, 40], dtype=torch.int32)
     halves = [arguments[name].bfloat16() for name in ("query", "key", "value")]
-    tensors = (*halves, arguments["key_blocks"], arguments["counts"], key_length, tail)
+    order = torch.arange(105).flip(0)[None]
+    tensors = (*halves, arguments["key_blocks"], arguments["counts"], key_length, tail, order, order)
     operator = torch.ops.diffsparse.block_sparse_attention.default
     torch.library.opcheck(operator, (*tensors, 32, 16, 0.2, return_lse, precision, None))
 

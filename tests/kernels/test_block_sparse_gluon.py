@@ -28,7 +28,13 @@ def test_what_it_cannot_take_has_a_reason(gluon):
 def test_the_triton_kernel_does_what_it_cannot(gluon, monkeypatch, option):
     monkeypatch.setattr(gluon.block_sparse_triton, "attend", lambda *args, **options: (args, options))
     options = {"query_block_size": 128, "key_block_size": 64, "key_length": None, "tail": None, "scale": 1.0}
-    options |= {"return_lse": True, "precision": "native", **option}
+    options |= {
+        "return_lse": True,
+        "precision": "native",
+        "query_order": None,
+        "key_order": torch.zeros(1, 128),
+        **option,
+    }
     tensors = (torch.zeros(1, 1, 128, 64),) * 5
     given, given_options = gluon.attend(*tensors, **options)
     assert given == tensors
