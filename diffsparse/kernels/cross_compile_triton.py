@@ -119,18 +119,23 @@ def compile_attention(
 
 def resources(compiled: Any) -> Resources:
     """Read off the machine code, by the tool that comes with Triton."""
+    usage = _dump(compiled, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    products = sorted(set(re.findall(r"\b([A-Z]*(?:MMA|GMMA))\.", machine_code(compiled))))
+    return Resources(int(found[1]), int(found[2]) + int(found[3]), compiled.metadata.shared, tuple(products))
+
+
+def machine_code(compiled: Any) -> str:
+    """The instructions of a compiled kernel, a line each."""
+    return _dump(compiled, "-sass")
+
+
+def _dump(compiled: Any, what: str) -> str:
     import triton
 
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
-        usage, code = (
-            subprocess.run(
-                [triton.knobs.nvidia.cuobjdump.path, what, binary], capture_output=True, text=True, check=True
-            ).stdout
-            for what in ("--dump-resource-usage", "-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    products = sorted(set(re.findall(r"\b([A-Z]*(?:MMA|GMMA))\.", code)))
-    return Resources(int(found[1]), int(found[2]), compiled.metadata.shared, tuple(products))
+        command = [triton.knobs.nvidia.cuobjdump.path, what, binary]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

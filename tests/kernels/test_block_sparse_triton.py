@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from running_products import touched_while_running
 
 from diffsparse.kernels import block_sparse
-from diffsparse.kernels.cross_compile_triton import SHARED_MEMORY, compile_attention, resources
+from diffsparse.kernels.cross_compile_triton import SHARED_MEMORY, compile_attention, machine_code, resources
 from diffsparse.kernels.quantization import PRECISIONS
 
 pytest.importorskip("triton")
@@ -77,6 +78,7 @@ def test_it_compiles_for_every_architecture(capability, configuration):
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
     if capability == 90:
         assert "wgmma" in compiled.asm["ptx"]
+        assert touched_while_running(machine_code(compiled)) == []
     if capability in (80, 90) and formats.scores in ("int8", "int4"):
         assert INTEGER_PRODUCTS.search(compiled.asm["ptx"])
     if capability in (89, 90) and formats.values == "fp8":
