@@ -22,6 +22,7 @@ from diffsparse.kernels.hopper_lists_gluon import TILE
 from diffsparse.kernels.hopper_products_gluon import ROWS
 from diffsparse.kernels.operands_triton import Operands, of_key_mean, prepared
 from diffsparse.kernels.pooling import tail_sizes
+from diffsparse.kernels.schedule import heavy_first
 
 LOG2_E = 1.4426950408889634
 QUERY_BLOCK = 128
@@ -170,7 +171,7 @@ def launch(
         has_tail = tail.expand(batch, heads).to(torch.int32, memory_format=torch.contiguous_format)
     value_tile = (key_block_size, head_dim) if operands.value_scale is None else (head_dim, key_block_size)
     with torch.cuda.device(query.device):
-        attention_kernel[(counts.shape[2], batch * heads)](
+        attention_kernel[(counts.numel(),)](
             _descriptor(query, ROWS.value, head_dim),
             _descriptor(key, key_block_size, head_dim),
             _descriptor(value, *value_tile),
@@ -180,6 +181,7 @@ def launch(
             lse if return_lse else None,
             key_blocks,
             counts,
+            heavy_first(counts),
             key_length,
             operands.query_scale,
             operands.key_scale,

@@ -30,6 +30,7 @@ def attention_kernel(
     lse_ptr,
     key_blocks_ptr,
     counts_ptr,
+    schedule_ptr,
     key_length_ptr,
     query_scale_ptr,
     key_scale_ptr,
@@ -69,13 +70,14 @@ def attention_kernel(
     FP8_VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One query block of one head. The optional pointers are None where there is nothing to point to.
+    """One query block of one head, which one says the schedule. Optional pointers are None where there is nothing.
 
     `keys` and `values` are descriptors or pointers. Values in FP8 lie transposed, [B, H, D, S], as the matrix
     instructions want them. The scales of query and key are per block, [B, H, blocks]; that of value is [B, H, D].
     """
-    row = tl.program_id(0)
-    head_of_batch = tl.program_id(1).to(tl.int64)
+    num_rows = tl.cdiv(num_queries, QUERY_BLOCK)
+    row_of_all = tl.load(schedule_ptr + tl.program_id(0))
+    row, head_of_batch = row_of_all % num_rows, (row_of_all // num_rows).to(tl.int64)
     b, h = head_of_batch // heads, head_of_batch % heads
     if not DESCRIPTORS:
         keys += b * key_stride_b + h * key_stride_h
@@ -94,7 +96,7 @@ def attention_kernel(
         query = load_rows(query_ptr, num_queries - first_query, query_stride_s, QUERY_BLOCK, HEAD_DIM, PADDED_DIM)
     query_scale = logit_scale
     if query_scale_ptr is not None:
-        query_scale *= tl.load(query_scale_ptr + head_of_batch * tl.num_programs(0) + row)
+        query_scale *= tl.load(query_scale_ptr + row_of_all)
         key_scale_ptr += head_of_batch * num_blocks
     peak = tl.full([QUERY_BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([QUERY_BLOCK], tl.float32)
@@ -177,7 +179,7 @@ def attention_kernel(
             # Means are not quantized, and meet the query that the listed keys have met.
             query = (query.to(tl.float32) * (query_scale / logit_scale)).to(pooled_key_ptr.dtype.element_ty)
         num_means = tl.where(tl.load(has_tail_ptr + head_of_batch) != 0, num_blocks, 0)
-        listed_ptr += (head_of_batch * tl.num_programs(0) + row) * num_blocks
+        listed_ptr += row_of_all.to(tl.int64) * num_blocks
         pooled_key_ptr += head_of_batch * num_blocks * HEAD_DIM
         pooled_value_ptr += head_of_batch * num_blocks * HEAD_DIM
         for first in range(0, num_means, TAIL_TILE):

@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from diffsparse.kernels import quantization
 from diffsparse.kernels.block_sparse_kernel_triton import attention_kernel
 from diffsparse.kernels.operands_triton import of_key_mean, prepared
+from diffsparse.kernels.schedule import heavy_first
 from diffsparse.kernels.tuning import Tuning, tuning
 
 LOG2_E = 1.4426950408889634
@@ -95,7 +96,7 @@ def attend(
         tile = [padded_dim, chosen.key_tile] if operands.value_scale is not None else [chosen.key_tile, padded_dim]
         values = _descriptor(values, tile)
     with _on(query.device):
-        attention_kernel[(counts.shape[2], batch * heads)](
+        attention_kernel[(counts.numel(),)](
             operands.query,
             keys,
             values,
@@ -103,6 +104,7 @@ def attend(
             lse if return_lse else None,
             key_blocks,
             counts,
+            heavy_first(counts),
             key_length,
             operands.query_scale,
             operands.key_scale,

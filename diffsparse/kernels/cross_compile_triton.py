@@ -69,6 +69,7 @@ def compile_attention(
         "out_ptr": f"*{dtype}",
         "key_blocks_ptr": "*i32",
         "counts_ptr": "*i32",
+        "schedule_ptr": "*i32",
     }
     if chosen.descriptors:
         width = padded_dim // (2 if formats.scores == "int4" else 1)

@@ -40,6 +40,7 @@ def attention_kernel(
     lse_ptr,
     key_blocks_ptr,
     counts_ptr,
+    schedule_ptr,
     key_length_ptr,
     query_scale_ptr,
     key_scale_ptr,
@@ -61,7 +62,9 @@ def attention_kernel(
     KEY_BLOCK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One query block of one head. The optional pointers and descriptors are None where there is nothing to point to.
+    """One query block of one head, which one says the schedule.
+
+    Optional pointers and descriptors are None where there is nothing to point to.
 
     A barrier `ready` is passed when a tile has come in, `free` when both warpgroups are done with it. Tiles of block
     means follow the listed ones; where those are quantized, in the same memory, once it is free.
@@ -69,8 +72,9 @@ def attention_kernel(
     Values in FP8 lie transposed, [B, H, D, S']. The scales of query and key are per block, [B, H, blocks]; that of
     value is [B, H, D].
     """
-    row = gl.program_id(0)
-    head_of_batch = gl.program_id(1)
+    num_rows = (num_queries + 2 * ROWS - 1) // (2 * ROWS)
+    row_of_all = gl.load(schedule_ptr + gl.program_id(0))
+    row, head_of_batch = row_of_all % num_rows, row_of_all // num_rows
     b, h = head_of_batch // heads, head_of_batch % heads
     b64, h64, row64 = b.to(gl.int64), h.to(gl.int64), row.to(gl.int64)
     count = gl.load(counts_ptr + b64 * counts_stride_b + h64 * counts_stride_h + row64 * counts_stride_q)
@@ -89,7 +93,7 @@ def attention_kernel(
     num_tail_tiles = 0
     if has_tail_ptr is not None:
         num_tail_tiles_if_any = (num_keys // KEY_BLOCK + 1) // TILE + 1
-        tail_sizes_ptr += (head_of_batch.to(gl.int64) * gl.num_programs(0) + row) * num_tail_tiles_if_any * TILE
+        tail_sizes_ptr += row_of_all.to(gl.int64) * num_tail_tiles_if_any * TILE
         num_tail_tiles = gl.where(gl.load(has_tail_ptr + head_of_batch) != 0, num_tail_tiles_if_any, 0)
 
     query_tiles = gl.allocate_shared_memory(query_desc.dtype, [2, ROWS, HEAD_DIM], query_desc.layout)
@@ -97,8 +101,7 @@ def attention_kernel(
     QUANTIZED: gl.constexpr = key_scale_ptr is not None
     if QUANTIZED:
         out_tiles = gl.allocate_shared_memory(out_desc.dtype, [2, ROWS, HEAD_DIM], out_desc.layout)
-        head_and_row = head_of_batch * gl.num_programs(0) + row
-        query_scale = gl.load(query_scale_ptr + head_and_row)
+        query_scale = gl.load(query_scale_ptr + row_of_all)
         key_scale_ptr += head_of_batch * ((num_keys + KEY_BLOCK - 1) // KEY_BLOCK)
         scales = (query_scale, key_scale_ptr)
     else:

@@ -108,7 +108,7 @@ def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
         name: f"tensordesc<{dtype}[1, 1, {rows}, {columns}],{gluon.shared_layout(sizes[dtype], columns)!r}>"
         for name, (dtype, rows, columns) in tiles.items()
     }
-    types |= dict.fromkeys(("key_blocks_ptr", "counts_ptr", "key_length_ptr", "has_tail_ptr"), "*i32")
+    types |= dict.fromkeys(("key_blocks_ptr", "counts_ptr", "schedule_ptr", "key_length_ptr", "has_tail_ptr"), "*i32")
     types |= dict.fromkeys(("query_scale_ptr", "key_scale_ptr", "value_scale_ptr", "lse_ptr"), "*fp32")
     types |= {"tail_sizes_ptr": "*u8", "logit_scale": "fp32"}
     constants = {"HEAD_DIM": head_dim, "KEY_BLOCK": key_block_size}

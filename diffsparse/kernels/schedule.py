@@ -1,0 +1,19 @@
+"""In which order a kernel takes the query blocks of all heads, so that no long one is left to the end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def heavy_first(counts: Tensor) -> Tensor:
+    """The query blocks of all heads, numbered (b * H + h) * Q + row, in the order to start them: [B * H * Q] int32.
+
+    `counts` [B, H, Q] are how many key blocks each sees. First the rows with more than twice what their head has on
+    average, such as those of text; then head by head, the fullest first, so that programs that run at a time read the
+    same keys and values. What is left at the end is short.
+    """
+    totals = counts.sum(-1, keepdim=True, dtype=torch.int32)  # [B, H, 1]
+    is_heavy = counts * counts.shape[-1] > 2 * totals
+    weights = totals.expand(counts.shape).masked_fill(is_heavy, torch.iinfo(torch.int32).max)
+    return weights.flatten().argsort(stable=True, descending=True).to(torch.int32)
