@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffsparse.kernels import quantization
 from diffsparse.kernels.block_sparse_kernel_triton import attention_kernel
-from diffsparse.kernels.pooling import block_means
+from diffsparse.kernels.pooling import block_means, tail_sizes
 from diffsparse.kernels.quantization_triton import quantize_blocks, quantize_values
 from diffsparse.kernels.tuning import Tuning, tuning
 
@@ -74,9 +74,9 @@ def attend(
     key_blocks, counts = key_blocks.expand(batch, heads, -1, -1), counts.expand(batch, heads, -1)
     operands = _operands(query, key, value, precision, query_block_size, key_block_size, key_length)
     if tail is None:
-        listed = pooled_key = pooled_value = has_tail = None
+        sizes = pooled_key = pooled_value = has_tail = None
     else:
-        listed = _listed(key_blocks, counts, num_blocks)
+        sizes = tail_sizes(key_blocks, counts, num_keys, key_block_size, key_length, num_blocks + 1)
         pooled_key, pooled_value = (block_means(x, key_block_size, key_length)[0] for x in (key, value))
         if operands.key_mean is not None:
             pooled_key -= operands.key_mean
@@ -104,7 +104,7 @@ def attend(
             operands.key_scale,
             operands.value_scale,
             has_tail,
-            listed,
+            sizes,
             pooled_key,
             pooled_value,
             *operands.query.stride()[:3],
@@ -181,15 +181,6 @@ def _suits_descriptor(x: Tensor) -> bool:
     """Whether x [B, H, S, D] starts and steps by multiples of 16 bytes, never by none."""
     steps = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3])]
     return all(step > 0 and step % 16 == 0 for step in steps)
-
-
-def _listed(key_blocks: Tensor, counts: Tensor, num_blocks: int) -> Tensor:
-    """[B, H, Q, K] uint8, 1 where a block is listed."""
-    is_listed = torch.arange(key_blocks.shape[-1], device=counts.device) < counts[..., None]
-    # Entries beyond a count go to a column of their own, which is cut off.
-    index = key_blocks.where(is_listed, num_blocks).long()
-    listed = torch.zeros((*counts.shape, num_blocks + 1), dtype=torch.uint8, device=counts.device)
-    return listed.scatter_(-1, index, 1)[..., :num_blocks].contiguous()
 
 
 def _tuning(query: Tensor, query_block_size: int, key_block_size: int, precision: str) -> Tuning:
