@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffsparse.kernels.first_use import is_right
 from diffsparse.packed_bits import pack_bits, unpack_bits
 
 
@@ -74,14 +77,40 @@ class BlockMask:
 
         What follows the first `counts` of a row is 0.
         """
-        visible = self.visible()
-        # From 1 on. What is not seen goes to place 0, which is cut off.
-        place = visible.cumsum(-1).mul_(visible)
-        lists = self.counts.new_zeros((*self.counts.shape, self.num_key_blocks + 1))
-        blocks = torch.arange(self.num_key_blocks, dtype=torch.int32, device=lists.device)
-        return lists.scatter_(-1, place, blocks.expand_as(place))[..., 1:]
+        kernel = _kernel(self.bits.device)
+        return _lists(self.visible()) if kernel is None else kernel(self.bits, self.num_key_blocks)
 
 
 def num_blocks(num_tokens: int, block_size: int) -> int:
     """How many blocks of `block_size` cover `num_tokens`, the last one perhaps ragged."""
     return -(-num_tokens // block_size)
+
+
+def _lists(visible: Tensor) -> Tensor:
+    """The specification of `BlockMask.lists`, of a boolean block map [..., K]."""
+    num_blocks = visible.shape[-1]
+    # From 1 on. What is not seen goes to place 0, which is cut off.
+    place = visible.cumsum(-1).mul_(visible)
+    lists = visible.new_zeros((*visible.shape[:-1], num_blocks + 1), dtype=torch.int32)
+    blocks = torch.arange(num_blocks, dtype=torch.int32, device=visible.device)
+    return lists.scatter_(-1, place, blocks.expand_as(place))[..., 1:]
+
+
+@functools.cache
+def _kernel(device: torch.device) -> Callable[[Tensor, int], Tensor] | None:
+    """The Triton kernel for `BlockMask.lists`, where it runs and is right on a small mask; None elsewhere."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+
+    def check() -> bool:
+        from diffsparse.kernels.lists_triton import lists_of
+
+        # More blocks than the kernel takes at a time.
+        visible = torch.rand((2, 3, 1100), generator=torch.Generator().manual_seed(0), device="cpu") < 0.4
+        return torch.equal(lists_of(pack_bits(visible).to(device), 1100).cpu(), _lists(visible))
+
+    if not is_right("listing key blocks", check):
+        return None
+    from diffsparse.kernels.lists_triton import lists_of
+
+    return lists_of

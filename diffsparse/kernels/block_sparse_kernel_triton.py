@@ -36,7 +36,7 @@ def attention_kernel(
     key_scale_ptr,
     value_scale_ptr,
     has_tail_ptr,
-    listed_ptr,
+    tail_sizes_ptr,
     pooled_key_ptr,
     pooled_value_ptr,
     query_stride_b,
@@ -179,7 +179,7 @@ def attention_kernel(
             # Means are not quantized, and meet the query that the listed keys have met.
             query = (query.to(tl.float32) * (query_scale / logit_scale)).to(pooled_key_ptr.dtype.element_ty)
         num_means = tl.where(tl.load(has_tail_ptr + head_of_batch) != 0, num_blocks, 0)
-        listed_ptr += row_of_all.to(tl.int64) * num_blocks
+        tail_sizes_ptr += row_of_all.to(tl.int64) * (num_blocks + 1)
         pooled_key_ptr += head_of_batch * num_blocks * HEAD_DIM
         pooled_value_ptr += head_of_batch * num_blocks * HEAD_DIM
         for first in range(0, num_means, TAIL_TILE):
@@ -192,10 +192,9 @@ def attention_kernel(
                 key = load_rows(key_tile_ptr, remaining, HEAD_DIM, TAIL_TILE, HEAD_DIM, PADDED_DIM)
             value = load_rows(value_tile_ptr, remaining, HEAD_DIM, TAIL_TILE, HEAD_DIM, PADDED_DIM)
             means = first + tl.arange(0, TAIL_TILE)
-            is_listed = tl.load(listed_ptr + means, mask=means < num_blocks, other=1)
-            size = tl.minimum(tl.maximum(length - means * KEY_BLOCK, 0), KEY_BLOCK).to(tl.float32)
+            size = tl.load(tail_sizes_ptr + means, mask=means < num_blocks, other=0).to(tl.float32)
             logits = tl.dot(query, key.T, input_precision=PRECISION) * logit_scale + tl.log2(size)[None, :]
-            logits = tl.where(((is_listed == 0) & (size > 0))[None, :], logits, -float("inf"))
+            logits = tl.where((size > 0)[None, :], logits, -float("inf"))
             peak, fade, weights = _online_softmax(peak, logits, 1.0, True, FP8_VALUES)
             total = total * fade + tl.sum(weights, 1)
             numerator = tl.dot(weights.to(value.dtype), value, numerator * fade[:, None], input_precision=PRECISION)

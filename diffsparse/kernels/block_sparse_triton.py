@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from diffsparse.kernels import quantization
 from diffsparse.kernels.block_sparse_kernel_triton import attention_kernel
 from diffsparse.kernels.operands_triton import of_key_mean, prepared
+from diffsparse.kernels.pooling import tail_sizes
 from diffsparse.kernels.schedule import heavy_first
 from diffsparse.kernels.tuning import Tuning, tuning
 
@@ -83,9 +84,9 @@ def attend(
         key_order=key_order,
         pool=tail is not None,
     )
-    listed = has_tail = None
+    sizes = has_tail = None
     if tail is not None:
-        listed = _listed(key_blocks, counts, num_blocks)
+        sizes = tail_sizes(key_blocks, counts, num_keys, key_block_size, key_length, num_blocks + 1)
         has_tail = tail.expand(batch, heads).to(torch.int32, memory_format=torch.contiguous_format)
     chosen = _tuning(query, query_block_size, key_block_size, precision)
     padded_dim = padded(head_dim, precision)
@@ -110,7 +111,7 @@ def attend(
             operands.key_scale,
             operands.value_scale,
             has_tail,
-            listed,
+            sizes,
             operands.key_means,
             operands.value_means,
             *operands.query.stride()[:3],
@@ -148,15 +149,6 @@ def _suits_descriptor(x: Tensor) -> bool:
     """Whether x [B, H, S, D] starts and steps by multiples of 16 bytes, never by none."""
     steps = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3])]
     return all(step > 0 and step % 16 == 0 for step in steps)
-
-
-def _listed(key_blocks: Tensor, counts: Tensor, num_blocks: int) -> Tensor:
-    """[B, H, Q, K] uint8, 1 where a block is listed."""
-    is_listed = torch.arange(key_blocks.shape[-1], device=counts.device) < counts[..., None]
-    # Entries beyond a count go to a column of their own, which is cut off.
-    index = key_blocks.where(is_listed, num_blocks).long()
-    listed = torch.zeros((*counts.shape, num_blocks + 1), dtype=torch.uint8, device=counts.device)
-    return listed.scatter_(-1, index, 1)[..., :num_blocks].contiguous()
 
 
 def _tuning(query: Tensor, query_block_size: int, key_block_size: int, precision: str) -> Tuning:

@@ -81,7 +81,7 @@ def compile_attention(
     if "length" in options:
         inputs["key_length_ptr"] = "*i32"
     if "tail" in options:
-        inputs |= {"has_tail_ptr": "*i32", "listed_ptr": "*u8"}
+        inputs |= {"has_tail_ptr": "*i32", "tail_sizes_ptr": "*u8"}
         inputs |= dict.fromkeys(("pooled_key_ptr", "pooled_value_ptr"), f"*{dtype}")
     if precision != "native":
         inputs |= dict.fromkeys(("query_scale_ptr", "key_scale_ptr"), "*fp32")

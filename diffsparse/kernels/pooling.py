@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from diffsparse.kernels.first_use import is_right
 
 
 def block_means(x: Tensor, block_size: int, key_length: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -52,8 +57,48 @@ def tail_sizes(
     `key_blocks` [B, H, Q, C], `counts` [B, H, Q]. `num_padded` is above the number of blocks: entries beyond a count
     go to the last place, which belongs to no block. Blocks are of at most 255 tokens.
     """
+    kernel = _kernel(key_blocks.device)
+    compute = _tail_sizes if kernel is None else kernel
+    return compute(key_blocks, counts, num_keys, key_block_size, key_length, num_padded)
+
+
+def _tail_sizes(
+    key_blocks: Tensor,
+    counts: Tensor,
+    num_keys: int,
+    key_block_size: int,
+    key_length: Tensor | None,
+    num_padded: int,
+) -> Tensor:
+    """The specification of `tail_sizes`."""
     sizes = block_token_counts(num_keys, key_block_size, key_length, key_blocks.device)
     sizes = F.pad(sizes, (0, num_padded - sizes.shape[1])).to(torch.uint8)
     is_listed = torch.arange(key_blocks.shape[-1], device=counts.device) < counts[..., None]
     index = key_blocks.where(is_listed, num_padded - 1).long()
     return sizes[:, None, None].repeat(len(counts) // len(sizes), *counts.shape[1:], 1).scatter_(-1, index, 0)
+
+
+@functools.cache
+def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """The Triton kernel for `tail_sizes`, where it runs and is right on a few lists; None elsewhere."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+
+    def check() -> bool:
+        from diffsparse.kernels import lists_triton
+
+        generator = torch.Generator().manual_seed(0)
+        # More blocks than the kernel takes at a time, the last one ragged.
+        key_blocks = torch.rand((2, 2, 3, 1100), generator=generator, device="cpu").argsort(-1).int()
+        counts = torch.randint(1, 1101, (2, 2, 3), generator=generator, dtype=torch.int32, device="cpu")
+        key_length = torch.tensor([17590, 9000], dtype=torch.int32, device="cpu")
+        expected = _tail_sizes(key_blocks, counts, 17590, 16, key_length, 1152)
+        key_blocks, counts, key_length = (x.to(device) for x in (key_blocks, counts, key_length))
+        actual = lists_triton.tail_sizes(key_blocks, counts, 17590, 16, key_length, 1152)
+        return torch.equal(actual.cpu(), expected)
+
+    if not is_right("sizes of the pooled tail", check):
+        return None
+    from diffsparse.kernels import lists_triton
+
+    return lists_triton.tail_sizes

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffsparse import block_mask
+from diffsparse.block_mask import BlockMask
+from diffsparse.kernels import pooling
+from diffsparse.kernels.cross_compile_triton import SHARED_MEMORY, resources
+
+triton = pytest.importorskip("triton")
+
+
+def test_the_kernels_give_what_torch_gives_in_the_interpreter():
+    file = Path(__file__).with_name("interpreted_lists_triton.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+    assert "skipped" not in run.stdout
+
+
+POINTERS = {
+    "bits_ptr": "*u8",
+    "lists_ptr": "*i32",
+    "key_blocks_ptr": "*i32",
+    "counts_ptr": "*i32",
+    "key_length_ptr": "*i32",
+    "sizes_ptr": "*u8",
+}
+
+
+def compile_for(capability, name, constants, even=()):
+    """Compile without a GPU. As at a launch: numbers that are 1 are constants, pointers are aligned.
+
+    `even` are the numbers that are multiples of 16.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from diffsparse.kernels import lists_triton
+
+    kernel = getattr(lists_triton, name)
+    constants = {"CHUNK": lists_triton.CHUNK, **constants}
+    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in kernel.arg_names}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in even]
+    source = ASTSource(
+        fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+ONES = dict.fromkeys(("lists_stride_c", "counts_stride_q", "heads", "num_keys", "key_block_size"), 1)
+LAUNCHES = [
+    *((capability, name, {}, ()) for capability in SHARED_MEMORY for name in ("lists_kernel", "tail_sizes_kernel")),
+    *((capability, "tail_sizes_kernel", {"key_length_ptr": None}, ("num_padded",)) for capability in SHARED_MEMORY),
+    (90, "lists_kernel", {"num_blocks": 1}, ()),
+    (90, "tail_sizes_kernel", ONES, ()),
+    (90, "tail_sizes_kernel", {"key_length_ptr": None, **ONES}, ()),
+]
+
+
+@pytest.mark.parametrize(("capability", "name", "constants", "even"), LAUNCHES)
+def test_they_compile_for_every_architecture(capability, name, constants, even):
+    compiled = compile_for(capability, name, constants, even)
+    assert compiled.metadata.shared <= 48 * 1024
+    assert resources(compiled).spilled_bytes == 0
+    if name == "tail_sizes_kernel":
+        # No zero of a listed block is overtaken by the block's size.
+        barriers_and_stores = "".join(x[0] for x in re.findall(r"bar\.sync|st\.global", compiled.asm["ptx"]))
+        assert re.fullmatch("b*s+b+s+", barriers_and_stores)
+
+
+class Operators(TorchDispatchMode):
+    """The operators that ran, views aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.seen.append(str(function.overloadpacket))
+        return function(*args, **(kwargs or {}))
+
+
+class Launches:
+    """In place of a kernel: counts how often it is launched, and on which grid."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.grids.append(grid)
+
+
+def test_lists_are_one_launch(monkeypatch):
+    from diffsparse.kernels import lists_triton
+
+    launches = Launches()
+    monkeypatch.setattr(lists_triton, "lists_kernel", launches)
+    monkeypatch.setattr(block_mask, "_kernel", lambda device: lists_triton.lists_of)
+    mask = BlockMask.from_visible(torch.rand(2, 3, 5, 9) < 0.4, 65, 16, 8)
+    with Operators() as operators:
+        mask.lists()
+    assert operators.seen == ["aten.empty"]
+    assert launches.grids == [(2 * 3 * 5,)]
+
+
+@pytest.mark.parametrize("length", [None, 50])
+def test_sizes_are_one_launch(length, monkeypatch):
+    from diffsparse.kernels import lists_triton
+
+    launches = Launches()
+    monkeypatch.setattr(lists_triton, "tail_sizes_kernel", launches)
+    monkeypatch.setattr(pooling, "_kernel", lambda device: lists_triton.tail_sizes)
+    key_blocks, counts = torch.zeros(1, 1, 5, 9, dtype=torch.int32), torch.ones(1, 1, 5, dtype=torch.int32)
+    key_length = None if length is None else torch.tensor([length, length], dtype=torch.int32)
+    with Operators() as operators:
+        sizes = pooling.tail_sizes(key_blocks.expand(2, 3, -1, -1), counts.expand(2, 3, -1), 65, 8, key_length, 16)
+    assert operators.seen == ["aten.empty"]
+    assert launches.grids == [(5, 2 * 3)]
+    assert sizes.shape == (2, 3, 5, 16)
+
+
+@pytest.mark.parametrize("module", [block_mask, pooling])
+@pytest.mark.parametrize(("device", "hip"), [("cpu", None), ("meta", None), ("cuda", "6.4")])
+def test_elsewhere_torch_computes_without_a_word(module, device, hip, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert module._kernel.__wrapped__(torch.device(device)) is None
