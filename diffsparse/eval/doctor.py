@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
-from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffsparse.eval.output_file import check_output_file
+
+if TYPE_CHECKING:
+    from diffsparse.eval.backend_states import BackendState
 
 PACKAGES = ("diffsparse", "torch", "diffusers", "transformers", "triton", "accelerate")
-
-# float32 against float64, both sums of a few hundred terms: errors around 1e-6. A wrong mask is off by 0.1 or more.
-LARGEST_ERROR = 1e-4
-
-
-@dataclass(frozen=True)
-class BackendState:
-    """One backend on one kind of device: its largest relative error against float64, or why it cannot run."""
-
-    device: str
-    backend: str
-    error: float | None
-    reason: str | None
-
-    @property
-    def works(self) -> bool:
-        """It ran, and its numbers are right."""
-        return self.reason is None
+# Of queries and of keys, in tokens: what `Adaptive` makes of long and of short sequences.
+USUAL_BLOCKS = ((128, 64), (64, 64))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Nothing to choose."""
+    """Nothing to choose but a file."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all that was found to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,6 +30,12 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from diffsparse.eval.backend_states import backend_state
+    from diffsparse.eval.doctor_tables import backends_table, long_reasons, self_tests_table
+    from diffsparse.kernels.backends import BACKENDS
+
+    if args.json is not None:
+        check_output_file("`--json`", args.json)
     console = Console()
     machine = Table("what", "here", title="This machine")
     for name, version in versions().items():
@@ -46,20 +44,27 @@ def run(args: argparse.Namespace) -> int:
         machine.add_row(name, description)
     console.print(machine)
 
-    states = backend_states()
-    backends = Table("backend", "device", "can run", "largest error against float64", title="Kernel backends")
-    for state in states:
-        error = "" if state.error is None else f"{state.error:.1e}"
-        backends.add_row(state.backend, state.device, "yes" if state.works else f"no: {state.reason}", error)
-    console.print(backends)
+    alike = alike_devices()
+    with console.status("Testing the kernel backends; compiling them may take minutes"):
+        states = {label: [backend_state(backend, names[0]) for backend in BACKENDS] for label, names in alike.items()}
+        taken = {label: taken_by_blocks(names[0]) for label, names in alike.items()}
+    console.print(backends_table(states))
+    console.print(self_tests_table(states))
+    for reason in long_reasons(states):
+        console.print(reason)
 
     families = Table("family", "transformers", title="Model families")
     for family, transformers in known_families().items():
         families.add_row(family, ", ".join(transformers))
     console.print(families)
 
-    works = any(state.works for state in states)
+    for label, names in alike.items():
+        others = f" (and {', '.join(names[1:])})" if names[1:] else ""
+        console.print(f"{label}{others}: bfloat16 of head dim 128 runs {in_words(taken[label], names[0])}.")
+    works = any(state.works for of_device in states.values() for state in of_device)
     console.print("Sparse attention can run here." if works else "No backend can run here: see the reasons above.")
+    if args.json is not None:
+        args.json.write_text(json.dumps(as_dict(alike, states, taken), indent=2) + "\n")
     return 0 if works else 1
 
 
@@ -88,18 +93,82 @@ def devices() -> dict[str, str]:
     return found
 
 
-def backend_states() -> list[BackendState]:
-    """Every kernel backend on every kind of device here, tried."""
+def alike_devices() -> dict[str, tuple[str, ...]]:
+    """Names of the devices of each kind, by the first one's name and architecture: "cuda:0, sm_90".
+
+    CUDA devices are of one kind if they have the same name and compute capability.
+    """
     import torch
 
-    from diffsparse.kernels.backends import available_backends
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in devices():
+        kind: tuple[str, ...] = (name,)
+        if torch.device(name).type == "cuda":
+            properties = torch.cuda.get_device_properties(torch.device(name).index)
+            kind = (properties.name, f"sm_{properties.major}{properties.minor}")
+        found.setdefault(kind, []).append(name)
+    return {", ".join((names[0], *kind[1:])): tuple(names) for kind, names in found.items()}
 
-    kinds = dict.fromkeys(name.partition(":")[0] for name in devices())
-    return [
-        _try(kind, backend, reason)
-        for kind in kinds
-        for backend, reason in available_backends(torch.device(kind)).items()
-    ]
+
+def taken_by_blocks(device: str) -> dict[tuple[int, int], str | None]:
+    """The backend that takes a call in bfloat16 of head dim 128 on the device, by each of USUAL_BLOCKS."""
+    import torch
+
+    from diffsparse.eval.backend_states import backend_taken
+
+    return {blocks: backend_taken(device, torch.bfloat16, 128, *blocks) for blocks in USUAL_BLOCKS}
+
+
+def in_words(taken: dict[tuple[int, int], str | None], device: str) -> str:
+    """Which backend that is: "in gluon in blocks of 128 x 64 tokens, in triton in blocks of 64 x 64"."""
+    names = {
+        blocks: "in no backend" if name is None else f"in {name}{', slowly' * (name == 'eager' and device != 'cpu')}"
+        for blocks, name in taken.items()
+    }
+    if len(set(names.values())) == 1:
+        return next(iter(names.values()))
+    return ", ".join(f"{name} in blocks of {query} x {key}" for (query, key), name in names.items())
+
+
+def as_dict(
+    alike: dict[str, tuple[str, ...]],
+    states: dict[str, list[BackendState]],
+    taken: dict[str, dict[tuple[int, int], str | None]],
+) -> dict[str, Any]:
+    """All that was found, for JSON; head dims and block sizes as the tables show them."""
+    from diffsparse.eval.doctor_tables import as_ranges, dtype_name
+
+    def readable(name: str, x: Any) -> Any:
+        if name in ("head_dims", "query_blocks", "key_blocks"):
+            return as_ranges(x)
+        if name == "dtypes":
+            return [dtype_name(dtype) for dtype in x]
+        return dtype_name(x) if name == "dtype" and x is not None else x
+
+    def fields_of(x: Any) -> dict[str, Any]:
+        return {name: readable(name, value) for name, value in vars(x).items()}
+
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "kinds_of_devices": {
+            label: {
+                "devices": names,
+                "bfloat16_of_head_dim_128_runs_in": {f"{q} x {k}": name for (q, k), name in taken[label].items()},
+                "backends": [
+                    {
+                        **vars(state),
+                        "works": state.works,
+                        "capabilities": {name: fields_of(found) for name, found in state.capabilities.items()},
+                        "self_tests": [fields_of(test) for test in state.self_tests],
+                    }
+                    for state in states[label]
+                ],
+            }
+            for label, names in alike.items()
+        },
+        "families": known_families(),
+    }
 
 
 def known_families() -> dict[str, tuple[str, ...]]:
@@ -107,19 +176,3 @@ def known_families() -> dict[str, tuple[str, ...]]:
     from diffsparse.pipelines.families import FAMILIES
 
     return {family.name: tuple(family.transformers) for family in FAMILIES}
-
-
-def _try(device: str, backend: str, reason: str | None) -> BackendState:
-    from diffsparse.kernels.self_test import self_test
-
-    if reason is not None:
-        return BackendState(device, backend, None, reason)
-    try:
-        error = self_test(backend, device)
-    # Whatever a broken compiler or driver raises is the answer that doctor is asked for.
-    except Exception as failure:
-        return BackendState(device, backend, None, f"its self-test failed with {type(failure).__name__}: {failure}")
-    # Not `error > LARGEST_ERROR`, which is false for an error that is not a number.
-    if not error <= LARGEST_ERROR:
-        return BackendState(device, backend, error, f"its self-test is wrong, at most {LARGEST_ERROR:.0e} expected")
-    return BackendState(device, backend, error, None)

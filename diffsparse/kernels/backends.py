@@ -1,6 +1,7 @@
 """The implementations of block-sparse attention, and which of them can run where.
 
-A backend is a module with `why_not` and `attend` as in `block_sparse_eager.py`, and a line in BACKENDS.
+A backend is a module with `why_not` and `attend` as in `block_sparse_eager.py`, and a line in BACKENDS. One that hands
+some of its work to another says so in `left_to`, as `block_sparse_gluon.py` does.
 """
 
 from __future__ import annotations
@@ -43,3 +44,10 @@ def why_not(
         return f"it does not compute in {precision}"
     reason: str | None = module.why_not(*arguments)
     return reason
+
+
+def left_to(name: str, precision: str, key_block_size: int) -> str | None:
+    """The backend that this one, which can run, hands such calls to; None where it computes them itself."""
+    ask = getattr(import_module(BACKENDS[name]), "left_to", None)
+    other: str | None = None if ask is None else ask(precision, key_block_size)
+    return other

@@ -230,7 +230,8 @@ def _operator(
         counts,
         query_block_size=query_block_size,
         key_block_size=key_block_size,
-        key_length=key_length,
+        # Kernels step by one from one batch entry to the next.
+        key_length=None if key_length is None else key_length.contiguous(),
         tail=tail,
         scale=scale,
         return_lse=return_lse,

@@ -56,6 +56,15 @@ def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision
     return block_sparse_triton.why_not(query, query_block_size, key_block_size, precision)
 
 
+def left_to(precision: str, key_block_size: int) -> str | None:
+    """The backend that computes in a precision for this one; None where this one does.
+
+    Other precisions than "native" go to the Triton kernel unless `QUANTIZES`, and then INT4 and blocks of 64 keys do.
+    """
+    takes = precision == "native" or (QUANTIZES and key_block_size == TILE.value and precision != "int4")
+    return None if takes else "triton"
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -75,11 +84,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, S, D] in query's dtype, and the logsumexp [B, H, S] fp32 (empty if not asked for).
 
-    What the kernel does not compute goes to the Triton kernel: scales that are not positive, other precisions unless
-    `QUANTIZES`, and of these INT4 and blocks of 64 keys.
+    What the kernel does not compute goes to the Triton kernel: scales that are not positive, and what `left_to` says.
     """
-    takes = precision == "native" or (QUANTIZES and key_block_size == TILE.value and precision != "int4")
-    if scale <= 0 or not takes:
+    if scale <= 0 or left_to(precision, key_block_size) is not None:
         return block_sparse_triton.attend(
             query,
             key,
@@ -113,7 +120,8 @@ def attend(
     elif key_length is not None:
         # A weight of 0 does not help against what is not a number.
         beyond = torch.arange(key.shape[2], device=key.device) >= key_length[:, None]
-        operands = replace(operands, value=operands.value.masked_fill(beyond[:, None, :, None], 0.0))
+        fill = Tensor.masked_fill if operands.value is value else Tensor.masked_fill_
+        operands = replace(operands, value=fill(operands.value, beyond[:, None, :, None], 0.0))
     out, lse = launch(
         operands,
         key_blocks,

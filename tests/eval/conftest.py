@@ -7,6 +7,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from tiny_models import tiny_wan_pipeline
 from torchvision.models import alexnet, squeezenet1_1
 from torchvision.models.vgg import cfgs, make_layers
 
+from diffsparse.eval import backend_states
 from diffsparse.eval.lpips_backbone import BACKBONES
 from diffsparse.eval.run_folder import Pair, RunFolder
+from diffsparse.kernels import backends, block_sparse, capabilities, self_test
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -166,6 +170,21 @@ def empty_cache(tmp_path, monkeypatch):
     """Where torch looks for backbones, not made yet."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def only_backends(monkeypatch):
+    """A function that leaves no backends but the given ones: `why_not` and `attend` by name."""
+
+    def replace(**given):
+        for name, (why_not, attend) in given.items():
+            module = ModuleType(f"backend_{name}")
+            module.why_not, module.attend = why_not, attend
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        for user in (backends, block_sparse, capabilities, self_test, backend_states):
+            monkeypatch.setattr(user, "BACKENDS", {name: f"backend_{name}" for name in given})
+
+    return replace
 
 
 ATTENTION = {

@@ -248,6 +248,21 @@ def test_a_wrong_backend_fails_its_self_test():
 
 
 @pytest.mark.usefixtures("picky")
+def test_a_backend_can_step_through_key_lengths_by_one():
+    def attend(query, *others, key_length, **options):
+        lengths.append(key_length)
+        return query.clone(), torch.zeros(0)
+
+    lengths = []
+    sys.modules["picky_backend"].attend = attend
+    arguments = make_arguments(key_length=torch.tensor([50], dtype=torch.int32).expand(2))
+    arguments |= {name: arguments[name].half() for name in ("query", "key", "value")}
+    block_sparse_attention(**arguments)
+    assert lengths[0].stride() == (1,)
+    assert lengths[0].tolist() == [50, 50]
+
+
+@pytest.mark.usefixtures("picky")
 def test_a_backend_may_put_tokens_in_order_itself():
     def attend(query, key, value, *lists, query_order=None, key_order=None, **options):
         orders.append((query_order, key_order))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 from running_products import touched_while_running
 
 from diffsparse.kernels.cross_compile_triton import machine_code, resources
+
+from diffsparse.kernels import backends
+from diffsparse.kernels.quantization import PRECISIONS
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
@@ -41,6 +45,26 @@ def test_the_triton_kernel_does_what_it_cannot(gluon, monkeypatch, option):
     given, given_options = gluon.attend(*tensors, **options)
     assert given == tensors
     assert given_options == options
+
+
+@pytest.mark.parametrize("quantizes", [False, True])
+@pytest.mark.parametrize(("precision", "key_block_size"), itertools.product(PRECISIONS, (64, 128)))
+def test_it_says_what_it_leaves_to_the_triton_kernel(gluon, monkeypatch, quantizes, precision, key_block_size):
+    monkeypatch.setattr(gluon, "QUANTIZES", quantizes)
+    monkeypatch.setattr(gluon.block_sparse_triton, "attend", lambda *args, **options: "triton")
+    monkeypatch.setattr(gluon, "launch", lambda *args, **options: (None, None))
+    x = torch.ones(1, 1, 128, 64)
+    lists = torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 1, dtype=torch.int32)
+    options = {"query_block_size": 128, "key_length": None, "tail": None, "scale": 1.0, "return_lse": False}
+    monkeypatch.setattr(gluon, "quantized", lambda *args: gluon.block_sparse_triton._Operands(x, x, x))
+    given = gluon.attend(x, x, x, *lists, key_block_size=key_block_size, precision=precision, **options)
+    assert backends.left_to("gluon", precision, key_block_size) == ("triton" if given == "triton" else None)
+    is_quantized_here = quantizes and key_block_size == 128 and precision != "int4"
+    assert (given == "triton") == (precision != "native" and not is_quantized_here)
+
+
+def test_a_backend_that_says_nothing_of_it_leaves_nothing_to_others():
+    assert backends.left_to("eager", "int8", 64) is None
 
 
 def test_views_are_copied_from_where_they_lie(gluon):

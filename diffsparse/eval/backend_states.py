@@ -1,0 +1,104 @@
+"""What every kernel backend takes on a device, and whether its numbers are right there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from diffsparse.kernels.backends import BACKENDS
+from diffsparse.kernels.block_sparse import pick_backend
+from diffsparse.kernels.capabilities import Capability, capability, features
+from diffsparse.kernels.quantization import PRECISIONS
+from diffsparse.kernels.self_test import largest_error, self_test
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What a backend's self-test found in a precision.
+
+    Attributes:
+        precision: one of PRECISIONS.
+        dtype: of queries, keys and values; None where the backend takes none in this precision.
+        error: the largest relative error, against float64 or, quantized, the eager backend on the CPU; None where
+            nothing was computed.
+        allowed: how large it may be.
+        reason: why the backend did not compute this, or not rightly; None if it did.
+    """
+
+    precision: str
+    dtype: torch.dtype | None = None
+    error: float | None = None
+    allowed: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class BackendState:
+    """A backend on a device: what it takes by precision, its options, and what its self-tests found.
+
+    `self_tests` is empty where it takes nothing, and `reason` says why.
+    """
+
+    backend: str
+    capabilities: dict[str, Capability]
+    features: tuple[str, ...]
+    self_tests: tuple[SelfTest, ...]
+    reason: str | None
+
+    @property
+    def works(self) -> bool:
+        """Its numbers are right in some dtype as it is. A precision alone is no use: no call would get there."""
+        return any(test.precision == "native" and test.reason is None for test in self.self_tests)
+
+
+def backend_state(backend: str, device: str) -> BackendState:
+    """The backend asked and tried on the device.
+
+    Native in every dtype, on a GPU only those of 16 bits, which models run in there: compiling takes its time. In each
+    other precision in the first dtype.
+    """
+    capabilities = {precision: capability(backend, device, precision) for precision in PRECISIONS}
+    if all(found.reason is not None for found in capabilities.values()):
+        return BackendState(backend, capabilities, (), (), capabilities["native"].reason)
+    tests = []
+    for precision, found in capabilities.items():
+        others = [name for name in found.computed_by if name != backend]
+        if found.reason is not None:
+            tests.append(SelfTest(precision, reason=found.reason))
+        elif backend not in found.computed_by:
+            tests.append(SelfTest(precision, found.dtypes[0], reason=f"left to {' and '.join(others)}"))
+        else:
+            dtypes = found.dtypes if precision == "native" else found.dtypes[:1]
+            if torch.device(device).type != "cpu":
+                dtypes = tuple(dtype for dtype in dtypes if dtype.itemsize == 2) or dtypes
+            tests += [_tried(backend, device, dtype, precision) for dtype in dtypes]
+    return BackendState(backend, capabilities, features(backend), tuple(tests), None)
+
+
+def backend_taken(
+    device: str, dtype: torch.dtype, head_dim: int, query_block_size: int, key_block_size: int
+) -> str | None:
+    """The backend that a call on the device runs in unless one is named; None if there is none."""
+    query = torch.empty((1, 1, 1, head_dim), dtype=dtype, device=device)
+    try:
+        module = pick_backend(None, query, query_block_size, key_block_size).__name__
+    except ValueError:
+        return None
+    return next(name for name, of_name in BACKENDS.items() if of_name == module)
+
+
+def is_reference(backend: str, device: str, precision: str) -> bool:
+    """Whether this is what others are compared with in this precision, so that its own error is 0."""
+    return (backend, device) == ("eager", "cpu") and precision != "native"
+
+
+def _tried(backend: str, device: str, dtype: torch.dtype, precision: str) -> SelfTest:
+    allowed = largest_error(dtype, precision)
+    try:
+        error = self_test(backend, device, dtype, precision)
+    # Whatever a broken compiler or driver raises is the answer that doctor is asked for.
+    except Exception as failure:
+        return SelfTest(precision, dtype, None, allowed, f"failed with {type(failure).__name__}: {failure}")
+    # Not `error > allowed`, which is false for an error that is not a number.
+    return SelfTest(precision, dtype, error, allowed, None if error <= allowed else "wrong")
