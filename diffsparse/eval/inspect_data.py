@@ -13,15 +13,24 @@ from diffsparse.report import TransformerReport
 
 DENSE = "dense"
 NOT_CALLED = "its attention was not called"
-EXACT = {"class": DENSE, "density": 1.0, "recall": 1.0, "error": 0.0, "tail": False, "skipped": False}
-"""What stands for a head of a dense layer."""
+EXACT = {
+    "class": DENSE,
+    "density": 1.0,
+    "recall": 1.0,
+    "error": 0.0,
+    "tail": False,
+    "skipped": False,
+    "incoherence_own_order": None,
+    "incoherence_plan_order": None,
+}
+"""What stands for a head of a dense layer: it has no blocks, which could be hard to quantize."""
 
 
 def collect(watch: Watch, num_steps: int) -> dict[str, Any]:
     """What a watch has seen in a run of so many steps.
 
     `summary` has means over the sparse calls, `transformers` every head at every step and over them, `maps` what the
-    drawn heads are drawn for. Recall and error are None where nothing ran sparse.
+    drawn heads are drawn for. Recall, error and incoherence are None where nothing ran sparse.
     """
     assert watch.report is not None
     transformers = [_transformer(watch, report, num_steps) for report in watch.report.transformers]
@@ -36,6 +45,8 @@ def collect(watch: Watch, num_steps: int) -> dict[str, Any]:
             "recall": _mean(recalls),
             "recall_5th_percentile": float(np.percentile(recalls, 5)) if recalls else None,
             "error": _mean([measure.error for measure in measures]),
+            "incoherence_own_order": _mean([measure.incoherence_own_order for measure in measures]),
+            "incoherence_plan_order": _mean([measure.incoherence_plan_order for measure in measures]),
             "worst_head": None
             if worst is None
             else {key: worst[key] for key in ("transformer", "layer", "head", "error")},
@@ -98,7 +109,7 @@ def _over_steps(transformer: str, layer: int, head: int, layers: list[dict[str, 
     }
 
 
-_MEANS = ("density", "recall", "error")
+_MEANS = ("density", "recall", "error", "incoherence_own_order", "incoherence_plan_order")
 
 
 def _map(watch: Watch, head: Head, step: int) -> dict[str, Any]:

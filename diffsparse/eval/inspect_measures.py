@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import HeadClass, sample_rows
+from diffsparse.kernels.quantization import incoherence, key_mean
 from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
 
@@ -29,6 +30,8 @@ class HeadMeasure:
         error: relative L2 error of the output of the sampled rows against dense attention.
         tail: whether the skipped blocks enter as their mean.
         skipped: whether its output is 0.
+        incoherence_own_order, incoherence_plan_order: how badly its queries and keys can be quantized in the plan's
+            blocks, filled by the tokens as the model has them and in the order of the plan; see `block_incoherence`.
     """
 
     head_class: str
@@ -37,6 +40,8 @@ class HeadMeasure:
     error: float
     tail: bool
     skipped: bool
+    incoherence_own_order: float
+    incoherence_plan_order: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +111,33 @@ def measure(call: Attended) -> tuple[HeadMeasure, ...]:
             size += float(exact.square().sum())
         recall = 0.0 if skipped[head] else sum(recalls) / batch
         error = (wrong / size) ** 0.5 if size else 0.0
-        measures.append(HeadMeasure(classes[head], density[head], recall, error, tail[head], skipped[head]))
+        measures.append(
+            HeadMeasure(
+                classes[head], density[head], recall, error, tail[head], skipped[head], *block_incoherence(call, head)
+            )
+        )
     return tuple(measures)
+
+
+def block_incoherence(call: Attended, head: int) -> tuple[float, float]:
+    """`incoherence` of what a head quantizes, in the tokens' own order and in the plan's; over all rows of the batch.
+
+    The mean of that of queries, in query blocks, and of keys without their mean, in key blocks: both are rounded, and
+    the roundings of both are in every score. Tokens beyond a key length count in neither. Queries among them do share
+    the scale of the one block where they begin, but the same block in any order, since they stay last.
+    """
+    mask, permutations = call.plan.mask, (call.plan.permutation, call.plan.key_permutation or call.plan.permutation)
+    query, key = call.query[:, [head]], call.key[:, [head]]  # [B, 1, S, D]
+    smooth = key.float() - key_mean(key, call.key_length)
+    sizes = (mask.query_block_size, mask.key_block_size)
+    own_order = plan_order = 0.0
+    for x, block_size, permutation, place in zip((query, smooth), sizes, permutations, call.places(head)):
+        own = in_order = float(incoherence(x, block_size, call.key_length).mean())
+        if permutation is not None:
+            in_order = float(incoherence(x[:, :, place.argsort()], block_size, call.key_length).mean())
+        own_order += own / 2
+        plan_order += in_order / 2
+    return own_order, plan_order
 
 
 def _places(permutation: Permutation | None, head: int, query: Tensor) -> Tensor:

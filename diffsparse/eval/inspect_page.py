@@ -46,6 +46,12 @@ def percent(share: float | None) -> str:
     return f"{100 * share:.1f} %" if share < 0.0995 else f"{100 * share:.0f} %"
 
 
+def in_both_orders(of: dict[str, Any]) -> str:
+    """Incoherence in the tokens' own order and in the plan's."""
+    own, planned = of["incoherence_own_order"], of["incoherence_plan_order"]
+    return "–" if own is None else f"{own:.2f} → {planned:.2f}"
+
+
 def _introduction(data: dict[str, Any]) -> str:
     sampling = data["sampling"]
     return (
@@ -112,12 +118,19 @@ def _words(data: dict[str, Any]) -> list[str]:
         "<dt>error</dt><dd>How far the head’s output is from dense attention of the same queries, keys and values: "
         "length of the difference over length of the dense output. It can be small where recall is low: what is "
         "skipped may enter as the mean of each block.</dd>",
+        "<dt>incoherence</dt><dd>How badly queries and keys can be quantized by blocks, each with one scale: the "
+        "largest magnitude over the mean one, with the tokens in their own order → in the plan’s. 1 is the least; the "
+        f"lower, the less is lost to 8 and 4 bits.{_mean_incoherence(data['summary'])}</dd>",
         *classes,
         "</dl>",
         f'<p class="dim">Recall and error are measured on {data["sampled_rows"]} video tokens a head against all '
         "keys, at the first attention call of every step: of the first guidance branch, or of both where the model "
         "computes them at once.</p></details>",
     ]
+
+
+def _mean_incoherence(summary: dict[str, Any]) -> str:
+    return "" if summary["incoherence_own_order"] is None else f" Mean of all: {in_both_orders(summary)}."
 
 
 def _maps(data: dict[str, Any], pictures: dict[str, bytes]) -> list[str]:
@@ -166,6 +179,7 @@ def _table(data: dict[str, Any]) -> list[str]:
         "at step",
         "sparse steps",
         "tail steps",
+        "incoherence",
     ]
     rows = []
     for transformer in data["transformers"]:
@@ -181,12 +195,14 @@ def _table(data: dict[str, Any]) -> list[str]:
                 sorted_cell(_or_dash(head["largest_error_at_step"]), head["largest_error_at_step"]),
                 sorted_cell(str(head["sparse_steps"]), head["sparse_steps"], below=why_dense),
                 sorted_cell(str(head["tail_steps"]), head["tail_steps"]),
+                sorted_cell(in_both_orders(head), head["incoherence_plan_order"]),
             ]
             rows.append(f"<tr>{''.join(cells)}</tr>")
     return [
         "<h2>All heads in numbers</h2>",
         '<p class="dim">Means over the steps in which a head ran sparse, the largest error first; a click on a heading '
-        "sorts. <em>Tail steps</em>: those in which what it skips enters as the mean of each block.</p>",
+        "sorts. <em>Tail steps</em>: those in which what it skips enters as the mean of each block. "
+        "<em>Incoherence</em>: in the tokens’ own order → in the plan’s; sorted by the latter.</p>",
         f'<div class="scroll"><table><thead>{sorting_heads(headings)}</thead><tbody>',
         *rows,
         "</tbody></table></div>",

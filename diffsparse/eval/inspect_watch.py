@@ -73,7 +73,8 @@ class Watch:
             return
         measures = measure(call)
         for number, of_head in enumerate(measures):
-            if not (math.isfinite(of_head.recall) and math.isfinite(of_head.error)):
+            numbers = (of_head.recall, of_head.error, of_head.incoherence_own_order, of_head.incoherence_plan_order)
+            if not all(map(math.isfinite, numbers)):
                 raise ValueError(
                     f"There is nothing to measure: the attention of {place.transformer}, layer {layer}, head {number}, "
                     f"at step {place.step} holds infinity or what is not a number. Look whether the dense video is "

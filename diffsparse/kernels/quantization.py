@@ -155,15 +155,19 @@ def unpack_int4(packed: Tensor, head_dim: int) -> Tensor:
     return torch.where(halves > 7, halves - 16, halves)
 
 
-def incoherence(x: Tensor, block_size: int) -> Tensor:
+def incoherence(x: Tensor, block_size: int, key_length: Tensor | None = None) -> Tensor:
     """How far the largest of a block of x [B, H, S, D] is above the mean, as max |x| / mean |x|: [B, H] over blocks.
 
-    1 is the least. Lower is easier to quantize (PAROAttention, arXiv:2506.16054, which reports it of attention maps).
+    1 is the least; lower is easier to quantize. Tokens at or beyond `key_length` [B] count in no block's mean, and a
+    block of such tokens alone in no number. PAROAttention (arXiv:2506.16054) takes it of blocks of the attention map,
+    since it quantizes that by blocks. Here weights are rounded relative to the largest of their row, in any order of
+    the tokens; what shares a scale by blocks, and so depends on the order, is queries and keys: it is for these.
     """
-    sizes = block_token_counts(x.shape[2], block_size, device=x.device)
-    magnitudes = _in_blocks(x.float().abs(), block_size).flatten(3)
-    means = magnitudes.sum(dim=-1) / (sizes * x.shape[3])
-    return torch.where(means > 0, magnitudes.amax(dim=-1) / means, 1.0).mean(dim=-1)
+    sizes = block_token_counts(x.shape[2], block_size, key_length, x.device)[:, None]  # [B|1, 1, K]
+    magnitudes = _in_blocks(_existing(x.float(), key_length).abs(), block_size).flatten(3)
+    means = magnitudes.sum(dim=-1) / (sizes * x.shape[3]).clamp(min=1)
+    above_least = torch.where(means == 0, 0.0, magnitudes.amax(dim=-1) / means - 1)
+    return 1 + above_least.sum(dim=-1) / (sizes > 0).sum(dim=-1).clamp(min=1)
 
 
 def _rounded(x: Tensor, block_size: int, number: str, key_length: Tensor | None) -> Tensor:

@@ -65,6 +65,11 @@ def test_the_numbers_are_those_of_the_run(written, tiny_model):
     assert data["summary"]["recall"] == pytest.approx(sum(recalls) / 8)
     assert data["summary"]["error"] == pytest.approx(sum(errors) / 8)
     assert 0 < min(recalls) < max(recalls) < 1
+    for name in ("incoherence_own_order", "incoherence_plan_order"):
+        incoherences = [head[name] for layer in sparse for head in layer["heads"]]
+        assert data["summary"][name] == pytest.approx(sum(incoherences) / 8)
+        assert min(incoherences) > 1
+    assert data["summary"]["incoherence_own_order"] != data["summary"]["incoherence_plan_order"]
     last_classes = [[head["class"] for head in layer["heads"]] for layer in transformer["steps"][2]["layers"]]
     assert last_classes == report.transformers[0].head_classes
     worst = max(transformer["heads"], key=lambda head: head["error"])
@@ -97,7 +102,7 @@ def test_a_run_without_sparse_attention_says_why(tiny_model, tmp_path, capsys):
     assert run(tiny_model, tmp_path, config=f"dense:{SMALL}") == 0
     assert "Sparse attention never ran: early step; the strategy keeps it dense." in capsys.readouterr().out
     data = json.loads((tmp_path / "inspect.json").read_text())
-    assert data["summary"]["recall"] is None
+    assert data["summary"]["recall"] is data["summary"]["incoherence_plan_order"] is None
     heads = data["transformers"][0]["heads"]
     assert {(head["class"], head["density"], head["recall"], head["error"]) for head in heads} == {("dense", 1, 1, 0)}
     text = Page((tmp_path / "inspect.html").read_text()).text

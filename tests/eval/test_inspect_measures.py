@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+from statistics import fmean
 
 import pytest
 import torch
 
 from diffsparse.block_mask import BlockMask
 from diffsparse.eval import inspect_measures
-from diffsparse.eval.inspect_measures import Attended, measure
+from diffsparse.eval.inspect_measures import Attended, block_incoherence, measure
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import HeadClass, sample_rows
 from diffsparse.permutation import Permutation
@@ -134,3 +135,67 @@ def test_a_skipped_head_keeps_nothing():
     assert (found[1].recall, found[1].skipped) == (0, True)
     assert found[1].error == pytest.approx(1)
     assert found[0].recall > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "lengths"),
+    [
+        ({}, None),
+        ({"key_permutation": random_permutation(2)}, None),
+        ({"permutation": None}, None),
+        ({"permutation": None, "key_permutation": random_permutation(2)}, None),
+        ({}, [TOKENS, TOKENS - 20]),
+    ],
+    ids=["plain", "keys in another order", "own order", "only keys in an order", "padded"],
+)
+def test_incoherence_is_that_of_the_blocks_that_share_a_scale_in_both_orders(changes, lengths):
+    plan, _ = random_plan(**changes)
+    call = attended(plan)
+    if lengths is not None:
+        # What does not exist is last in the plan's order, too.
+        order = torch.cat([torch.randperm(min(lengths)), torch.arange(min(lengths), TOKENS)])
+        plan = dataclasses.replace(plan, permutation=Permutation.of(order[None]))
+        call = dataclasses.replace(call, plan=plan, key_length=torch.tensor(lengths, dtype=torch.int32))
+        call.query[1, :, lengths[1] :] = call.key[1, :, lengths[1] :] = torch.nan
+    for head in range(HEADS):
+        expected = [
+            fmean(
+                blocks_max_over_mean(call, row, head, orders, (lengths or [TOKENS] * BATCH)[row])
+                for row in range(BATCH)
+            )
+            for orders in ((None, None), (plan.permutation, plan.key_permutation or plan.permutation))
+        ]
+        assert block_incoherence(call, head) == pytest.approx(expected, rel=1e-5)
+        assert (expected[0] == expected[1]) == (plan.permutation is None and plan.key_permutation is None)
+
+
+def blocks_max_over_mean(call, row, head, orders, length):
+    """The mean over blocks, and over queries and smooth keys, of one head in one row of the batch, in float64."""
+    key = call.key[row, head].double() - call.key[row, head, :length].double().mean(0)
+    means = []
+    for x, size, permutation in zip((call.query[row, head].double(), key), (Q_BLOCK, K_BLOCK), orders):
+        order = torch.arange(TOKENS) if permutation is None else permutation.order[head % len(permutation.order)]
+        means.append(fmean(float(b.abs().max() / b.abs().mean()) for b in x[order[:length]].split(size)))
+    return fmean(means)
+
+
+def test_an_order_that_gathers_tokens_of_the_same_size_takes_incoherence_to_its_least():
+    """Planted: every second token is 9 times as large; the mean of all keys, which smoothing takes away, is larger."""
+    size = torch.tensor([1.0, 9.0]).repeat(16)
+    sign = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(8)
+    x = (size * sign)[None, None, :, None].expand(1, 1, 32, 4)
+    everything = torch.ones(1, 1, 4, 8, dtype=torch.bool)
+    order = torch.cat([torch.arange(0, 32, 2), torch.arange(1, 32, 2)])
+    plan = AttentionPlan(Permutation.of(order[None]), BlockMask.from_visible(everything, 32, 8, 4))
+    call = Attended(plan, x, x + 100, x, x, TokenGrid(1, 4, 8))
+    assert block_incoherence(call, 0) == pytest.approx((9 / 5, 1))
+
+
+def test_an_order_that_is_the_tokens_own_is_not_measured_twice(monkeypatch):
+    calls = []
+    real = inspect_measures.incoherence
+    monkeypatch.setattr(inspect_measures, "incoherence", lambda *args: calls.append(args) or real(*args))
+    for changes, per_head in (({"permutation": None}, 2), ({}, 4)):
+        calls.clear()
+        measure(attended(random_plan(**changes)[0]))
+        assert len(calls) == per_head * HEADS

@@ -5,10 +5,12 @@ import json
 import pytest
 from page_reader import HOSTILE, Page
 
-from diffsparse.eval.inspect_page import as_page, in_words, percent
+from diffsparse.eval.inspect_page import as_page, in_both_orders, in_words, percent
 
 MEASURE = {"class": "spatial", "density": 0.25, "recall": 0.875, "error": 0.0123, "tail": True, "skipped": False}
+MEASURE |= {"incoherence_own_order": 8.256, "incoherence_plan_order": 7.5}
 DENSE = {"class": "dense", "density": 1.0, "recall": 1.0, "error": 0.0, "tail": False, "skipped": False}
+DENSE |= {"incoherence_own_order": None, "incoherence_plan_order": None}
 
 
 def head(transformer, layer, number, error):
@@ -54,6 +56,8 @@ def data_of(names=("transformer",), outside="a cat"):
             "recall": 0.875,
             "recall_5th_percentile": 0.5,
             "error": 0.0123,
+            "incoherence_own_order": 9.0,
+            "incoherence_plan_order": 8.5,
             "worst_head": {"transformer": names[-1], "layer": 1, "head": 2, "error": 0.02},
         },
         "transformers": [transformer(name) for name in names],
@@ -92,6 +96,27 @@ def test_each_transformer_says_at_which_step_its_heads_were_chosen():
     text = Page(as_page(data, {"map.png": b"PNG"})).text
     assert "Transformer, layer 1, head 2: the largest error, at step 1" in text
     assert "Transformer_2, layer 1, head 2: the largest error, at step 7" in text
+
+
+def test_incoherence_is_shown_in_both_orders_and_sorted_by_the_plans():
+    page = page_of()
+    assert "Incoherence: in the tokens’ own order → in the plan’s" in page.text
+    assert page.text.count("8.26 → 7.50") == 2 * 3
+    assert sum(tag == "td" and attributes.get("data-value") == "7.5" for tag, attributes in page.tags) == 2 * 3
+    assert "Mean of all: 9.00 → 8.50." in page.text
+
+
+def test_nothing_dense_has_an_incoherence():
+    data = data_of()
+    none = {"incoherence_own_order": None, "incoherence_plan_order": None}
+    data["summary"] |= none | {"worst_head": None}
+    for of_head in data["transformers"][0]["heads"]:
+        of_head |= none
+    text = Page(as_page(data, {"map.png": b"PNG"})).text
+    assert "Mean of all" not in text
+    assert "None" not in text
+    assert "→ 7" not in text
+    assert in_both_orders(none) == "–"
 
 
 def test_what_comes_from_outside_stays_text():

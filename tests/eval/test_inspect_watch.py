@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_wan_pipeline
 
 from diffsparse import Adaptive, Dense, SparseAttentionConfig
-from diffsparse.eval import inspect_watch
+from diffsparse.eval import inspect_measures, inspect_watch
 from diffsparse.eval.generate import Sampling, generate, load_pipeline
 from diffsparse.eval.inspect_measures import HeadMeasure
 from diffsparse.eval.inspect_watch import Head, Watch, stand_outs, watching
@@ -118,7 +118,7 @@ def test_the_heads_that_stand_out_are_known_layer_by_layer():
         measures, seen = {}, set()
         for number, (error, kind) in enumerate(zip(errors.tolist(), classes)):
             head = Head("transformer", number, 0)
-            measures[head] = HeadMeasure(f"class {kind}", 0.25, 0.5, error, False, False)
+            measures[head] = HeadMeasure(f"class {kind}", 0.25, 0.5, error, False, False, 8.0, 7.0)
             seen |= {head for head in stand_outs(measures) if head.layer == number}
         found = stand_outs(measures)
         assert set(found) <= seen
@@ -130,12 +130,14 @@ def test_the_heads_that_stand_out_are_known_layer_by_layer():
             assert len(shown) <= 2
 
 
+@pytest.mark.parametrize("what", ["query", "value"])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_attention_that_is_no_number_is_an_error_that_names_the_head(pipe, tiny_model, monkeypatch, wrong):
+def test_attention_that_is_no_number_is_an_error_that_names_the_head(pipe, tiny_model, monkeypatch, wrong, what):
+    monkeypatch.setattr(inspect_measures, "SAMPLED_ROWS", 1)  # which the broken query is not
     real = inspect_watch.measure
 
     def broken(call):
-        call.value[0, 1, 5] = wrong
+        getattr(call, what)[0, 1, 5] = wrong
         return real(call)
 
     monkeypatch.setattr(inspect_watch, "measure", broken)

@@ -156,6 +156,20 @@ def test_incoherence_is_max_over_mean_of_a_block_and_smoothing_lowers_it():
     assert (incoherence(key, 32) > 2 * incoherence(key - key_mean(key), 32)).all()
 
 
+def test_incoherence_is_of_the_tokens_that_exist():
+    lengths = [37, 16, 20]  # ragged in its last block, whole blocks only, ragged with a block of none behind it
+    x = normal(3, 2, 40, 8).bfloat16()
+    expected = torch.empty(3, 2)
+    for row, n in enumerate(lengths):
+        for head in range(2):
+            blocks = x[row, head, :n].double().abs().split(16)
+            expected[row, head] = sum(block.max() / block.mean() for block in blocks) / len(blocks)
+    for row, n in enumerate(lengths):
+        x[row, :, n:] = torch.nan
+    torch.testing.assert_close(incoherence(x, 16, torch.tensor(lengths, dtype=torch.int32)), expected)
+    assert (incoherence(x, 16, torch.zeros(3, dtype=torch.int32)) == 1).all()
+
+
 def attention_inputs(*, lengths=None, tail=None, outliers=True, dtype=torch.float32):
     """Two query heads of 105 tokens in query blocks of 32 and key blocks of 16; about half of the blocks are listed."""
     query, key, value = (normal(2, 2, 105, 64, seed=seed) for seed in range(3))
