@@ -7,9 +7,8 @@ import pytest
 import torch
 from running_products import touched_while_running
 
-from diffsparse.kernels.cross_compile_triton import machine_code, resources
-
 from diffsparse.kernels import backends
+from diffsparse.kernels.cross_compile_triton import machine_code, resources
 from diffsparse.kernels.quantization import PRECISIONS
 
 triton = pytest.importorskip("triton")
@@ -50,13 +49,15 @@ def test_the_triton_kernel_does_what_it_cannot(gluon, monkeypatch, option):
 @pytest.mark.parametrize("quantizes", [False, True])
 @pytest.mark.parametrize(("precision", "key_block_size"), itertools.product(PRECISIONS, (64, 128)))
 def test_it_says_what_it_leaves_to_the_triton_kernel(gluon, monkeypatch, quantizes, precision, key_block_size):
+    from diffsparse.kernels.operands_triton import Operands
+
     monkeypatch.setattr(gluon, "QUANTIZES", quantizes)
     monkeypatch.setattr(gluon.block_sparse_triton, "attend", lambda *args, **options: "triton")
     monkeypatch.setattr(gluon, "launch", lambda *args, **options: (None, None))
     x = torch.ones(1, 1, 128, 64)
     lists = torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 1, dtype=torch.int32)
     options = {"query_block_size": 128, "key_length": None, "tail": None, "scale": 1.0, "return_lse": False}
-    monkeypatch.setattr(gluon, "quantized", lambda *args: gluon.block_sparse_triton._Operands(x, x, x))
+    monkeypatch.setattr(gluon, "prepared", lambda *args, **options: Operands(x, x, x))
     given = gluon.attend(x, x, x, *lists, key_block_size=key_block_size, precision=precision, **options)
     assert backends.left_to("gluon", precision, key_block_size) == ("triton" if given == "triton" else None)
     is_quantized_here = quantizes and key_block_size == 128 and precision != "int4"
