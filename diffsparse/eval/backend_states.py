@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffsparse.kernels.backends import BACKENDS
-from diffsparse.kernels.block_sparse import pick_backend
+from diffsparse.kernels.block_sparse import name_of, pick_backend
 from diffsparse.kernels.capabilities import Capability, capability, features
 from diffsparse.kernels.quantization import PRECISIONS
 from diffsparse.kernels.self_test import largest_error, self_test
@@ -82,10 +81,9 @@ def backend_taken(
     """The backend that a call on the device runs in unless one is named; None if there is none."""
     query = torch.empty((1, 1, 1, head_dim), dtype=dtype, device=device)
     try:
-        module = pick_backend(None, query, query_block_size, key_block_size).__name__
+        return name_of(pick_backend(None, query, query_block_size, key_block_size))
     except ValueError:
         return None
-    return next(name for name, of_name in BACKENDS.items() if of_name == module)
 
 
 def is_reference(backend: str, device: str, precision: str) -> bool:

@@ -173,6 +173,11 @@ def pick_backend(
     )
 
 
+def name_of(module: ModuleType) -> str:
+    """The name of the backend whose module this is."""
+    return next(name for name, of_name in BACKENDS.items() if of_name == module.__name__)
+
+
 def _why_not_right(name: str, query: Tensor, query_block_size: int, key_block_size: int, precision: str) -> str | None:
     reason = why_not(name, query, query_block_size, key_block_size, precision)
     if reason is None and query.device.type != "cpu":

@@ -17,7 +17,6 @@ from tiny_models import tiny_wan_pipeline
 from torchvision.models import alexnet, squeezenet1_1
 from torchvision.models.vgg import cfgs, make_layers
 
-from diffsparse.eval import backend_states
 from diffsparse.eval.lpips_backbone import BACKBONES
 from diffsparse.eval.run_folder import Pair, RunFolder
 from diffsparse.kernels import backends, block_sparse, capabilities, self_test
@@ -181,7 +180,7 @@ def only_backends(monkeypatch):
             module = ModuleType(f"backend_{name}")
             module.why_not, module.attend = why_not, attend
             monkeypatch.setitem(sys.modules, module.__name__, module)
-        for user in (backends, block_sparse, capabilities, self_test, backend_states):
+        for user in (backends, block_sparse, capabilities, self_test):
             monkeypatch.setattr(user, "BACKENDS", {name: f"backend_{name}" for name in given})
 
     return replace

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffsparse.eval import bench, timing
-from diffsparse.kernels import self_test
+from diffsparse.kernels import block_sparse_eager, self_test
 from diffsparse.kernels.block_sparse import check_lists
 
 
@@ -26,7 +26,8 @@ def test_every_case_is_measured_and_written(tmp_path, capsys):
     assert bench.run(arguments) == 0
     written = json.loads(output.read_text())
     assert written["machine"]["torch"] == torch.__version__
-    assert written["self_test_error"] < 1e-5
+    errors = written["self_test_errors"]
+    assert errors["eager float32"] < 1e-5 < errors["eager bfloat16"] < 1e-2
     measured = [(row["case"]["dtype"], row["case"]["ragged"], row["case"]["tail"]) for row in written["attention"]]
     assert sorted(measured) == [
         (dtype, ragged, tail)
@@ -38,7 +39,9 @@ def test_every_case_is_measured_and_written(tmp_path, capsys):
         # One pair of calls, so the speed-up is the ratio of the medians.
         assert row["speed_up"] == pytest.approx(row["dense_seconds"] / row["sparse_seconds"])
         assert row["share_of_linear"] == pytest.approx(row["speed_up"] * row["executed_density"])
-    assert "ragged" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "ragged" in printed
+    assert "bfloat16 by eager, float32 by eager" in printed
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -72,6 +75,24 @@ def test_a_wrong_kernel_is_not_measured(tmp_path, monkeypatch, capsys):
     assert bench.run(parse(*SMALL, "--output", str(output))) == 1
     assert "speed was not measured" in capsys.readouterr().out
     assert not output.exists()
+
+
+def test_each_dtype_is_measured_and_tested_in_the_backend_that_takes_it(tmp_path, only_backends):
+    """As on Hopper, where the fastest backend takes no float32."""
+
+    def takes_halves(query, *sizes):
+        return None if query.dtype == torch.bfloat16 else "it takes bfloat16"
+
+    attend = block_sparse_eager.attend
+    only_backends(halves=(takes_halves, attend), eager=(lambda *arguments: None, attend))
+    output = tmp_path / "speed.json"
+    assert bench.run(parse(*SMALL, "--densities", "0.5", "--output", str(output))) == 0
+    written = json.loads(output.read_text())
+    assert {(row["case"]["dtype"], row["backend"]) for row in written["attention"]} == {
+        ("float32", "eager"),
+        ("bfloat16", "halves"),
+    }
+    assert set(written["self_test_errors"]) == {"eager float32", "halves bfloat16"}
 
 
 def test_threads_are_left_as_they_were(tmp_path):
