@@ -12,7 +12,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 SECONDS_TO_DIE = 10
 SECONDS_TO_SAY_WHERE = 0.5
@@ -25,25 +24,24 @@ def child_process(module: str, *arguments: str) -> Iterator[ChildProcess]:
 
     The module should call `follow_parent` first.
     """
-    with tempfile.TemporaryDirectory(prefix="diffsparse-") as folder:
-        output, complaints = Path(folder, "stdout"), Path(folder, "stderr")
-        with output.open("wb") as stdout, complaints.open("wb") as stderr:
-            # A new process, not a fork of ours, which may hold a CUDA context. In a session of its own, so that one
-            # signal reaches all that it starts.
-            process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", module, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=stdout,
-                stderr=stderr,
-                start_new_session=True,
-            )
-            child = ChildProcess(process, output, complaints)
-            try:
-                yield child
-            finally:
-                child.kill()
-                assert process.stdin is not None
-                process.stdin.close()
+    # Files without a name: nothing of them is left, however we end.
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as complaints:
+        # A new process, not a fork of ours, which may hold a CUDA context. In a session of its own, so that one signal
+        # reaches all that it starts.
+        process = subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=complaints,
+            start_new_session=True,
+        )
+        child = ChildProcess(process, output.fileno(), complaints.fileno())
+        try:
+            yield child
+        finally:
+            child.kill()
+            assert process.stdin is not None
+            process.stdin.close()
 
 
 def follow_parent() -> None:
@@ -60,11 +58,11 @@ def follow_parent() -> None:
 
 @dataclass(frozen=True)
 class ChildProcess:
-    """A process that was started here, and the files that its output and its complaints go to."""
+    """A process that was started here, and descriptors of the files that its output and its complaints go to."""
 
     process: subprocess.Popen[bytes]
-    output: Path
-    complaints: Path
+    output: int
+    complaints: int
 
     @property
     def runs(self) -> bool:
@@ -80,11 +78,11 @@ class ChildProcess:
 
     def lines(self) -> list[str]:
         """The whole lines of its output so far."""
-        return self.output.read_text(errors="replace").split("\n")[:-1]
+        return _text(self.output).split("\n")[:-1]
 
     def last_complaints(self) -> list[str]:
         """The last lines of its standard error so far."""
-        return self.complaints.read_text(errors="replace").splitlines()[-LAST_COMPLAINTS:]
+        return _text(self.complaints).splitlines()[-LAST_COMPLAINTS:]
 
     def say_where(self) -> None:
         """Have it write to its standard error where in its code it is."""
@@ -104,3 +102,8 @@ class ChildProcess:
         # Where nothing of the group is left, Linux says that there is none, macOS that it is not ours.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, number)
+
+
+def _text(file: int) -> str:
+    # From its start without going there: the child writes at the same place in the file.
+    return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
