@@ -121,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) is None:
             setattr(args, name, value)
     _check(args)
+    args.sizes = list(dict.fromkeys(args.sizes))
     # Reasons are others' words, and no markup.
     subjects = subjects_of(args, device, lambda line: console.print(line, markup=False))
     seconds = args.seconds / len(args.sizes)
@@ -164,7 +165,7 @@ def subjects_of(args: argparse.Namespace, device: torch.device, say: Callable[[s
             if is_off and not args.switched_off:
                 say(f"gluon {precision} is switched off and goes to the Triton kernel. Add it with --switched-off.")
                 continue
-            for size in dict.fromkeys(args.sizes):
+            for size in args.sizes:
                 if reason := _why_not(name, precision, size, args.head_dim, device):
                     say(f"{name} {precision}, {size}, cannot run: {reason}")
                     continue

@@ -122,7 +122,9 @@ def test_only_what_is_not_switched_off_makes_the_command_fail(tmp_path, monkeypa
 
 def test_the_table_has_all_and_the_last_words_as_they_are(capsys):
     subjects = [Subject(*names, False, "cpu", 1, 1, 1, 1.0) for names in (("gluon", "int8", "full"), ("dense",) * 3)]
-    bad = outcome("died", subjects[0], ended="[/x] SIGABRT", complaints=["[/bold] is no markup"], errors={"a": "nan"})
+    bad = outcome(
+        "died", subjects[0], ended="[/x] SIGABRT", complaints=["[/bold] is no markup"], errors={"a": 0.1, "b": "nan"}
+    )
     stress.show([bad, outcome("wrong", subjects[1], wrong=2, differing=16384)], 7, Console(width=150))
     printed = capsys.readouterr().out
     for words in ("beside 7", "[/x] SIGABRT", "[/bold] is no markup", "nan", "2, by up to 16,384 numbers"):
