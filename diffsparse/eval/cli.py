@@ -13,6 +13,7 @@ COMMANDS = {
     "inspect": "what each attention head keeps, step by step, as a page with attention maps",
     "calibrate": "what a strategy plans on a few prompts, as a file that any run can use",
     "bench": "time sparse attention against dense attention on this machine",
+    "stress": "whether the kernels stay right while other processes share the device",
     "plan": "what sparse attention is expected to save, without weights or GPU",
     "kernels": "what the Triton kernel takes on every architecture, compiled without a GPU",
     "families": "every transformer of diffusers, its family, or why it stays dense",

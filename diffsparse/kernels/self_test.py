@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 import torch
@@ -16,15 +17,100 @@ LARGEST_ERROR = 1e-4
 # the other side of a half; FP8 weights by 3.6 % rms where they are rounded relative to another largest weight.
 LARGEST_QUANTIZED_ERROR = {"native": 5e-3, "fp8": 5e-2}
 
-# Head dim, query and key block size, pooled tail, key length: every option, at every size that a backend may refuse.
+NUM_TOKENS = 300
+
+
+@dataclass(frozen=True)
+class SmallCase:
+    """What is asked of a backend in a call of batch 2, 2 heads and 300 tokens."""
+
+    head_dim: int
+    query_block_size: int
+    key_block_size: int
+    has_tail: bool
+    has_length: bool
+
+    def why_not(self, backend: str, device: torch.device | str, dtype: torch.dtype, precision: str) -> str | None:
+        """Why a backend cannot take it; None if it can."""
+        query = torch.empty((2, 2, NUM_TOKENS, self.head_dim), dtype=dtype, device=device)
+        return why_not(backend, query, self.query_block_size, self.key_block_size, precision)
+
+    def draw(self, dtype: torch.dtype, precision: str, generator: torch.Generator) -> SmallCall:
+        """Random inputs on the CPU, and what they give."""
+        query, key, value = (
+            torch.randn((2, 2, NUM_TOKENS, self.head_dim), generator=generator).to(dtype) for _ in range(3)
+        )
+        rows, columns = (-(-NUM_TOKENS // size) for size in (self.query_block_size, self.key_block_size))
+        visible = torch.rand((2, 2, rows, columns), generator=generator) < 0.5
+        visible[..., 0] = True
+        key_blocks = visible.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+        tail = torch.tensor([[True, False]]) if self.has_tail else None
+        key_length = torch.tensor([NUM_TOKENS, 77], dtype=torch.int32) if self.has_length else None
+        call = SmallCall(
+            self, precision, (query, key, value, key_blocks, visible.sum(dim=-1, dtype=torch.int32)), tail, key_length
+        )
+        if precision == "native":
+            expected = _float64_attention(
+                query, key, value, visible, self.query_block_size, self.key_block_size, key_length, tail
+            )
+        else:
+            expected = call.attend("eager")
+        return replace(call, expected=expected)
+
+
+@dataclass(frozen=True)
+class SmallCall:
+    """A case with inputs, as `attend` takes them.
+
+    Attributes:
+        expected: output [2, 2, 300, D] and logsumexp [2, 2, 300], on the CPU: in float64, or in a precision other than
+            "native" the eager backend's in that precision.
+    """
+
+    case: SmallCase
+    precision: str
+    inputs: tuple[Tensor, ...]
+    tail: Tensor | None
+    key_length: Tensor | None
+    expected: tuple[Tensor, Tensor] | None = None
+
+    def to(self, device: torch.device | str) -> SmallCall:
+        """The same with its inputs on a device."""
+        tail, key_length = (None if x is None else x.to(device) for x in (self.tail, self.key_length))
+        return replace(self, inputs=tuple(x.to(device) for x in self.inputs), tail=tail, key_length=key_length)
+
+    def attend(self, backend: str) -> tuple[Tensor, Tensor]:
+        """Output and logsumexp by a backend, where the inputs are."""
+        output: tuple[Tensor, Tensor] = import_module(BACKENDS[backend]).attend(
+            *self.inputs,
+            query_block_size=self.case.query_block_size,
+            key_block_size=self.case.key_block_size,
+            key_length=self.key_length,
+            tail=self.tail,
+            scale=self.case.head_dim**-0.5,
+            return_lse=True,
+            **({} if self.precision == "native" else {"precision": self.precision}),
+        )
+        return output
+
+    def error(self, actual: tuple[Tensor, Tensor]) -> float:
+        """The larger relative L2 error of output and logsumexp; NaN if either holds one."""
+        assert self.expected is not None
+        errors = [
+            float((a.cpu().double() - e.double()).norm() / e.double().norm()) for a, e in zip(actual, self.expected)
+        ]
+        return _largest(errors)
+
+
+# Every option, at every size that a backend may refuse.
 _SELF_TEST_CASES = (
-    (64, 64, 64, False, False),
-    (40, 64, 64, True, False),
-    (128, 64, 64, False, True),
-    (64, 64, 64, True, True),
-    (128, 128, 64, True, False),
-    (128, 128, 128, False, False),
-    (64, 128, 64, False, True),
+    SmallCase(64, 64, 64, has_tail=False, has_length=False),
+    SmallCase(40, 64, 64, has_tail=True, has_length=False),
+    SmallCase(128, 64, 64, has_tail=False, has_length=True),
+    SmallCase(64, 64, 64, has_tail=True, has_length=True),
+    SmallCase(128, 128, 64, has_tail=True, has_length=False),
+    SmallCase(128, 128, 128, has_tail=False, has_length=False),
+    SmallCase(64, 128, 64, has_tail=False, has_length=True),
 )
 
 
@@ -51,42 +137,19 @@ def self_test(
     if device is None:
         kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         device = next((kind for kind in kinds if available_backends(kind, precision).get(backend) is None), "cpu")
-    module = import_module(BACKENDS[backend])
     generator = torch.Generator().manual_seed(0)
     errors = []
-    for head_dim, query_block_size, key_block_size, has_tail, has_length in _SELF_TEST_CASES:
-        query, key, value = (torch.randn((2, 2, 300, head_dim), generator=generator).to(dtype) for _ in range(3))
-        reason = why_not(backend, query.to(device), query_block_size, key_block_size, precision)
-        if reason is not None:
-            continue
-        visible = torch.rand((2, 2, -(-300 // query_block_size), -(-300 // key_block_size)), generator=generator) < 0.5
-        visible[..., 0] = True
-        key_blocks = visible.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-        tail = torch.tensor([[True, False]]) if has_tail else None
-        key_length = torch.tensor([300, 77], dtype=torch.int32) if has_length else None
-        inputs = [query, key, value, key_blocks, visible.sum(dim=-1, dtype=torch.int32)]
-        options = {
-            "query_block_size": query_block_size,
-            "key_block_size": key_block_size,
-            "scale": head_dim**-0.5,
-            "return_lse": True,
-        }
-        if precision == "native":
-            expected = _float64_attention(
-                query, key, value, visible, query_block_size, key_block_size, key_length, tail
-            )
-        else:
-            options["precision"] = precision
-            expected = import_module(BACKENDS["eager"]).attend(*inputs, key_length=key_length, tail=tail, **options)
-        actual = module.attend(
-            *(x.to(device) for x in inputs),
-            key_length=None if key_length is None else key_length.to(device),
-            tail=None if tail is None else tail.to(device),
-            **options,
-        )
-        errors += [float((a.cpu().double() - e.double()).norm() / e.double().norm()) for a, e in zip(actual, expected)]
+    for case in _SELF_TEST_CASES:
+        reason = case.why_not(backend, device, dtype, precision)
+        if reason is None:
+            call = case.draw(dtype, precision, generator)
+            errors.append(call.error(call.to(device).attend(backend)))
     if not errors:
         raise ValueError(f"`backend` {backend!r} cannot run on {device}: {reason}. Name another backend or device.")
+    return _largest(errors)
+
+
+def _largest(errors: list[float]) -> float:
     # Unlike max(), a sum keeps an error that is not a number.
     return max(errors) if sum(errors) < float("inf") else float("nan")
 

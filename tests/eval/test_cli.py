@@ -24,6 +24,7 @@ def fail_with(error, monkeypatch):
         ["inspect"],
         ["calibrate"],
         ["bench"],
+        ["stress"],
         ["plan"],
         ["doctor"],
         ["families"],
