@@ -15,12 +15,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from diffsparse.kernels.hopper_lists_gluon import TILE, block_of, existing, sizes_of
+from diffsparse.kernels.hopper_lists_gluon import TILE, existing, sizes_of
 from diffsparse.kernels.hopper_products_gluon import (
     INT_OFFSET,
     ROWS,
     as_float,
     as_operand,
+    key_scale_of,
     online_softmax,
     product_layout,
     scaled,
@@ -60,12 +61,12 @@ def attend_half(
     num_tiles, num_missing = lists[2], lists[3]
     num_tail_tiles, tail_sizes_ptr, value_scale_ptr = tail
     logit_scale, first_size, key_length = softmax
-    query_scale, key_scale_ptr = scales
+    query_scale, key_scales = scales
     b, h, row = place
     out_desc, lse_ptr, head_of_batch, num_queries = results
     STAGES: gl.constexpr = key_tiles.shape[0]
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
-    QUANTIZED: gl.constexpr = key_scale_ptr is not None
+    QUANTIZED: gl.constexpr = key_scales is not None
     FP8_VALUES: gl.constexpr = value_tiles.dtype == gl.float8e4nv
     BOOST: gl.constexpr = FP8_BOOST if FP8_VALUES else 0.0
     OFFSET: gl.constexpr = INT_OFFSET if key_tiles.dtype == gl.int8 else 0.0
@@ -82,20 +83,18 @@ def attend_half(
     second_size = KEY_BLOCK
     if key_length is not None:
         first_size, second_size = sizes_of(0, lists, key_length, KEY_BLOCK)
-    scale = logit_scale
-    if QUANTIZED:
-        # The scale of a tile is read a tile ahead, and where it is to be read two tiles ahead.
-        scale *= query_scale * gl.load(key_scale_ptr + block_of(0, lists))
-        next_scale = gl.load(key_scale_ptr + block_of(1, lists))
-        next_block = block_of(2, lists)
+    scale = logit_scale * query_scale if QUANTIZED else logit_scale
     mbarrier.wait(query_ready, 0)
     mbarrier.wait(key_ready.index(0), 0)
+    if QUANTIZED:
+        first_key_scale = key_scale_of(0, key_scales)
     # [ROWS, TILE]
     logits = warpgroup_mma_wait(0, deps=[start_logits(query, key_tiles.index(0))])
     mbarrier.arrive(key_free.index(0), count=1)
     exists = existing(columns, first_size, gl.where(num_missing == 0, second_size, 0), KEY_BLOCK)
     logits = gl.where(exists[None, :], as_float(logits), -float("inf"))
-    peak, fade, weights, total = online_softmax(logits, scale, peak, total, OFFSET, BOOST)
+    first_scale = scale * first_key_scale if QUANTIZED else scale
+    peak, fade, weights, total = online_softmax(logits, first_scale, peak, total, OFFSET, BOOST)
     weights = as_operand(weights, value_tiles.dtype, out_layout)
     mbarrier.wait(value_ready.index(0), 0)
 
@@ -103,12 +102,22 @@ def attend_half(
         sizes = None
         if key_length is not None:
             sizes = sizes_of(tile, lists, key_length, KEY_BLOCK)
-        if QUANTIZED:
-            scale = logit_scale * query_scale * next_scale
-            next_scale = gl.load(key_scale_ptr + next_block)
-            next_block = block_of(tile + 2, lists)
         weights, numerator, fade, peak, total = _take_tile(
-            tile, query, keys, values, weights, numerator, fade, peak, total, scale, columns, sizes, None, KEY_BLOCK
+            tile,
+            query,
+            keys,
+            key_scales,
+            values,
+            weights,
+            numerator,
+            fade,
+            peak,
+            total,
+            scale,
+            columns,
+            sizes,
+            None,
+            KEY_BLOCK,
         )
     last_tile = num_tiles - 1
     if tail_sizes_ptr is not None and not QUANTIZED:
@@ -118,6 +127,7 @@ def attend_half(
                 num_tiles + i,
                 query,
                 keys,
+                None,
                 values,
                 weights,
                 numerator,
@@ -177,6 +187,7 @@ def _take_tile(
     tile,
     query,
     keys,
+    key_scales,
     values,
     weights,
     numerator,
@@ -190,6 +201,8 @@ def _take_tile(
     KEY_BLOCK: gl.constexpr,
 ):
     """Take the last tile's weights [ROWS, TILE] into the numerator, this tile's into the total.
+
+    The tile's own scale of `key_scales`, None if nothing is quantized, comes to `scale`.
 
     `sizes` is how many keys of each of the tile's blocks exist, None if all do. At `means_ptr` is how many tokens
     each key is the mean of, None if none is one.
@@ -206,6 +219,8 @@ def _take_tile(
     out_layout: gl.constexpr = numerator.type.layout
     stage, phase, last_stage = tile % STAGES, (tile // STAGES) & 1, (tile - 1) % STAGES
     mbarrier.wait(key_ready.index(stage), phase)
+    if key_scales is not None:
+        scale *= key_scale_of(stage, key_scales)
     logits = start_logits(query, key_tiles.index(stage))
     product = start_product(weights, value_tiles.index(last_stage), numerator)
     if means_ptr is not None:

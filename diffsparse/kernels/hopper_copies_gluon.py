@@ -14,8 +14,12 @@ from diffsparse.kernels.hopper_products_gluon import ROWS
 
 
 @gluon.jit
-def copy_tiles(queries, keys, values, means, lists, num_tail_tiles, place, descs, KEY_BLOCK: gl.constexpr):
-    """Copy the query block, then tile after tile of keys and values as they become free. Runs in one warp."""
+def copy_tiles(queries, keys, values, means, lists, scales, num_tail_tiles, place, descs, KEY_BLOCK: gl.constexpr):
+    """Copy the query block, then tile after tile of keys and values as they become free. Runs in one warp.
+
+    A quantized tile's scale goes beside it.
+    """
+    key_scales, key_scale_ptr = scales
     query_tiles, query_ready, _ = queries
     num_tiles = lists[2]
     b, h, row = place
@@ -27,25 +31,37 @@ def copy_tiles(queries, keys, values, means, lists, num_tail_tiles, place, descs
         tma.async_copy_global_to_shared(query_desc, [b, h, first_query, 0], query_ready, query_tiles.index(i))
     for tile in range(num_tiles):
         first, second = blocks_of(tile, lists, KEY_BLOCK)
-        _copy_tile(key_desc, b, h, first * KEY_BLOCK, second * KEY_BLOCK, keys, tile, KEY_BLOCK)
-        _copy_tile(value_desc, b, h, first * KEY_BLOCK, second * KEY_BLOCK, values, tile, KEY_BLOCK, FP8_VALUES)
+        scale = None
+        if key_scale_ptr is not None:
+            scale = gl.load(key_scale_ptr + first)
+        _copy_tile(key_desc, b, h, first * KEY_BLOCK, second * KEY_BLOCK, keys, tile, KEY_BLOCK, key_scales, scale)
+        _copy_tile(
+            value_desc, b, h, first * KEY_BLOCK, second * KEY_BLOCK, values, tile, KEY_BLOCK, None, None, FP8_VALUES
+        )
     if means[0] is not None:
         _copy_means(pooled_key_desc, pooled_value_desc, b, h, keys, values, means, num_tiles, num_tail_tiles)
     elif pooled_key_desc is not None:
         for i in range(num_tail_tiles):
-            _copy_tile(pooled_key_desc, b, h, i * TILE, 0, keys, num_tiles + i, TILE)
-            _copy_tile(pooled_value_desc, b, h, i * TILE, 0, values, num_tiles + i, TILE)
+            _copy_tile(pooled_key_desc, b, h, i * TILE, 0, keys, num_tiles + i, TILE, None, None)
+            _copy_tile(pooled_value_desc, b, h, i * TILE, 0, values, num_tiles + i, TILE, None, None)
 
 
 @gluon.jit
-def _copy_tile(desc, b, h, first, second, ring, tile, KEY_BLOCK: gl.constexpr, TRANSPOSED: gl.constexpr = False):
-    """Copy rows [TILE, D] of one head: those from `first` on, then, of small blocks, those from `second` on."""
+def _copy_tile(
+    desc, b, h, first, second, ring, tile, KEY_BLOCK: gl.constexpr, scales, scale, TRANSPOSED: gl.constexpr = False
+):
+    """Copy rows [TILE, D] of one head: those from `first` on, then, of small blocks, those from `second` on.
+
+    A `scale` that is not None is there for whoever has passed the barrier.
+    """
     tiles, ready, free = ring
     STAGES: gl.constexpr = tiles.shape[0]
     stage, phase = tile % STAGES, (tile // STAGES) & 1
     rows = tiles.index(stage)
     # The phase before the first counts as passed: nothing has to be freed in the first round.
     mbarrier.wait(free.index(stage), phase ^ 1)
+    if scale is not None:
+        scales.index(stage).store(gl.full([1], scale, gl.float32, gl.BlockedLayout([1], [32], [1], [0])))
     mbarrier.expect(ready.index(stage), TILE // KEY_BLOCK * desc.block_type.nbytes)
     if TRANSPOSED:
         tma.async_copy_global_to_shared(desc, [b, h, 0, first], ready.index(stage), rows)

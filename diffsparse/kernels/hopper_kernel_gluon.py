@@ -103,10 +103,13 @@ def attention_kernel(
         out_tiles = gl.allocate_shared_memory(out_desc.dtype, [2, ROWS, HEAD_DIM], out_desc.layout)
         query_scale = gl.load(query_scale_ptr + row_of_all)
         key_scale_ptr += head_of_batch * ((num_keys + KEY_BLOCK - 1) // KEY_BLOCK)
-        scales = (query_scale, key_scale_ptr)
+        key_scales = gl.allocate_shared_memory(gl.float32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        scales = (query_scale, key_scales)
+        copied_scales = (key_scales, key_scale_ptr)
     else:
         out_tiles = query_tiles
-        scales = (1.0, None)
+        scales = (None, None)
+        copied_scales = (None, None)
     if value_scale_ptr is not None:
         value_scale_ptr += head_of_batch * HEAD_DIM
         value_tiles = gl.allocate_shared_memory(value_desc.dtype, [STAGES, HEAD_DIM, TILE], value_desc.layout)
@@ -152,7 +155,7 @@ def attention_kernel(
         [
             (attend_half, (queries, keys, values, means, lists, tail, softmax, scales, place, results, KEY_BLOCK, 0)),
             (attend_half, (queries, keys, values, means, lists, tail, softmax, scales, place, results, KEY_BLOCK, 1)),
-            (copy_tiles, (queries, keys, values, means, lists, num_tail_tiles, place, descs, KEY_BLOCK)),
+            (copy_tiles, (queries, keys, values, means, lists, copied_scales, num_tail_tiles, place, descs, KEY_BLOCK)),
         ],
         [4, 1],
         [240, 24],

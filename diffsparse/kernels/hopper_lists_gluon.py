@@ -50,13 +50,6 @@ def blocks_of(tile, lists, KEY_BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def block_of(tile, lists):
-    """The key block of a listed tile of one block; of the last one from its number on."""
-    list_ptr, stride, num_tiles, num_missing, ragged_place = lists
-    return gl.load(list_ptr + _place(gl.minimum(tile, num_tiles - 1), num_missing, ragged_place) * stride)
-
-
-@gluon.jit
 def sizes_of(tile, lists, length, KEY_BLOCK: gl.constexpr):
     """How many keys of the blocks of a listed tile exist: a whole block or more, or fewer, or none."""
     first, second = blocks_of(tile, lists, KEY_BLOCK)

@@ -38,6 +38,12 @@ def start_logits(query, key_tile):
 
 
 @gluon.jit
+def key_scale_of(stage, key_scales):
+    """The scale of the quantized keys in a place of the ring."""
+    return gl.max(key_scales.index(stage).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def as_float(logits):
     """Products of `start_logits` as fp32; those of INT8 are INT_OFFSET too large."""
     if logits.dtype == gl.int32:

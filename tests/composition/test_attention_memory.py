@@ -1,6 +1,7 @@
 """What a layer of a real model allocates at 720p, counted on the meta device: sizes without memory."""
 
 import weakref
+from types import ModuleType
 
 import diffusers
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffsparse import Adaptive, SparseAttentionConfig, processors
 from diffsparse.block_mask import BlockMask
+from diffsparse.kernels import block_sparse
 from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
 from diffsparse.steps import Step
@@ -124,7 +126,12 @@ def test_no_tensor_is_larger_than_query_key_value_and_output(name, attention_as_
     assert (stock.largest > bound) == (stock_mask.shape[2] > 1) == (name == "HunyuanVideo15Transformer3DModel")
 
 
-def test_tokens_in_another_order_go_before_the_output_comes_back():
+def test_tokens_in_another_order_go_before_the_output_comes_back(monkeypatch):
+    # What happens within our operator, but for the kernel.
+    kernel = ModuleType("kernel")
+    kernel.attend = lambda query, *inputs, **options: (torch.empty_like(query), query.new_empty(0))
+    monkeypatch.setattr(block_sparse, "pick_backend", lambda *choice: kernel)
+    monkeypatch.setattr(block_sparse, "_operator", block_sparse._operator._init_fn)
     # Beside the inputs, which count too: three of them and the output, or the output in both orders, never more.
     query, key, value = (torch.empty(1, 8, 4096, 64, device="meta") for _ in range(3))
     visible = torch.ones(1, 8, 32, 32, dtype=torch.bool, device="meta")
