@@ -34,9 +34,17 @@ def touched_while_running(code: str) -> list[str]:
             wait = _WAIT.search(operands)
             assert wait is not None, operands
             batches = batches[len(batches) - int(wait[1]) :] if int(wait[1]) else []
-        elif started.union(*batches) & _registers(operands, 4 if "128" in operation else 2 if "64" in operation else 1):
+        elif started.union(*batches) & _taken(operation, operands):
             touching.append(f"{operation} {operands}")
     return touching
+
+
+def _taken(operation: str, operands: str) -> set[int]:
+    """The registers that an instruction reads or writes. An address takes one or two, however much lies there."""
+    width = 4 if "128" in operation else 2 if "64" in operation or "WIDE" in operation else 1
+    addresses = re.findall(r"\[.*?\]", operands)
+    numbers = re.sub(r"\[.*?\]", "", operands)
+    return _registers(numbers, width).union(*(_registers(x, 2 if ".64" in x else 1) for x in addresses))
 
 
 def _registers(operands: str, width: int) -> set[int]:

@@ -19,13 +19,25 @@ def line(instruction):
 
 @pytest.mark.parametrize(
     "instruction",
-    ["MUFU.EX2 R183, R2", "@!P0 FADD R2, R3, R151", "STS.128 [R2+UR4], R85", "IMAD.WIDE.U32 R22, R2, R3, R22"],
+    [
+        "MUFU.EX2 R183, R2",
+        "@!P0 FADD R2, R3, R151",
+        "STS.128 [R2+UR4], R85",
+        "LDG.E R2, desc[UR4][R150.64]",
+        "IMAD.WIDE.U32 R23, R2, R3, R10",
+    ],
 )
 def test_what_takes_a_register_of_a_running_product_is_found(instruction):
-    # The last one writes R22 and R23, just below.
-    touches = "R22" not in instruction
-    assert bool(touched_while_running(PRODUCTS + line(instruction))) == touches
+    assert touched_while_running(PRODUCTS + line(instruction)) == [instruction.removeprefix("@!P0 ") + " "]
     assert touched_while_running(PRODUCTS + ALL_DONE + line(instruction)) == []
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    ["IMAD.WIDE.U32 R22, R2, R3, R10", "LDGSTS.E.BYPASS.128 [R21], desc[UR4][R22.64], P0", "STS.128 [R23+UR4], R4"],
+)
+def test_the_registers_beside_those_of_a_product_are_free(instruction):
+    assert touched_while_running(PRODUCTS + line(instruction)) == []
 
 
 def test_a_wait_for_the_first_product_frees_its_registers_only():
