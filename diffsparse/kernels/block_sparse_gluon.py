@@ -20,6 +20,7 @@ from diffsparse.kernels import block_sparse_triton
 from diffsparse.kernels.hopper_kernel_gluon import attention_kernel
 from diffsparse.kernels.hopper_lists_gluon import TILE
 from diffsparse.kernels.hopper_products_gluon import ROWS
+from diffsparse.kernels.launch import launch_on
 from diffsparse.kernels.operands_triton import Operands, of_key_mean, prepared
 from diffsparse.kernels.pooling import tail_sizes
 from diffsparse.kernels.schedule import heavy_first
@@ -178,7 +179,7 @@ def launch(
         )
         has_tail = tail.expand(batch, heads).to(torch.int32, memory_format=torch.contiguous_format)
     value_tile = (key_block_size, head_dim) if operands.value_scale is None else (head_dim, key_block_size)
-    with torch.cuda.device(query.device):
+    with launch_on(query.device):
         attention_kernel[(counts.numel(),)](
             _descriptor(query, ROWS.value, head_dim),
             _descriptor(key, key_block_size, head_dim),

@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffsparse.kernels import quantization
 from diffsparse.kernels.block_sparse_kernel_triton import attention_kernel
+from diffsparse.kernels.launch import launch_on
 from diffsparse.kernels.operands_triton import of_key_mean, prepared
 from diffsparse.kernels.pooling import tail_sizes
 from diffsparse.kernels.schedule import heavy_first
@@ -96,7 +97,7 @@ def attend(
         keys = _descriptor(keys, [chosen.key_tile, padded_dim // (2 if keys.dtype == torch.uint8 else 1)])
         tile = [padded_dim, chosen.key_tile] if operands.value_scale is not None else [chosen.key_tile, padded_dim]
         values = _descriptor(values, tile)
-    with _on(query.device):
+    with launch_on(query.device):
         attention_kernel[(counts.numel(),)](
             operands.query,
             keys,
@@ -166,8 +167,3 @@ def _tuning(query: Tensor, query_block_size: int, key_block_size: int, precision
 def padded(head_dim: int, precision: str) -> int:
     """The head dim as the matrix instructions want it: a power of two, of 32 bytes at least."""
     return triton.next_power_of_2(max(head_dim, 16 if precision == "native" else 32))
-
-
-def _on(device: torch.device) -> torch.cuda.device:
-    """Launches go to the current device: make it the tensors' own. Nothing on the CPU, for the interpreter."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)

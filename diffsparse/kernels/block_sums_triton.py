@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffsparse.kernels.launch import launch_on
+
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -33,7 +35,7 @@ def block_sums(
     numerators = query.new_empty((batch, heads, rows, blocks, dim), dtype=torch.float32)
     sums = query.new_empty((3, batch, heads, rows, blocks), dtype=torch.float32)
     means = query.new_empty((2, batch, heads, blocks, dim), dtype=torch.float32)
-    with torch.cuda.device(query.device if query.device.type == "cuda" else -1):
+    with launch_on(query.device):
         block_sums_kernel[(blocks, batch * heads)](
             query,
             key,

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffsparse.kernels.launch import launch_on
+
 # Blocks or entries of a list taken at a time. The number of blocks is no constant: another resolution compiles nothing.
 CHUNK = 1024
 
@@ -23,7 +25,7 @@ def lists_of(bits: Tensor, num_blocks: int) -> Tensor:
     The first block is the lowest bit of the first byte.
     """
     lists = torch.empty((*bits.shape[:-1], num_blocks), dtype=torch.int32, device=bits.device)
-    with _on(bits.device):
+    with launch_on(bits.device):
         lists_kernel[(bits.shape[:-1].numel(),)](bits.contiguous(), lists, num_blocks, CHUNK=CHUNK)
     return lists
 
@@ -39,7 +41,7 @@ def tail_sizes(
     """What `pooling.tail_sizes` gives: [B, H, Q, num_padded] uint8."""
     batch, heads, rows = counts.shape
     sizes = torch.empty((*counts.shape, num_padded), dtype=torch.uint8, device=counts.device)
-    with _on(counts.device):
+    with launch_on(counts.device):
         tail_sizes_kernel[(rows, batch * heads)](
             key_blocks,
             counts,
@@ -54,11 +56,6 @@ def tail_sizes(
             CHUNK=CHUNK,
         )
     return sizes
-
-
-def _on(device: torch.device) -> torch.cuda.device:
-    """Launches go to the current device: make it the tensors' own. Nothing on the CPU, for the interpreter."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
 @triton.jit

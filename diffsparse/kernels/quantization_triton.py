@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffsparse.kernels.launch import launch_on
 from diffsparse.kernels.quantization import E4M3_MAX, LEAST_ABSMAX
 
 LEAST = tl.constexpr(LEAST_ABSMAX)
@@ -72,7 +73,7 @@ def quantize_blocks(
     values = torch.empty((batch, heads, num_tokens, width), dtype=DTYPES[number], device=x.device)
     scales = torch.empty((batch, heads, num_blocks), dtype=torch.float32, device=x.device)
     means = x.new_empty((batch, heads, num_blocks, head_dim)) if pool else None
-    with _on(x.device):
+    with launch_on(x.device):
         quantize_blocks_kernel[(num_blocks, batch * heads)](
             x,
             order,
@@ -117,7 +118,7 @@ def quantize_values(
     grid = num_blocks, batch * heads, triton.cdiv(head_dim, channels)
     shapes = {"HEAD_DIM": head_dim, "CHANNELS": channels, "BLOCK": block_size}
     warps = num_warps(block_size * channels)
-    with _on(value.device):
+    with launch_on(value.device):
         channel_absmax_kernel[grid](
             value, key_length, absmax, *value.stride()[:3], heads, num_tokens, **shapes, num_warps=warps
         )
@@ -336,8 +337,3 @@ def _rounded(x):
 def _head_stride(order: Tensor | None) -> int:
     """From one head of an order [H|1, S] to the next."""
     return 0 if order is None or order.shape[0] == 1 else order.stride(0)
-
-
-def _on(device: torch.device) -> torch.cuda.device:
-    """Launches go to the current device: make it the tensors' own. Nothing on the CPU, for the interpreter."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)

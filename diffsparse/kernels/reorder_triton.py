@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffsparse.kernels.launch import launch_on
+
 ROWS = 64
 
 
@@ -30,7 +32,7 @@ def scatter_tokens(x: Tensor, order: Tensor) -> Tensor:
 
 def _launch(x: Tensor, order: Tensor, out: Tensor, *, scatters: bool) -> None:
     batch, heads, tokens, dim = x.shape
-    with torch.cuda.device(x.device if x.device.type == "cuda" else -1):
+    with launch_on(x.device):
         reorder_kernel[(triton.cdiv(tokens, ROWS), batch * heads)](
             x,
             order,
