@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from diffsparse.kernels.first_use import is_right
+from diffsparse.kernels.first_use import kernels_on
 from diffsparse.packed_bits import pack_bits, unpack_bits
 
 
@@ -77,8 +77,11 @@ class BlockMask:
 
         What follows the first `counts` of a row is 0.
         """
-        kernel = _kernel(self.bits.device)
-        return _lists(self.visible()) if kernel is None else kernel(self.bits, self.num_key_blocks)
+        kernels = _kernels(self.bits.device)
+        if kernels is None:
+            return _lists(self.visible())
+        lists: Tensor = kernels.lists_of(self.bits, self.num_key_blocks)
+        return lists
 
 
 def num_blocks(num_tokens: int, block_size: int) -> int:
@@ -97,20 +100,12 @@ def _lists(visible: Tensor) -> Tensor:
 
 
 @functools.cache
-def _kernel(device: torch.device) -> Callable[[Tensor, int], Tensor] | None:
+def _kernels(device: torch.device) -> ModuleType | None:
     """The Triton kernel for `BlockMask.lists`, where it runs and is right on a small mask; None elsewhere."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
 
-    def check() -> bool:
-        from diffsparse.kernels.lists_triton import lists_of
-
+    def check(kernels: ModuleType) -> bool:
         # More blocks than the kernel takes at a time.
         visible = torch.rand((2, 3, 1100), generator=torch.Generator().manual_seed(0), device="cpu") < 0.4
-        return torch.equal(lists_of(pack_bits(visible).to(device), 1100).cpu(), _lists(visible))
+        return torch.equal(kernels.lists_of(pack_bits(visible).to(device), 1100).cpu(), _lists(visible))
 
-    if not is_right("listing key blocks", check):
-        return None
-    from diffsparse.kernels.lists_triton import lists_of
-
-    return lists_of
+    return kernels_on(device, "lists_triton", "listing key blocks", check)

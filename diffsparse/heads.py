@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels.first_use import is_right
+from diffsparse.kernels.first_use import kernels_on
 from diffsparse.kernels.pooling import block_means, block_token_counts
 from diffsparse.kernels.reorder import gather_tokens
 
@@ -82,8 +82,8 @@ class BlockSums:
             order: [S] int64, the token order to be judged; None for that of key and value.
             key_length: [B], keys at or beyond this place of the order do not exist.
         """
-        if key.device.type == "cuda" and (kernel := _kernel(key.device)) is not None:
-            return cls(*kernel(query, key, value, block_size, order, key_length))
+        if (kernels := _kernels(key.device)) is not None:
+            return cls(*kernels.block_sums(query, key, value, block_size, order, key_length))
         if order is not None:
             key, value = gather_tokens(key, order[None]), gather_tokens(value, order[None])
         batch, heads, tokens = key.shape[:3]
@@ -153,26 +153,20 @@ _LEAST = torch.finfo(torch.float32).min
 
 
 @functools.cache
-def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
+def _kernels(device: torch.device) -> ModuleType | None:
     """The Triton kernel for `BlockSums.of`, where it runs and is right on a small input; None elsewhere."""
 
-    def check() -> bool:
-        from diffsparse.kernels.block_sums_triton import block_sums
-
+    def check(kernels: ModuleType) -> bool:
         generator = torch.Generator().manual_seed(0)
         query, key, value = (
             torch.randn(1, 2, tokens, 32, generator=generator, dtype=torch.float32) for tokens in (5, 70, 70)
         )
         order = torch.randperm(70, generator=generator)
         expected = BlockSums.of(query, key, value, 32, order)
-        actual = block_sums(query.to(device), key.to(device), value.to(device), 32, order.to(device))
+        actual = kernels.block_sums(query.to(device), key.to(device), value.to(device), 32, order.to(device))
         return all(torch.allclose(a.cpu(), e, 1e-3, 1e-3) for a, e in zip(actual, vars(expected).values(), strict=True))
 
-    if not is_right("judging candidate masks", check):
-        return None
-    from diffsparse.kernels.block_sums_triton import block_sums
-
-    return block_sums
+    return kernels_on(device, "block_sums_triton", "judging candidate masks", check)
 
 
 def head_errors(output: Tensor, exact: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from pretended_gpu import GPU, PretendedGPU
 from torch import Tensor
 
 from diffsparse import heads
@@ -145,23 +146,23 @@ def stand_in(monkeypatch):
         assert {x.dtype for x in (query, key, value)} == {torch.float32}
         return vars(BlockSums.of(query, key, value, block_size, order)).values()
 
-    monkeypatch.setitem(
-        sys.modules, "diffsparse.kernels.block_sums_triton", types.SimpleNamespace(block_sums=block_sums)
-    )
-    return block_sums
+    module = types.SimpleNamespace(block_sums=block_sums)
+    monkeypatch.setitem(sys.modules, "diffsparse.kernels.block_sums_triton", module)
+    with PretendedGPU():
+        yield module
 
 
 def test_trying_the_kernel_draws_no_numbers_that_a_video_is_made_of(stand_in):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    assert heads._kernel.__wrapped__(torch.device("cpu")) is stand_in
+    assert heads._kernels.__wrapped__(GPU) is stand_in
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_kernel_is_tried_in_float32_whatever_the_default_is(stand_in):
     torch.set_default_dtype(torch.float64)
     try:
-        assert heads._kernel.__wrapped__(torch.device("cpu")) is stand_in
+        assert heads._kernels.__wrapped__(GPU) is stand_in
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -171,6 +172,6 @@ def test_a_kernel_with_one_wrong_sum_is_left_out(wrong, stand_in, monkeypatch):
     def off(*args):
         return [x + 0.1 * (name == wrong) for name, x in vars(BlockSums.of(*args)).items()]
 
-    monkeypatch.setattr(sys.modules["diffsparse.kernels.block_sums_triton"], "block_sums", off)
+    monkeypatch.setattr(stand_in, "block_sums", off)
     with pytest.warns(UserWarning, match="judging candidate masks is left out"):
-        assert heads._kernel.__wrapped__(torch.device("cpu")) is None
+        assert heads._kernels.__wrapped__(GPU) is None

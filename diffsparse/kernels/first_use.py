@@ -4,6 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+
+def kernels_on(device: torch.device, module: str, what: str, check: Callable[[ModuleType], bool]) -> ModuleType | None:
+    """The Triton kernels for `what` in a module beside this one, where they pass their check; None elsewhere.
+
+    They run on NVIDIA GPUs. Callers keep the answer: the check waits for the device.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    name = f"diffsparse.kernels.{module}"
+    return import_module(name) if is_right(what, lambda: check(import_module(name))) else None
 
 
 def is_right(what: str, check: Callable[[], bool]) -> bool:

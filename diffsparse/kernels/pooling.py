@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffsparse.kernels.first_use import is_right
+from diffsparse.kernels.first_use import kernels_on
 
 
 def block_means(x: Tensor, block_size: int, key_length: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -57,9 +57,10 @@ def tail_sizes(
     `key_blocks` [B, H, Q, C], `counts` [B, H, Q]. `num_padded` is above the number of blocks: entries beyond a count
     go to the last place, which belongs to no block. Blocks are of at most 255 tokens.
     """
-    kernel = _kernel(key_blocks.device)
-    compute = _tail_sizes if kernel is None else kernel
-    return compute(key_blocks, counts, num_keys, key_block_size, key_length, num_padded)
+    kernels = _kernels(key_blocks.device)
+    compute = _tail_sizes if kernels is None else kernels.tail_sizes
+    sizes: Tensor = compute(key_blocks, counts, num_keys, key_block_size, key_length, num_padded)
+    return sizes
 
 
 def _tail_sizes(
@@ -79,14 +80,10 @@ def _tail_sizes(
 
 
 @functools.cache
-def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
+def _kernels(device: torch.device) -> ModuleType | None:
     """The Triton kernel for `tail_sizes`, where it runs and is right on a few lists; None elsewhere."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
 
-    def check() -> bool:
-        from diffsparse.kernels import lists_triton
-
+    def check(kernels: ModuleType) -> bool:
         generator = torch.Generator().manual_seed(0)
         # More blocks than the kernel takes at a time, the last one ragged.
         key_blocks = torch.rand((2, 2, 3, 1100), generator=generator, device="cpu").argsort(-1).int()
@@ -94,11 +91,7 @@ def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
         key_length = torch.tensor([17590, 9000], dtype=torch.int32, device="cpu")
         expected = _tail_sizes(key_blocks, counts, 17590, 16, key_length, 1152)
         key_blocks, counts, key_length = (x.to(device) for x in (key_blocks, counts, key_length))
-        actual = lists_triton.tail_sizes(key_blocks, counts, 17590, 16, key_length, 1152)
+        actual = kernels.tail_sizes(key_blocks, counts, 17590, 16, key_length, 1152)
         return torch.equal(actual.cpu(), expected)
 
-    if not is_right("sizes of the pooled tail", check):
-        return None
-    from diffsparse.kernels import lists_triton
-
-    return lists_triton.tail_sizes
+    return kernels_on(device, "lists_triton", "sizes of the pooled tail", check)

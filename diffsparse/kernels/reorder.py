@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from diffsparse.kernels.first_use import is_right
+from diffsparse.kernels.first_use import kernels_on
 
 
 def in_order(x: Tensor, order: Tensor | None) -> Tensor:
@@ -65,16 +64,13 @@ def _for_batch(rows: Tensor, batch: int) -> Tensor:
 @functools.cache
 def _kernels(device: torch.device) -> ModuleType | None:
     """The Triton kernels where they run and do what they should, seen on a small tensor; None elsewhere."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
 
-    def check() -> bool:
-        module = import_module("diffsparse.kernels.reorder_triton")
+    def check(kernels: ModuleType) -> bool:
         x = torch.arange(2 * 3 * 70 * 8, device=device, dtype=torch.float32).view(2, 70, 3, 8).transpose(1, 2)
         generator = torch.Generator().manual_seed(0)
         order = torch.stack([torch.randperm(70, generator=generator) for _ in range(3)]).to(device)
-        there = module.gather_tokens(x, order)
+        there = kernels.gather_tokens(x, order)
         right = torch.equal(there, x.gather(2, order[None, :, :, None].expand_as(x)))
-        return right and torch.equal(module.scatter_tokens(there, order), x)
+        return right and torch.equal(kernels.scatter_tokens(there, order), x)
 
-    return import_module("diffsparse.kernels.reorder_triton") if is_right("reordering tokens", check) else None
+    return kernels_on(device, "reorder_triton", "reordering tokens", check)
