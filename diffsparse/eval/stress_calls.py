@@ -109,11 +109,11 @@ def small_cases(backend: str, precision: str, device: torch.device) -> list[Smal
     # In 8 bits gluon leaves blocks of 64 keys to the Triton kernel.
     key_blocks = (BLOCK_SIZE,) if backend == "gluon" and precision != "native" else (64, BLOCK_SIZE)
     cases = [
-        SmallCase(head_dim, BLOCK_SIZE, key_block_size, has_tail, has_length)
+        SmallCase(head_dim, BLOCK_SIZE, key_block_size, has_all, has_all, has_all)
         for head_dim in (64, 128)
         for key_block_size in key_blocks
-        # Each is another kernel to compile, so not every pair.
-        for has_tail, has_length in ((True, True), (False, False))
+        # Each is another kernel to compile, so not every combination.
+        for has_all in (True, False)
     ]
     return [case for case in cases if case.why_not(backend, device, _dtype(device), precision) is None]
 
@@ -205,9 +205,8 @@ def _small(subject: Subject, device: torch.device) -> list[RepeatedCall]:
 
     def repeated(case: SmallCase) -> RepeatedCall:
         call = case.draw(dtype, subject.precision, generator).to(device)
-        options = (", tail" if case.has_tail else "") + (", key length" if case.has_length else "")
         return RepeatedCall(
-            f"head dim {case.head_dim}, {case.key_block_size} keys a block{options}",
+            f"head dim {case.head_dim}, {case.key_block_size} keys a block{', all options' * case.has_tail}",
             lambda: call.attend(subject.backend),
             lambda results: call.error((results[0], results[1])),
             largest_error(dtype, subject.precision),

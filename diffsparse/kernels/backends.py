@@ -6,11 +6,15 @@ some of its work to another says so in `left_to`, as `block_sparse_gluon.py` doe
 
 from __future__ import annotations
 
+import functools
 import inspect
 from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from diffsparse.kernels.reorder import in_order
 
 # Name and module, the fastest first. Imported when asked for: what a module needs may be missing here.
 # "eager" runs anywhere, so that what stands after it is taken only by its name.
@@ -51,3 +55,25 @@ def left_to(name: str, precision: str, key_block_size: int) -> str | None:
     ask = getattr(import_module(BACKENDS[name]), "left_to", None)
     other: str | None = None if ask is None else ask(precision, key_block_size)
     return other
+
+
+def in_order_for(
+    module: ModuleType,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_order: Tensor | None,
+    key_order: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor | None]]:
+    """Query, key and value as a backend's `attend` takes them, and its options for orders.
+
+    A backend may put tokens in order itself, which saves a pass where it quantizes. None has to.
+    """
+    if _takes_orders(module):
+        return (query, key, value), {"query_order": query_order, "key_order": key_order}
+    return (in_order(query, query_order), in_order(key, key_order), in_order(value, key_order)), {}
+
+
+@functools.cache
+def _takes_orders(module: ModuleType) -> bool:
+    return "query_order" in inspect.signature(module.attend).parameters

@@ -6,16 +6,14 @@ The one way in: it checks, picks the backend, and calls it as one operator that 
 from __future__ import annotations
 
 import functools
-import inspect
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from diffsparse.kernels.backends import BACKENDS, why_not
+from diffsparse.kernels.backends import BACKENDS, in_order_for, why_not
 from diffsparse.kernels.quantization import PRECISIONS
-from diffsparse.kernels.reorder import in_order
 from diffsparse.kernels.self_test import largest_error, self_test
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -223,10 +221,7 @@ def _operator(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     module = pick_backend(backend, query, query_block_size, key_block_size, precision)
-    orders = {"query_order": query_order, "key_order": key_order}
-    if not _takes_orders(module):
-        query, key, value = in_order(query, query_order), in_order(key, key_order), in_order(value, key_order)
-        orders = {}
+    (query, key, value), orders = in_order_for(module, query, key, value, query_order, key_order)
     out, lse = module.attend(
         query,
         key,
@@ -244,12 +239,6 @@ def _operator(
         **({} if precision == "native" else {"precision": precision}),
     )
     return out, lse
-
-
-@functools.cache
-def _takes_orders(module: ModuleType) -> bool:
-    """Whether a backend puts tokens in order itself, which saves a pass where it quantizes. None has to."""
-    return "query_order" in inspect.signature(module.attend).parameters
 
 
 @_operator.register_fake

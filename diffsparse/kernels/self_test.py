@@ -8,8 +8,9 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from diffsparse.kernels.backends import BACKENDS, available_backends, why_not
+from diffsparse.kernels.backends import BACKENDS, available_backends, in_order_for, why_not
 from diffsparse.kernels.quantization import PRECISIONS
+from diffsparse.kernels.reorder import in_order
 
 # Relative error of a backend in fp32 against float64, on random inputs.
 LARGEST_ERROR = 1e-4
@@ -17,7 +18,8 @@ LARGEST_ERROR = 1e-4
 # the other side of a half; FP8 weights by 3.6 % rms where they are rounded relative to another largest weight.
 LARGEST_QUANTIZED_ERROR = {"native": 5e-3, "fp8": 5e-2}
 
-NUM_TOKENS = 300
+# The second batch entry is shorter where there are key lengths.
+NUM_TOKENS, SHORTER = 300, 77
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class SmallCase:
     key_block_size: int
     has_tail: bool
     has_length: bool
+    has_orders: bool = False
 
     def why_not(self, backend: str, device: torch.device | str, dtype: torch.dtype, precision: str) -> str | None:
         """Why a backend cannot take it; None if it can."""
@@ -44,12 +47,19 @@ class SmallCase:
         visible = torch.rand((2, 2, rows, columns), generator=generator) < 0.5
         visible[..., 0] = True
         key_blocks = visible.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+        counts = visible.sum(dim=-1, dtype=torch.int32)
         tail = torch.tensor([[True, False]]) if self.has_tail else None
-        key_length = torch.tensor([NUM_TOKENS, 77], dtype=torch.int32) if self.has_length else None
-        call = SmallCall(
-            self, precision, (query, key, value, key_blocks, visible.sum(dim=-1, dtype=torch.int32)), tail, key_length
-        )
+        key_length = torch.tensor([NUM_TOKENS, SHORTER], dtype=torch.int32) if self.has_length else None
+        query_order = key_order = None
+        if self.has_orders:
+            query_order = torch.randperm(NUM_TOKENS, generator=generator)[None]
+            # What does not exist stays last.
+            first, last = (torch.rand((2, n), generator=generator).argsort(-1) for n in (SHORTER, NUM_TOKENS - SHORTER))
+            key_order = torch.cat([first, SHORTER + last], dim=1)
+        sides = {"tail": tail, "key_length": key_length, "query_order": query_order, "key_order": key_order}
+        call = SmallCall(self, precision, (query, key, value, key_blocks, counts), sides)
         if precision == "native":
+            query, key, value = in_order(query, query_order), in_order(key, key_order), in_order(value, key_order)
             expected = _float64_attention(
                 query, key, value, visible, self.query_block_size, self.key_block_size, key_length, tail
             )
@@ -63,6 +73,8 @@ class SmallCall:
     """A case with inputs, as `attend` takes them.
 
     Attributes:
+        inputs: query, key and value [2, 2, 300, D], key blocks and counts.
+        sides: "tail", "key_length", "query_order" and "key_order", None where the case has none.
         expected: output [2, 2, 300, D] and logsumexp [2, 2, 300], on the CPU: in float64, or in a precision other than
             "native" the eager backend's in that precision.
     """
@@ -70,25 +82,28 @@ class SmallCall:
     case: SmallCase
     precision: str
     inputs: tuple[Tensor, ...]
-    tail: Tensor | None
-    key_length: Tensor | None
+    sides: dict[str, Tensor | None]
     expected: tuple[Tensor, Tensor] | None = None
 
     def to(self, device: torch.device | str) -> SmallCall:
         """The same with its inputs on a device."""
-        tail, key_length = (None if x is None else x.to(device) for x in (self.tail, self.key_length))
-        return replace(self, inputs=tuple(x.to(device) for x in self.inputs), tail=tail, key_length=key_length)
+        sides = {name: None if x is None else x.to(device) for name, x in self.sides.items()}
+        return replace(self, inputs=tuple(x.to(device) for x in self.inputs), sides=sides)
 
     def attend(self, backend: str) -> tuple[Tensor, Tensor]:
         """Output and logsumexp by a backend, where the inputs are."""
-        output: tuple[Tensor, Tensor] = import_module(BACKENDS[backend]).attend(
-            *self.inputs,
+        module, (query, key, value, *lists) = import_module(BACKENDS[backend]), self.inputs
+        tokens, orders = in_order_for(module, query, key, value, self.sides["query_order"], self.sides["key_order"])
+        output: tuple[Tensor, Tensor] = module.attend(
+            *tokens,
+            *lists,
             query_block_size=self.case.query_block_size,
             key_block_size=self.case.key_block_size,
-            key_length=self.key_length,
-            tail=self.tail,
+            key_length=self.sides["key_length"],
+            tail=self.sides["tail"],
             scale=self.case.head_dim**-0.5,
             return_lse=True,
+            **orders,
             **({} if self.precision == "native" else {"precision": self.precision}),
         )
         return output
@@ -107,9 +122,9 @@ _SELF_TEST_CASES = (
     SmallCase(64, 64, 64, has_tail=False, has_length=False),
     SmallCase(40, 64, 64, has_tail=True, has_length=False),
     SmallCase(128, 64, 64, has_tail=False, has_length=True),
-    SmallCase(64, 64, 64, has_tail=True, has_length=True),
-    SmallCase(128, 128, 64, has_tail=True, has_length=False),
-    SmallCase(128, 128, 128, has_tail=False, has_length=False),
+    SmallCase(64, 64, 64, has_tail=True, has_length=True, has_orders=True),
+    SmallCase(128, 128, 64, has_tail=True, has_length=False, has_orders=True),
+    SmallCase(128, 128, 128, has_tail=False, has_length=False, has_orders=True),
     SmallCase(64, 128, 64, has_tail=False, has_length=True),
 )
 

@@ -58,11 +58,12 @@ def test_small_calls_have_every_option():
         ("key_block_size", {64, 128}),
         ("has_tail", {False, True}),
         ("has_length", {False, True}),
+        ("has_orders", {False, True}),
     ):
         assert {getattr(case, field) for case in cases} == values
     names = [call.name for call in calls(SMALL)]
     assert len(set(names)) == len(cases) == 8
-    assert names[0] == "head dim 64, 64 keys a block, tail, key length"
+    assert names[0] == "head dim 64, 64 keys a block, all options"
 
 
 def test_a_backend_that_takes_no_small_call_has_none():

@@ -7,10 +7,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from diffsparse.kernels import backends, block_sparse
+from diffsparse.kernels import backends, block_sparse, block_sparse_eager
 from diffsparse.kernels.backends import available_backends
 from diffsparse.kernels.block_sparse import block_sparse_attention, check_lists
-from diffsparse.kernels.self_test import self_test
+from diffsparse.kernels.reorder import in_order
+from diffsparse.kernels.self_test import largest_error, self_test
 
 
 def make_arguments(**changes):
@@ -245,6 +246,21 @@ def test_a_precision_that_the_fastest_backend_lacks_is_an_error_and_not_a_slower
 @pytest.mark.usefixtures("picky")
 def test_a_wrong_backend_fails_its_self_test():
     assert self_test("picky", dtype=torch.float16) > 0.1
+
+
+@pytest.mark.usefixtures("picky")
+@pytest.mark.parametrize("taken", [{"query_order", "key_order"}, {"query_order"}, {"key_order"}])
+def test_a_backend_that_forgets_an_order_fails_its_self_test(taken):
+    def attend(query, key, value, *lists, query_order, key_order, **options):
+        if "query_order" in taken:
+            query = in_order(query, query_order)
+        if "key_order" in taken:
+            key, value = in_order(key, key_order), in_order(value, key_order)
+        return block_sparse_eager.attend(query, key, value, *lists, **options)
+
+    sys.modules["picky_backend"].attend = attend
+    error = self_test("picky", dtype=torch.float16)
+    assert error > 0.1 if len(taken) < 2 else error < largest_error(torch.float16, "native")
 
 
 @pytest.mark.usefixtures("picky")
