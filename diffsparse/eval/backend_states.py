@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from diffsparse.kernels.block_sparse import name_of, pick_backend
 from diffsparse.kernels.capabilities import Capability, capability, features
 from diffsparse.kernels.quantization import PRECISIONS
 from diffsparse.kernels.self_test import largest_error, self_test
@@ -73,17 +72,6 @@ def backend_state(backend: str, device: str) -> BackendState:
                 dtypes = tuple(dtype for dtype in dtypes if dtype.itemsize == 2) or dtypes
             tests += [_tried(backend, device, dtype, precision) for dtype in dtypes]
     return BackendState(backend, capabilities, features(backend), tuple(tests), None)
-
-
-def backend_taken(
-    device: str, dtype: torch.dtype, head_dim: int, query_block_size: int, key_block_size: int
-) -> str | None:
-    """The backend that a call on the device runs in unless one is named; None if there is none."""
-    query = torch.empty((1, 1, 1, head_dim), dtype=dtype, device=device)
-    try:
-        return name_of(pick_backend(None, query, query_block_size, key_block_size))
-    except ValueError:
-        return None
 
 
 def is_reference(backend: str, device: str, precision: str) -> bool:

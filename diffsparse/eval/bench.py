@@ -42,15 +42,6 @@ class AttentionCase:
     ragged: bool  # counts from one block to twice the mean, or all equal
     tail: bool  # skipped blocks enter pooled, in every head
 
-    def backend(self, device: torch.device) -> str:
-        """The backend that takes it. ValueError if none does."""
-        import torch
-
-        from diffsparse.kernels.block_sparse import name_of, pick_backend
-
-        query = torch.empty((1, 1, 1, self.head_dim), dtype=getattr(torch, self.dtype), device=device)
-        return name_of(pick_backend(None, query, self.query_block_size, self.key_block_size))
-
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value [1, H, S, D], the same for the same sizes."""
         import torch
@@ -142,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
     from diffsparse.eval.bench_machine import describe_machine
     from diffsparse.eval.bench_planning import bench_planning, grid_of
     from diffsparse.eval.generate import choose_device
+    from diffsparse.kernels.block_sparse import backend_taken
     from diffsparse.kernels.self_test import largest_error, self_test
 
     if args.plot is not None:
@@ -165,7 +157,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        backends = {case: case.backend(device) for case in cases}
+        backends = {
+            case: backend_taken(
+                device, getattr(torch, case.dtype), case.head_dim, case.query_block_size, case.key_block_size
+            )
+            for case in cases
+        }
         errors: dict[str, float] = {}
         for backend, dtype in sorted({(backends[case], case.dtype) for case in cases}):
             error = self_test(backend, device, getattr(torch, dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -111,12 +112,16 @@ def alike_devices() -> dict[str, tuple[str, ...]]:
 
 
 def taken_by_blocks(device: str) -> dict[tuple[int, int], str | None]:
-    """The backend that takes a call in bfloat16 of head dim 128 on the device, by each of USUAL_BLOCKS."""
+    """The backend that takes a call in bfloat16 of head dim 128, by each of USUAL_BLOCKS; None where none does."""
     import torch
 
-    from diffsparse.eval.backend_states import backend_taken
+    from diffsparse.kernels.block_sparse import backend_taken
 
-    return {blocks: backend_taken(device, torch.bfloat16, 128, *blocks) for blocks in USUAL_BLOCKS}
+    taken: dict[tuple[int, int], str | None] = dict.fromkeys(USUAL_BLOCKS)
+    for blocks in USUAL_BLOCKS:
+        with contextlib.suppress(ValueError):
+            taken[blocks] = backend_taken(device, torch.bfloat16, 128, *blocks)
+    return taken
 
 
 def in_words(taken: dict[tuple[int, int], str | None], device: str) -> str:

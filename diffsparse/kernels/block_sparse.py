@@ -171,8 +171,12 @@ def pick_backend(
     )
 
 
-def name_of(module: ModuleType) -> str:
-    """The name of the backend whose module this is."""
+def backend_taken(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int, query_block_size: int, key_block_size: int
+) -> str:
+    """The name of the backend that such a call runs in unless one is named. ValueError if none can."""
+    query = torch.empty((1, 1, 1, head_dim), dtype=dtype, device=device)
+    module = pick_backend(None, query, query_block_size, key_block_size)
     return next(name for name, of_name in BACKENDS.items() if of_name == module.__name__)
 
 

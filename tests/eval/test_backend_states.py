@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from diffsparse.eval.backend_states import backend_state, backend_taken
+from diffsparse.eval.backend_states import backend_state
 from diffsparse.kernels import block_sparse_eager
 
 
@@ -35,15 +35,3 @@ def test_a_backend_that_takes_a_precision_but_not_native_does_not_work(only_back
     state = backend_state("eager", "cpu")
     assert {test.precision: test.reason for test in state.self_tests}["int8"] is None
     assert not state.works
-
-
-def test_the_backend_taken_is_the_first_that_can(only_backends):
-    def takes_large_blocks(query, query_block_size, key_block_size):
-        return None if query_block_size == 128 else "it takes blocks of 128 alone"
-
-    def takes_halves(query, query_block_size, key_block_size):
-        return None if query.dtype == torch.float16 else "it takes float16 alone"
-
-    only_backends(first=(takes_large_blocks, None), second=(takes_halves, None))
-    taken = [backend_taken("cpu", dtype, 128, size, 64) for size in (128, 64) for dtype in (torch.half, torch.float)]
-    assert taken == ["first", "first", "second", None]

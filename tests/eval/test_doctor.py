@@ -211,6 +211,18 @@ def test_a_file_that_cannot_be_written_is_an_error_before_anything_is_tried(trie
     assert not tried.calls
 
 
+def test_the_backend_taken_is_the_first_that_can(only_backends):
+    def takes_large_blocks(query, query_block_size, key_block_size):
+        return None if query_block_size == 128 else "it takes blocks of 128 alone"
+
+    def takes_float32(query, query_block_size, key_block_size):
+        return None if query.dtype == torch.float32 else "it takes float32 alone"
+
+    only_backends(first=(takes_float32, None), second=(takes_large_blocks, None))
+    assert doctor.taken_by_blocks("cpu") == {(128, 64): "second", (64, 64): None}
+    assert block_sparse.backend_taken("cpu", torch.float32, 128, 64, 64) == "first"
+
+
 def test_a_missing_package_is_named_as_such(monkeypatch):
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
     assert versions()["no-such-package"] == "not installed"
