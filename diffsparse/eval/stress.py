@@ -11,11 +11,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsparse.eval.bench_suite import LARGEST_ERRORS
+from diffsparse.eval.bench_suite import BLOCK_SIZE, LARGEST_ERRORS
 from diffsparse.eval.output_file import check_output_file
 from diffsparse.eval.stress_calls import CALLS, DENSE, SIZES, Subject, small_cases, why_not_full
 from diffsparse.eval.stress_load import busy_device
@@ -142,7 +143,7 @@ def subjects_of(args: argparse.Namespace, device: torch.device, say: Callable[[s
     Raises:
         ValueError: a backend that was named cannot run here, or there is nothing for `--switched-off` to add.
     """
-    from diffsparse.kernels.backends import BACKENDS, available_backends
+    from diffsparse.kernels.backends import BACKENDS, available_backends, left_to
 
     unknown = [name for name in args.backends or () if name not in (DENSE, *BACKENDS)]
     if unknown:
@@ -161,9 +162,10 @@ def subjects_of(args: argparse.Namespace, device: torch.device, say: Callable[[s
     subjects = []
     for name in dict.fromkeys(names):
         for precision in ("native",) if name == DENSE else dict.fromkeys(args.precisions):
-            is_off = name == "gluon" and precision != "native" and _hopper_is_off()
+            other = None if name == DENSE else left_to(name, precision, BLOCK_SIZE)
+            is_off = other is not None
             if is_off and not args.switched_off:
-                say(f"gluon {precision} is switched off and goes to the Triton kernel. Add it with --switched-off.")
+                say(f"{name} {precision} is switched off and goes to {other}. Add it with --switched-off.")
                 continue
             for size in args.sizes:
                 if reason := _why_not(name, precision, size, args.head_dim, device):
@@ -203,7 +205,7 @@ def stress(
             outcome = try_subject(subject, args.seconds / len(args.sizes), args.limit, calls)
             outcomes.append(outcome)
             running = count_running()
-            record["outcomes"].append(outcome.as_json() | {"busy_processes": running})
+            record["outcomes"].append(asdict(outcome) | {"busy_processes": running})
             record["left"] -= 1
             with whole_file(args.output) as unfinished:
                 unfinished.write_text(json.dumps(record, indent=1) + "\n")
@@ -272,10 +274,3 @@ def _why_not(backend: str, precision: str, size: str, head_dim: int, device: tor
     if size == "full":
         return why_not_full(backend, precision, head_dim, device)
     return None if small_cases(backend, precision, device) else "it takes none of the small calls"
-
-
-def _hopper_is_off() -> bool:
-    """Whether the Hopper kernel leaves 8 bits to the Triton kernel."""
-    from diffsparse.kernels import block_sparse_gluon
-
-    return not block_sparse_gluon.QUANTIZES

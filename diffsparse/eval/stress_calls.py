@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffsparse.eval.bench_suite import (
@@ -54,10 +54,6 @@ class Subject:
     def name(self) -> str:
         """For messages."""
         return f"{self.backend} {self.precision}, {self.size}"
-
-    def as_json(self) -> dict[str, Any]:
-        """What `Subject(**...)` makes it of again."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

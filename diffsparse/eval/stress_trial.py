@@ -47,10 +47,6 @@ class Outcome:
         """Whether this should not be: it was not right, and is not switched off for that."""
         return self.verdict != RIGHT and not self.subject.switched_off
 
-    def as_json(self) -> dict[str, Any]:
-        """For the file of results."""
-        return asdict(self)
-
 
 def try_subject(subject: Subject, seconds: float, limit: float, calls: str = CALLS) -> Outcome:
     """Have a process make calls for so many seconds; after `limit` seconds it is killed.
@@ -58,7 +54,7 @@ def try_subject(subject: Subject, seconds: float, limit: float, calls: str = CAL
     `calls` names the function that makes them, as `module:function`; it takes the fields of the subject.
     """
     began = time.monotonic()
-    arguments = calls, str(seconds), json.dumps(subject.as_json())
+    arguments = calls, str(seconds), json.dumps(asdict(subject))
     with child_process("diffsparse.eval.stress_child", *arguments) as child:
         exit_code = child.wait(limit)
         hung_for_good = False

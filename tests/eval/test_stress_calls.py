@@ -13,7 +13,7 @@ SMALL = dataclasses.replace(FULL, size="small")
 
 
 def calls(subject, **changes):
-    return calls_of(dataclasses.replace(subject, **changes).as_json())
+    return calls_of(dataclasses.asdict(subject) | changes)
 
 
 @pytest.mark.parametrize("size", ["full", "small"])
