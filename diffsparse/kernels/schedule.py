@@ -13,7 +13,7 @@ def heavy_first(counts: Tensor) -> Tensor:
     average, such as those of text; then head by head, the fullest first, so that programs that run at a time read the
     same keys and values. What is left at the end is short.
     """
-    totals = counts.sum(-1, keepdim=True, dtype=torch.int32)  # [B, H, 1]
-    is_heavy = counts * counts.shape[-1] > 2 * totals
-    weights = totals.expand(counts.shape).masked_fill(is_heavy, torch.iinfo(torch.int32).max)
+    totals = counts.sum(-1, keepdim=True)  # [B, H, 1] int64: all blocks of a head may be more than 32 bits count
+    is_heavy = counts > 2 * totals // counts.shape[-1]
+    weights = totals.expand(counts.shape).masked_fill(is_heavy, torch.iinfo(totals.dtype).max)
     return weights.flatten().argsort(stable=True, descending=True).to(torch.int32)

@@ -15,6 +15,11 @@ def test_heavy_rows_come_first_then_the_fullest_heads():
     assert order.tolist() == [2, 23, 4, 5, 6, 7, 16, 17, 18, 19, 0, 1, 3, 12, 13, 14, 15, 20, 21, 22, 8, 9, 10, 11]
 
 
+def test_a_head_of_more_blocks_than_32_bits_count_is_the_fullest():
+    counts = torch.tensor([1, 50_000]).int()[None, :, None].expand(1, 2, 50_000)
+    assert heavy_first(counts)[[0, -1]].tolist() == [50_000, 49_999]
+
+
 def test_equal_rows_keep_their_order():
     assert heavy_first(torch.full((2, 3, 5), 7).int()).tolist() == list(range(30))
 
