@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from diffsparse.eval.backend_states import backend_state
-    from diffsparse.eval.doctor_tables import backends_table, long_reasons, self_tests_table
+    from diffsparse.eval.doctor_tables import backends_table, dtype_name, long_reasons, self_tests_table
     from diffsparse.kernels.backends import BACKENDS
 
     if args.json is not None:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     works = any(state.works for of_device in states.values() for state in of_device)
     console.print("Sparse attention can run here." if works else "No backend can run here: see the reasons above.")
     if args.json is not None:
-        args.json.write_text(json.dumps(as_dict(alike, states, taken), indent=2) + "\n")
+        args.json.write_text(json.dumps(as_dict(alike, states, taken), indent=2, default=dtype_name) + "\n")
     return 0 if works else 1
 
 
@@ -140,18 +140,13 @@ def as_dict(
     states: dict[str, list[BackendState]],
     taken: dict[str, dict[tuple[int, int], str | None]],
 ) -> dict[str, Any]:
-    """All that was found, for JSON; head dims and block sizes as the tables show them."""
-    from diffsparse.eval.doctor_tables import as_ranges, dtype_name
+    """All that was found, for JSON but for the dtypes; head dims and block sizes as the tables show them."""
+    from diffsparse.eval.doctor_tables import as_ranges
 
-    def readable(name: str, x: Any) -> Any:
-        if name in ("head_dims", "query_blocks", "key_blocks"):
-            return as_ranges(x)
-        if name == "dtypes":
-            return [dtype_name(dtype) for dtype in x]
-        return dtype_name(x) if name == "dtype" and x is not None else x
+    ranges = ("head_dims", "query_blocks", "key_blocks")
 
     def fields_of(x: Any) -> dict[str, Any]:
-        return {name: readable(name, value) for name, value in vars(x).items()}
+        return {name: as_ranges(value) if name in ranges else value for name, value in vars(x).items()}
 
     return {
         "versions": versions(),
