@@ -38,8 +38,8 @@ def sample_rows(grid: TokenGrid, count: int, seed: int = 0) -> Tensor:
     """Indices of at most `count` video tokens, one at random from each of as many equal stretches: [R] int64."""
     count = min(count, grid.num_video_tokens)
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.arange(count + 1) * grid.num_video_tokens // count
-    places = torch.rand(count, generator=generator, dtype=torch.float32) * starts.diff()
+    starts = torch.arange(count + 1, device="cpu") * grid.num_video_tokens // count
+    places = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu") * starts.diff()
     return starts[:-1] + places.long() + grid.text_before
 
 

@@ -31,6 +31,13 @@ def case():
     return rows, key, value, visible, BlockSums.of(rows, key, value, 16)
 
 
+def test_rows_are_sampled_whatever_the_default_device_is():
+    grid = TokenGrid(3, 5, 7)
+    with torch.device("meta"):
+        rows = sample_rows(grid, 9)
+    assert torch.equal(rows, sample_rows(grid, 9))
+
+
 def test_exact_is_dense_attention(case):
     rows, key, value, _, sums = case
     everything = torch.ones(2, 3, 5, 105, dtype=torch.bool)

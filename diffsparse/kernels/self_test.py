@@ -154,11 +154,13 @@ def self_test(
         device = next((kind for kind in kinds if available_backends(kind, precision).get(backend) is None), "cpu")
     generator = torch.Generator().manual_seed(0)
     errors = []
-    for case in _SELF_TEST_CASES:
-        reason = case.why_not(backend, device, dtype, precision)
-        if reason is None:
-            call = case.draw(dtype, precision, generator)
-            errors.append(call.error(call.to(device).attend(backend)))
+    # Whatever the default device is: inputs and the expected output are of the CPU.
+    with torch.device("cpu"):
+        for case in _SELF_TEST_CASES:
+            reason = case.why_not(backend, device, dtype, precision)
+            if reason is None:
+                call = case.draw(dtype, precision, generator)
+                errors.append(call.error(call.to(device).attend(backend)))
     if not errors:
         raise ValueError(f"`backend` {backend!r} cannot run on {device}: {reason}. Name another backend or device.")
     return _largest(errors)

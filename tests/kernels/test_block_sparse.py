@@ -310,6 +310,12 @@ def test_self_test_finds_the_eager_backend_right(dtype, roundoff):
     assert 0 < self_test("eager", dtype=dtype) < roundoff
 
 
+def test_a_default_device_does_not_reach_the_self_test():
+    expected = self_test("eager", "cpu")
+    with torch.device("meta"):
+        assert self_test("eager", "cpu") == expected
+
+
 @pytest.mark.parametrize(("return_lse", "precision"), [(False, "native"), (True, "native"), (True, "int8_fp8")])
 def test_the_operator_is_well_formed(return_lse, precision):
     arguments = make_arguments()

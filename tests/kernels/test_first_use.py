@@ -24,6 +24,11 @@ def test_a_kernel_that_is_not_right_is_left_out_with_a_warning(check, why):
         assert not is_right("adding", check)
 
 
+def test_a_default_device_does_not_reach_the_check():
+    with torch.device("meta"):
+        assert is_right("adding", lambda: torch.ones(1).device.type == "cpu")
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     module = ModuleType("diffsparse.kernels.adding_triton")
