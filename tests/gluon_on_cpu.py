@@ -1,0 +1,522 @@
+"""The part of Gluon that the Hopper kernel is written in, on the CPU: what it computes, and whether its barriers hold.
+
+A warpgroup is a thread here, and so is the copy engine. What is asynchronous on a GPU happens as late as it may or as
+early, by chance: copies come in any order, memory that a copy will fill holds nonsense from the moment it is asked for,
+and matrix products read their operands when they are started or not before they are waited for. So a tile that is
+taken too early or freed too early gives a wrong result, and a barrier that nobody passes a deadlock, which is an error
+here. Registers, layouts and speed are the compiler's business, and not seen.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+
+import torch
+import triton.experimental
+
+SECONDS_UNTIL_DEADLOCK = 20.0
+KERNEL_FILES = ("lists", "products", "attention", "copies", "kernel")
+
+
+class DType:
+    """A number format by Gluon's name for it."""
+
+    def __init__(self, dtype):
+        self.torch = dtype
+        self.primitive_bitwidth = 8 * dtype.itemsize
+
+    def __eq__(self, other):
+        return self.torch == getattr(other, "torch", other)
+
+    def __hash__(self):
+        return hash(self.torch)
+
+
+class Value(torch.Tensor):
+    """A tensor or a number in registers."""
+
+    type = property(lambda self: SimpleNamespace(layout=None))
+
+    def to(self, dtype, bitcast=False):
+        dtype = getattr(dtype, "torch", dtype)
+        return self.view(dtype) if bitcast else super().to(dtype)
+
+    def __mul__(self, other):
+        # A GPU adds to the exact product, which the kernel relies on.
+        return super().__mul__(other) if self.dtype != torch.float32 else torch.mul(self.double(), other)
+
+    # `x *= y` is a new x in the kernel's text.
+    __rmul__ = __imul__ = __mul__
+    __iadd__ = torch.Tensor.__add__
+
+
+class Whole(int):
+    """A whole number that the kernel's text calls a constant."""
+
+    value = property(int)
+
+
+class Real(float):
+    value = property(float)
+
+
+class Layout:
+    """Where numbers lie: of no account here."""
+
+    def __init__(self, *what, **more):
+        pass
+
+
+def value_of(x):
+    return x if isinstance(x, Value) else torch.as_tensor(x).as_subclass(Value)
+
+
+class Pointer:
+    """Numbers in global memory from a place on, or at several."""
+
+    def __init__(self, numbers, offset=0):
+        self.numbers, self.offset = numbers, offset
+
+    @classmethod
+    def to(cls, x):
+        """To a tensor, as it lies in memory."""
+        size = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+        return cls(x.as_strided((size,), (1,), x.storage_offset()))
+
+    def __add__(self, offset):
+        return Pointer(self.numbers, self.offset + offset)
+
+    def places(self, mask):
+        places = value_of(self.offset).long()
+        mask = torch.ones(places.shape, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
+        inside = (places >= 0) & (places < len(self.numbers))
+        assert (inside | ~mask).all(), "access beyond a tensor"
+        return places, mask
+
+
+def load(pointer, mask=None, other=0):
+    places, mask = pointer.places(mask)
+    return torch.where(mask, pointer.numbers[torch.where(mask, places, 0)], other).as_subclass(Value)
+
+
+def store(pointer, value, mask=None):
+    places, mask = pointer.places(mask)
+    pointer.numbers[places[mask]] = value.expand(places.shape)[mask].to(pointer.numbers.dtype)
+
+
+class Shared:
+    """Shared memory. `written` says whether a thread has written what the copy engine and products may not see yet."""
+
+    def __init__(self, numbers, dtype, written=None):
+        self.numbers, self.dtype = numbers, dtype
+        self.written = [False] if written is None else written
+        self.shape = list(numbers.shape)
+        self.parts = {}
+
+    def index(self, place):
+        place = int(place)
+        return self.parts.setdefault(place, Shared(self.numbers[place], self.dtype))
+
+    def slice(self, first, size):
+        return Shared(self.numbers[first : first + size], self.dtype, self.written)
+
+    def permute(self, order):
+        return Shared(self.numbers.permute(order), self.dtype, self.written)
+
+    def _reinterpret(self, dtype, shape, layout):
+        count = torch.Size(shape).numel() * dtype.torch.itemsize
+        bytes_of_it = self.numbers.view(torch.uint8).flatten()
+        assert count == len(bytes_of_it)
+        return Shared(bytes_of_it.view(dtype.torch).view(shape), dtype)
+
+    def load(self, layout):
+        return self.numbers.clone().as_subclass(Value)
+
+    def store(self, value):
+        assert (value.dtype, list(value.shape)) == (self.dtype.torch, self.shape)
+        self.numbers.copy_(value)
+        self.written[0] = True
+        running().written.append(self.written)
+
+    def spoil(self):
+        """Fill it with nonsense."""
+        self.numbers.copy_(torch.full((), 85 if self.dtype == torch.int8 else float("nan")).to(self.dtype.torch))
+
+
+class Barrier:
+    """An mbarrier: a phase ends when all have arrived and all bytes have come."""
+
+    def __init__(self):
+        self.condition = threading.Condition()
+        self.phase = self.missing = self.bytes = self.count = 0
+
+    def index(self, place):
+        raise TypeError("a barrier is one already")
+
+    def init(self, count):
+        self.missing = self.count = count
+
+    def change(self, arrivals=0, more_bytes=0):
+        with self.condition:
+            assert self.count > 0, "a barrier that is not initialised"
+            self.missing -= arrivals
+            self.bytes += more_bytes
+            assert self.missing >= 0, "more arrivals than a barrier counts"
+            if self.missing == self.bytes == 0:
+                self.phase ^= 1
+                self.missing = self.count
+                self.condition.notify_all()
+
+    def wait(self, phase):
+        with self.condition:
+            passed = self.condition.wait_for(lambda: self.phase != int(phase), SECONDS_UNTIL_DEADLOCK)
+            assert passed, "a barrier that nobody lets pass"
+
+
+class Barriers:
+    def __init__(self, count):
+        self.barriers = [Barrier() for _ in range(count)]
+
+    def index(self, place):
+        return self.barriers[int(place)]
+
+
+class Product:
+    """A matrix product that may still run."""
+
+    def __init__(self, compute):
+        self.compute, self.result = compute, None
+        if random.random() < 0.5:
+            self.finish()
+
+    def finish(self):
+        if self.result is None:
+            self.result = self.compute()
+
+
+class Descriptor:
+    """What the copy engine takes tiles [rows, columns] of x [B, H, S, D] by; zeros beyond its end."""
+
+    def __init__(self, base, shape, strides, block_shape, layout):
+        assert shape == list(base.shape)
+        assert block_shape[:2] == [1, 1]
+        assert strides[3] == 1
+        assert base.data_ptr() % 16 == 0
+        assert all(step * base.element_size() % 16 == 0 for step in strides[:3])
+        self.base, self.tile, self.layout = base, block_shape[2:], layout
+        self.dtype = DType(base.dtype)
+        self.block_type = SimpleNamespace(nbytes=torch.Size(self.tile).numel() * base.element_size())
+
+    def part(self, place):
+        """What there is of a tile."""
+        b, h, first, column = (int(x) for x in place)
+        assert first >= 0
+        assert column >= 0
+        return self.base[b, h, first : first + self.tile[0], column : column + self.tile[1]]
+
+    def read(self, place, tile):
+        part = self.part(place)
+        tile.numbers.copy_(torch.zeros((), dtype=self.base.dtype))
+        tile.numbers[: part.shape[0], : part.shape[1]] = part
+
+    def write(self, place, tile):
+        part = self.part(place)
+        part.copy_(tile.numbers[: part.shape[0], : part.shape[1]])
+
+
+class CopyEngine:
+    """Does what it is asked for one thing after the other, in any order, in a thread of its own."""
+
+    def __init__(self):
+        self.jobs, self.condition, self.ends = [], threading.Condition(), False
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def ask(self, job):
+        done = threading.Event()
+        with self.condition:
+            self.jobs.append((job, done))
+            self.condition.notify()
+        return done
+
+    def run(self):
+        while True:
+            with self.condition:
+                self.condition.wait_for(lambda: self.jobs or self.ends)
+                if not self.jobs:
+                    return
+                job, done = self.jobs.pop(random.randrange(len(self.jobs)))
+            job()
+            done.set()
+
+    def end(self):
+        with self.condition:
+            self.ends = True
+            self.condition.notify()
+        self.thread.join()
+
+
+class Warps(threading.local):
+    """What a thread, which stands for a warpgroup or a warp, has started."""
+
+    def __init__(self):
+        self.products, self.stores, self.written = [], [], []
+
+
+class Program:
+    """The program that runs: one after the other does."""
+
+    number = 0
+    engine = None
+    warps = Warps()
+
+
+def running():
+    return Program.warps
+
+
+class Kernel:
+    """A function of the kernel's text; as a kernel, launched over a grid."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *arguments, **options):
+        return self.function(*arguments, **options)
+
+    def __getitem__(self, grid):
+        def launch(*arguments, num_warps, **constants):
+            arguments = [Pointer.to(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            for Program.number in range(grid[0]):
+                Program.engine = CopyEngine()
+                try:
+                    self.function(*arguments, **constants)
+                finally:
+                    Program.engine.end()
+
+        return launch
+
+
+def warp_specialize(partitions, warps, registers):
+    """Each partition in a thread of its own; the first failure is the program's."""
+    failures = []
+
+    def run(function, arguments):
+        try:
+            function(*arguments)
+            assert all(product.result is not None for product in running().products), "a product that nobody waits for"
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def allocate_shared_memory(dtype, shape, layout):
+    if layout == "barrier":
+        return Barrier() if shape == [1] else Barriers(shape[0])
+    memory = Shared(torch.empty(shape, dtype=dtype.torch), dtype)
+    memory.spoil()
+    return memory
+
+
+def warpgroup_mma(left, right, total, use_acc=True, is_async=False):
+    assert is_async
+    for operand in (left, right):
+        assert not (isinstance(operand, Shared) and operand.written[0]), "written, and no fence before the product"
+    whole = right.dtype == torch.int8
+
+    def compute():
+        numbers = getattr(left, "numbers", left)
+        # Of whole numbers exact in float64; of others an fp32 sum, as the tensor cores'.
+        exact = torch.float64 if whole else torch.float32
+        product = (numbers.to(exact) @ right.numbers.to(exact)).to(total.dtype).as_subclass(Value)
+        return total + product if use_acc else product
+
+    product = Product(compute)
+    running().products.append(product)
+    return product
+
+
+def warpgroup_mma_wait(num_outstanding, deps):
+    products = running().products
+    done = products[: len(products) - num_outstanding]
+    for product in done:
+        product.finish()
+    running().products = products[len(done) :]
+    results = []
+    for x in deps:
+        assert not isinstance(x, Product) or x in done, "a product that may still run"
+        results.append(x.result if isinstance(x, Product) else x)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def fence_async_shared():
+    for written in running().written:
+        written[0] = False
+    running().written.clear()
+
+
+def copy_to_shared(descriptor, place, barrier, tile):
+    assert tile.shape == list(descriptor.tile)
+    tile.spoil()
+
+    def job():
+        descriptor.read(place, tile)
+        barrier.change(more_bytes=-descriptor.block_type.nbytes)
+
+    Program.engine.ask(job)
+
+
+def copy_to_global(descriptor, place, tile):
+    assert not tile.written[0], "written, and no fence before the copy"
+    running().stores.append(Program.engine.ask(lambda: descriptor.write(place, tile)))
+
+
+def store_wait(pendings):
+    assert pendings == 0
+    for done in running().stores:
+        assert done.wait(SECONDS_UNTIL_DEADLOCK)
+
+
+def four_fp8(asm, constraints, numbers, dtype, is_pure, pack):
+    """The only machine code in the kernel's text: four numbers in FP8, the first in the lowest byte."""
+    assert asm.count("cvt.rn.satfinite.e4m3x2.f32") == 2
+    packed = torch.stack([x.clamp(-448, 448).to(torch.float8_e4m3fn) for x in numbers], -1).contiguous()
+    return packed.view(dtype.torch)[..., 0].as_subclass(Value)
+
+
+def arrive(barrier, count):
+    barrier.change(arrivals=count)
+    # Now and then the others get far before this thread goes on.
+    if random.random() < 0.2:
+        time.sleep(5e-4)
+
+
+def constexpr(x):
+    return Whole(x) if isinstance(x, int) else Real(x)
+
+
+def jit(function=None, do_not_specialize=()):
+    return Kernel if function is None else Kernel(function)
+
+
+def number(function):
+    return lambda *values: function(*(value_of(x) for x in values)).as_subclass(Value)
+
+
+def _fakes():
+    language = SimpleNamespace(
+        constexpr=constexpr,
+        constexpr_function=lambda function: function,
+        static_range=range,
+        program_id=lambda axis: value_of(Program.number),
+        num_warps=lambda: 4,
+        load=load,
+        store=store,
+        arange=lambda first, end, layout=None: value_of(torch.arange(first, end)),
+        zeros=lambda shape, dtype, layout=None: value_of(torch.zeros(shape, dtype=dtype.torch)),
+        full=lambda shape, x, dtype, layout=None: (
+            value_of(torch.full(shape, float(x)).to(dtype.torch))
+            if dtype != torch.int32
+            else value_of(torch.full(shape, int(x), dtype=torch.int32))
+        ),
+        where=number(torch.where),
+        exp2=number(torch.exp2),
+        log2=number(torch.log2),
+        minimum=number(torch.minimum),
+        maximum=number(torch.maximum),
+        max=lambda x, axis: x.amax(axis),
+        sum=lambda x, axis: x.sum(axis),
+        split=lambda x: x.unbind(-1),
+        join=lambda first, second: torch.stack([first, second], -1),
+        convert_layout=lambda x, layout: x,
+        inline_asm_elementwise=four_fp8,
+        allocate_shared_memory=allocate_shared_memory,
+        warp_specialize=warp_specialize,
+        **{
+            name: DType(dtype)
+            for name, dtype in {
+                "int8": torch.int8,
+                "int32": torch.int32,
+                "int64": torch.int64,
+                "float32": torch.float32,
+                "float8e4nv": torch.float8_e4m3fn,
+            }.items()
+        },
+        **dict.fromkeys(
+            (
+                "BlockedLayout",
+                "SliceLayout",
+                "DotOperandLayout",
+                "NVMMADistributedLayout",
+                "NVMMASharedLayout",
+                "SwizzledSharedLayout",
+            ),
+            Layout,
+        ),
+    )
+    barriers = SimpleNamespace(
+        MBarrierLayout=lambda: "barrier",
+        init=lambda barrier, count: barrier.init(count),
+        expect=lambda barrier, size: barrier.change(arrivals=1, more_bytes=size),
+        arrive=arrive,
+        wait=lambda barrier, phase: barrier.wait(phase),
+    )
+    copies = SimpleNamespace(
+        async_copy_global_to_shared=copy_to_shared,
+        async_copy_shared_to_global=copy_to_global,
+        store_wait=store_wait,
+    )
+    name = "triton.experimental.gluon"
+    contents = {
+        name: {"jit": jit, "constexpr_function": lambda function: function, "language": language},
+        f"{name}.language": vars(language),
+        f"{name}.language.nvidia": {},
+        f"{name}.language.nvidia.hopper": {
+            "mbarrier": barriers,
+            "tma": copies,
+            "warpgroup_mma": warpgroup_mma,
+            "warpgroup_mma_wait": warpgroup_mma_wait,
+            "fence_async_shared": fence_async_shared,
+        },
+        f"{name}.nvidia": {},
+        f"{name}.nvidia.hopper": {"TensorDescriptor": Descriptor},
+    }
+    modules = {}
+    for path, attributes in contents.items():
+        modules[path] = ModuleType(path)
+        vars(modules[path]).update(attributes)
+    modules[name].language = modules[f"{name}.language"]
+    return modules
+
+
+def block_sparse_gluon_on_cpu():
+    """The module `block_sparse_gluon`, for the CPU. The one for GPUs stays what `import` finds."""
+    fakes = _fakes()
+    ours = [f"diffsparse.kernels.hopper_{name}_gluon" for name in KERNEL_FILES]
+    ours.append("diffsparse.kernels.block_sparse_gluon")
+    before = {name: sys.modules.pop(name) for name in [*fakes, *ours] if name in sys.modules}
+    attribute = getattr(triton.experimental, "gluon", None)
+    sys.modules.update(fakes)
+    triton.experimental.gluon = fakes["triton.experimental.gluon"]
+    try:
+        return import_module(ours[-1])
+    finally:
+        for name in [*fakes, *ours]:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+        if attribute is None:
+            del triton.experimental.gluon
+        else:
+            triton.experimental.gluon = attribute

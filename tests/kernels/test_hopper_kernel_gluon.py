@@ -1,0 +1,145 @@
+"""The Hopper backend on the CPU, by the Gluon of `gluon_on_cpu.py`."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+from gluon_on_cpu import block_sparse_gluon_on_cpu
+
+from diffsparse.kernels import block_sparse_eager, quantization
+from diffsparse.kernels.pooling import block_means
+from diffsparse.kernels.reorder import in_order
+
+
+@pytest.fixture(scope="module")
+def gluon():
+    return block_sparse_gluon_on_cpu()
+
+
+@pytest.fixture(autouse=True)
+def _chance(request):
+    """What comes early and what late is by chance, the same for a test each time."""
+    random.seed(request.node.name)
+
+
+@pytest.fixture
+def quantizes(gluon, monkeypatch):
+    """The kernel takes 8 bits, from the specification of what quantizes: the Triton kernels have tests of their own."""
+    from diffsparse.kernels import operands_triton
+
+    def quantize_blocks(x, block_size, number, *, order=None, mean=None, key_length=None, pool=False):
+        smooth = in_order(x, order).float() - (0 if mean is None else mean)
+        if number == "fp8":
+            values, scales = quantization.quantize_blocks_fp8(smooth, block_size, key_length)
+        else:
+            values, scales = quantization.quantize_blocks(smooth, block_size, 8, key_length)
+        return values, scales, block_means(smooth, block_size, key_length)[0].to(x.dtype) if pool else None
+
+    def quantize_values(value, block_size, *, order=None, key_length=None, pool=False):
+        value = in_order(value, order)
+        values, scales = quantization.quantize_values(value, key_length)
+        return values, scales, block_means(value, block_size, key_length)[0].to(value.dtype) if pool else None
+
+    monkeypatch.setattr(operands_triton, "quantize_blocks", quantize_blocks)
+    monkeypatch.setattr(operands_triton, "quantize_values", quantize_values)
+    monkeypatch.setattr(gluon, "QUANTIZES", True)
+
+
+def make_inputs(*, dtype=torch.bfloat16, head_dim=64, key_block_size=128, lengths=None, tail=None, tokens=700):
+    """Random, laid out as projections leave them, lists of random length with nonsense after their counts."""
+    generator = torch.Generator().manual_seed(0)
+    shape = 2, tokens, 2, head_dim
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for _ in range(3))
+    if lengths is not None:
+        for b, length in enumerate(lengths):
+            key[b, :, length:] = value[b, :, length:] = math.nan
+    rows, columns = -(-tokens // 128), -(-tokens // key_block_size)
+    counts = torch.randint(1, columns + 1, (2, 2, rows), generator=generator, dtype=torch.int32)
+    key_blocks = torch.rand((2, 2, rows, columns), generator=generator).argsort(-1).to(torch.int32)
+    key_blocks[torch.arange(columns) >= counts[..., None]] = -(2**30)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "key_blocks": key_blocks,
+        "counts": counts,
+        "query_block_size": 128,
+        "key_block_size": key_block_size,
+        "key_length": None if lengths is None else torch.tensor(lengths, dtype=torch.int32),
+        "tail": None if tail is None else torch.tensor(tail),
+        "scale": head_dim**-0.5,
+        "return_lse": True,
+    }
+
+
+def check(gluon, inputs, precision="native", **orders):
+    out, lse = gluon.attend(**inputs, precision=precision, **orders)
+    for name, order in (("query", "query_order"), ("key", "key_order"), ("value", "key_order")):
+        inputs[name] = in_order(inputs[name], orders.get(order))
+    expected, expected_lse = block_sparse_eager.attend(**inputs, precision=precision)
+    assert (out.dtype, out.shape) == (expected.dtype, expected.shape)
+    assert out.isfinite().all()
+    # Roundings of weights, of means and of the output. FP8 weights are rounded relative to the largest so far, not to
+    # the largest of all.
+    allowed = 4e-2 if "fp8" in precision else 3 * torch.finfo(out.dtype).eps / 2
+    assert (out.float() - expected.float()).norm() <= allowed * expected.float().norm()
+    seen = expected_lse > -math.inf
+    assert torch.equal(lse > -math.inf, seen)
+    assert (lse - expected_lse)[seen].norm() <= 2e-4 * expected_lse[seen].norm()
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 128), (torch.float16, 64)], ids=str)
+@pytest.mark.parametrize("key_block_size", [64, 128])
+@pytest.mark.parametrize("tail", [None, [[True, False], [False, True]]])
+@pytest.mark.parametrize("lengths", [None, [700, 300], [128, 0]])
+def test_it_keeps_to_the_specification(gluon, dtype, head_dim, key_block_size, tail, lengths):
+    sizes = {"dtype": dtype, "head_dim": head_dim, "key_block_size": key_block_size}
+    check(gluon, make_inputs(tail=tail, lengths=lengths, **sizes))
+
+
+@pytest.mark.usefixtures("quantizes")
+@pytest.mark.parametrize("precision", ["int8", "int8_fp8", "fp8"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("lengths", "tail"), [(None, None), ([700, 300], [[True, True]]), (None, [[True, False]])])
+def test_precisions(gluon, precision, head_dim, lengths, tail):
+    check(gluon, make_inputs(dtype=torch.float16, head_dim=head_dim, lengths=lengths, tail=tail), precision)
+
+
+@pytest.mark.usefixtures("quantizes")
+@pytest.mark.parametrize("precision", ["native", "int8", "int8_fp8"])
+def test_tokens_are_taken_in_their_orders(gluon, precision):
+    # What the second batch entry lacks stays last.
+    places = torch.rand((2, 300), generator=torch.Generator().manual_seed(1)).argsort(-1)
+    key_order = torch.cat([places, torch.arange(300, 700).expand(2, -1)], 1)
+    inputs = make_inputs(lengths=[700, 300], tail=[[True, False]])
+    check(gluon, inputs, precision, query_order=torch.arange(700).flip(0)[None], key_order=key_order)
+
+
+def few_rows(*, num_key_blocks, most, tail):
+    """One head of 256 queries, which see up to `most` of many key blocks."""
+    inputs = make_inputs(head_dim=128, tokens=128 * num_key_blocks, tail=tail)
+    inputs["query"] = inputs["query"][:1, :1, :256]
+    inputs |= {name: inputs[name][:1, :1] for name in ("key", "value")}
+    generator = torch.Generator().manual_seed(0)
+    lists = torch.rand((1, 1, 2, num_key_blocks), generator=generator).argsort(-1)[..., :most]
+    return inputs | {"key_blocks": lists.int(), "counts": torch.tensor([[[most, most - 1]]], dtype=torch.int32)}
+
+
+@pytest.mark.usefixtures("quantizes")
+@pytest.mark.parametrize("precision", ["native", "int8", "int8_fp8"])
+def test_tiles_are_neither_taken_nor_freed_too_early(gluon, precision):
+    # What a tile holds after it is freed is nonsense: often enough both warpgroups are slow.
+    for _ in range(3):
+        check(gluon, few_rows(num_key_blocks=60, most=60, tail=None), precision)
+
+
+@pytest.mark.usefixtures("quantizes")
+@pytest.mark.parametrize("precision", ["native", "int8"])
+def test_more_means_than_a_tile(gluon, precision):
+    check(gluon, few_rows(num_key_blocks=140, most=5, tail=[[True]]), precision)
