@@ -20,7 +20,7 @@ import torch
 import triton.experimental
 
 SECONDS_UNTIL_DEADLOCK = 20.0
-KERNEL_FILES = ("lists", "products", "attention", "copies", "kernel")
+KERNEL_FILES = ("tiles", "lists", "products", "attention", "copies", "kernel")
 
 
 class DType:
@@ -128,7 +128,7 @@ class Shared:
     def permute(self, order):
         return Shared(self.numbers.permute(order), self.dtype, self.written)
 
-    def _reinterpret(self, dtype, shape, layout):
+    def reinterpret(self, dtype, shape, layout):
         count = torch.Size(shape).numel() * dtype.torch.itemsize
         bytes_of_it = self.numbers.view(torch.uint8).flatten()
         assert count == len(bytes_of_it)
@@ -418,6 +418,7 @@ def number(function):
 def _fakes():
     language = SimpleNamespace(
         constexpr=constexpr,
+        shared_memory_descriptor=Shared,
         constexpr_function=lambda function: function,
         static_range=range,
         program_id=lambda axis: value_of(Program.number),
@@ -474,8 +475,8 @@ def _fakes():
         wait=lambda barrier, phase: barrier.wait(phase),
     )
     copies = SimpleNamespace(
-        async_copy_global_to_shared=copy_to_shared,
-        async_copy_shared_to_global=copy_to_global,
+        async_load=copy_to_shared,
+        async_store=copy_to_global,
         store_wait=store_wait,
     )
     name = "triton.experimental.gluon"

@@ -9,17 +9,16 @@ Here is what runs on the host. The kernel is in `hopper_kernel_gluon.py`, its pa
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from diffsparse.kernels import block_sparse_triton
 from diffsparse.kernels.hopper_kernel_gluon import attention_kernel
 from diffsparse.kernels.hopper_lists_gluon import TILE
 from diffsparse.kernels.hopper_products_gluon import ROWS
+from diffsparse.kernels.hopper_tiles_gluon import descriptor_layout
 from diffsparse.kernels.launch import launch_on
 from diffsparse.kernels.operands_triton import Operands, of_key_mean, prepared
 from diffsparse.kernels.pooling import tail_sizes
@@ -220,10 +219,5 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
         x = x.clone(memory_format=torch.contiguous_format)
         strides = list(x.stride()[:3])
     return TensorDescriptor(
-        x, list(x.shape), [*strides, 1], [1, 1, rows, columns], shared_layout(x.element_size(), columns)
+        x, list(x.shape), [*strides, 1], [1, 1, rows, columns], descriptor_layout(x.element_size(), columns)
     )
-
-
-def shared_layout(element_size: int, columns: int) -> Any:
-    """How tiles of so many columns lie in the shared memory, as both the copies and the matrix products ask for."""
-    return gl.NVMMASharedLayout(min(columns * element_size, 128), element_bitwidth=8 * element_size, rank=2)

@@ -28,6 +28,7 @@ from diffsparse.kernels.hopper_products_gluon import (
     start_logits,
     start_product,
 )
+from diffsparse.kernels.hopper_tiles_gluon import store_tile
 
 LN_2 = gl.constexpr(0.6931471805599453)
 # The least a row's largest logit is taken for, in base 2: -inf - -inf, where nothing is seen, is not a number.
@@ -174,7 +175,7 @@ def attend_half(
     first_query = (2 * row + PART) * ROWS
     out_tiles.index(PART).store(out.to(out_desc.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [b, h, first_query, 0], out_tiles.index(PART))
+    store_tile(out_desc, [b, h, first_query, 0], out_tiles.index(PART))
     if lse_ptr is not None:
         rows = first_query + gl.arange(0, ROWS, layout=gl.SliceLayout(1, logits_layout))
         lse = (peak + gl.log2(total) - BOOST) * LN_2

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from diffsparse.kernels.hopper_lists_gluon import TILE, blocks_of
 from diffsparse.kernels.hopper_products_gluon import ROWS
+from diffsparse.kernels.hopper_tiles_gluon import load_tile
 
 
 @gluon.jit
@@ -28,7 +29,7 @@ def copy_tiles(queries, keys, values, means, lists, scales, num_tail_tiles, plac
     mbarrier.expect(query_ready, 2 * query_desc.block_type.nbytes)
     for i in gl.static_range(2):
         first_query = (2 * row + i) * ROWS
-        tma.async_copy_global_to_shared(query_desc, [b, h, first_query, 0], query_ready, query_tiles.index(i))
+        load_tile(query_desc, [b, h, first_query, 0], query_ready, query_tiles.index(i))
     for tile in range(num_tiles):
         first, second = blocks_of(tile, lists, KEY_BLOCK)
         scale = None
@@ -64,11 +65,11 @@ def _copy_tile(
         scales.index(stage).store(gl.full([1], scale, gl.float32, gl.BlockedLayout([1], [32], [1], [0])))
     mbarrier.expect(ready.index(stage), TILE // KEY_BLOCK * desc.block_type.nbytes)
     if TRANSPOSED:
-        tma.async_copy_global_to_shared(desc, [b, h, 0, first], ready.index(stage), rows)
+        load_tile(desc, [b, h, 0, first], ready.index(stage), rows)
     else:
-        tma.async_copy_global_to_shared(desc, [b, h, first, 0], ready.index(stage), rows.slice(0, KEY_BLOCK))
+        load_tile(desc, [b, h, first, 0], ready.index(stage), rows.slice(0, KEY_BLOCK))
     if KEY_BLOCK < TILE:
-        tma.async_copy_global_to_shared(desc, [b, h, second, 0], ready.index(stage), rows.slice(KEY_BLOCK, KEY_BLOCK))
+        load_tile(desc, [b, h, second, 0], ready.index(stage), rows.slice(KEY_BLOCK, KEY_BLOCK))
 
 
 @gluon.jit
@@ -85,5 +86,5 @@ def _copy_means(key_desc, value_desc, b, h, keys, values, means, num_tiles, num_
         mbarrier.wait(free.index(stage), phase ^ 1)
         mbarrier.expect(ready.index(stage), 2 * key_desc.block_type.nbytes)
         first = [b, h, tile * TILE, 0]
-        tma.async_copy_global_to_shared(key_desc, first, ready.index(stage), mean_keys.index(stage))
-        tma.async_copy_global_to_shared(value_desc, first, ready.index(stage), mean_values.index(stage))
+        load_tile(key_desc, first, ready.index(stage), mean_keys.index(stage))
+        load_tile(value_desc, first, ready.index(stage), mean_values.index(stage))

@@ -13,6 +13,7 @@ from diffsparse.kernels.hopper_attention_gluon import attend_half
 from diffsparse.kernels.hopper_copies_gluon import copy_tiles
 from diffsparse.kernels.hopper_lists_gluon import TILE, find_ragged
 from diffsparse.kernels.hopper_products_gluon import ROWS
+from diffsparse.kernels.hopper_tiles_gluon import tiles_in, tiles_of
 
 
 # A kernel compiled anew for every kind of number these are would gain nothing.
@@ -96,11 +97,11 @@ def attention_kernel(
         tail_sizes_ptr += row_of_all.to(gl.int64) * num_tail_tiles_if_any * TILE
         num_tail_tiles = gl.where(gl.load(has_tail_ptr + head_of_batch) != 0, num_tail_tiles_if_any, 0)
 
-    query_tiles = gl.allocate_shared_memory(query_desc.dtype, [2, ROWS, HEAD_DIM], query_desc.layout)
-    key_tiles = gl.allocate_shared_memory(key_desc.dtype, [STAGES, TILE, HEAD_DIM], key_desc.layout)
+    query_tiles = tiles_of(query_desc.dtype, 2, ROWS, HEAD_DIM)
+    key_tiles = tiles_of(key_desc.dtype, STAGES, TILE, HEAD_DIM)
     QUANTIZED: gl.constexpr = key_scale_ptr is not None
     if QUANTIZED:
-        out_tiles = gl.allocate_shared_memory(out_desc.dtype, [2, ROWS, HEAD_DIM], out_desc.layout)
+        out_tiles = tiles_of(out_desc.dtype, 2, ROWS, HEAD_DIM)
         query_scale = gl.load(query_scale_ptr + row_of_all)
         key_scale_ptr += head_of_batch * ((num_keys + KEY_BLOCK - 1) // KEY_BLOCK)
         key_scales = gl.allocate_shared_memory(gl.float32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -112,9 +113,9 @@ def attention_kernel(
         copied_scales = (None, None)
     if value_scale_ptr is not None:
         value_scale_ptr += head_of_batch * HEAD_DIM
-        value_tiles = gl.allocate_shared_memory(value_desc.dtype, [STAGES, HEAD_DIM, TILE], value_desc.layout)
+        value_tiles = tiles_of(value_desc.dtype, STAGES, HEAD_DIM, TILE)
     else:
-        value_tiles = gl.allocate_shared_memory(value_desc.dtype, [STAGES, TILE, HEAD_DIM], value_desc.layout)
+        value_tiles = tiles_of(value_desc.dtype, STAGES, TILE, HEAD_DIM)
     query_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -134,11 +135,10 @@ def attention_kernel(
     means = (None, None, None, None)
     if QUANTIZED and pooled_key_desc is not None:
         # Two tiles of quantized keys make room for one of means.
-        shape: gl.constexpr = [STAGES // 2, TILE, HEAD_DIM]
-        mean_keys = key_tiles._reinterpret(pooled_key_desc.dtype, shape, pooled_key_desc.layout)
+        mean_keys = tiles_in(key_tiles, pooled_key_desc.dtype, STAGES // 2, TILE, HEAD_DIM)
         mean_values = value_tiles
         if value_scale_ptr is not None:
-            mean_values = value_tiles._reinterpret(pooled_key_desc.dtype, shape, pooled_key_desc.layout)
+            mean_values = tiles_in(value_tiles, pooled_key_desc.dtype, STAGES // 2, TILE, HEAD_DIM)
         mean_ready = gl.allocate_shared_memory(gl.int64, [STAGES // 2, 1], mbarrier.MBarrierLayout())
         mean_free = gl.allocate_shared_memory(gl.int64, [STAGES // 2, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES // 2):

@@ -130,7 +130,7 @@ def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
     tiles = {name: (dtype, rows, head_dim) for name, (dtype, rows) in tiles.items()}
     tiles["value_desc"] = (values, *((key_block_size, head_dim) if sizes[values] == 2 else (head_dim, key_block_size)))
     types = {
-        name: f"tensordesc<{dtype}[1, 1, {rows}, {columns}],{gluon.shared_layout(sizes[dtype], columns)!r}>"
+        name: f"tensordesc<{dtype}[1, 1, {rows}, {columns}],{gluon.descriptor_layout(sizes[dtype], columns)!r}>"
         for name, (dtype, rows, columns) in tiles.items()
     }
     types |= dict.fromkeys(("key_blocks_ptr", "counts_ptr", "schedule_ptr", "key_length_ptr", "has_tail_ptr"), "*i32")
