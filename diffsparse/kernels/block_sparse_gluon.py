@@ -206,6 +206,8 @@ def launch(
             KEY_BLOCK=key_block_size,
             STAGES=STAGES[head_dim, key.element_size(), value.element_size()],
             num_warps=4,
+            # Numbers of INT8 are INT_OFFSET too large, which only the exact product takes away again.
+            enable_fp_fusion=True,
         )
     return out, lse
 

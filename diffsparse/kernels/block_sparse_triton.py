@@ -136,6 +136,8 @@ def attend(
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
+            # Or each logit would take two instructions.
+            enable_fp_fusion=True,
         )
     if return_lse and operands.key_mean is not None:
         lse += scale * of_key_mean(query, operands.key_mean, query_order)

@@ -114,7 +114,7 @@ def compile_attention(
             attrs={(i,): [["tt.divisibility", 16]] for i in places},
         ),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages},
+        options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True},
     )
 
 

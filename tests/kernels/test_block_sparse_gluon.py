@@ -152,7 +152,7 @@ def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
     source = GluonASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in places}
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": True})
 
 
 @pytest.mark.parametrize(
