@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
@@ -21,8 +22,7 @@ def right(fields):
 
 
 def right_among_noise(fields):
-    print('{"wrong": 1}', flush=True)
-    os.write(1, b"no JSON")
+    atexit.register(print, "no JSON")
     return right(fields)
 
 

@@ -142,8 +142,6 @@ def repeat(calls: Sequence[RepeatedCall], seconds: float) -> Iterator[dict[str, 
 
     The seconds begin after the first turn, in which kernels are compiled and results compared with float64.
     """
-    import torch
-
     assert calls
     found = NOTHING_YET | {"errors": {}}
     right_results: dict[str, Sequence[Tensor]] = {}
@@ -157,6 +155,8 @@ def repeat(calls: Sequence[RepeatedCall], seconds: float) -> Iterator[dict[str, 
         yield found | {"call": call.name}
         began, size, wrong = time.monotonic(), batch_sizes[call.name], 0
         if call.name in right_results:
+            import torch
+
             right = right_results[call.name]
             differing = torch.stack([_differing(call.call(), right) for _ in range(size)])
             wrong = int(differing.count_nonzero())
