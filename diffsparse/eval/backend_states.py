@@ -18,8 +18,8 @@ class SelfTest:
     Attributes:
         precision: one of PRECISIONS.
         dtype: of queries, keys and values; None where the backend takes none in this precision.
-        error: the largest relative error, against float64 or, quantized, the eager backend on the CPU; None where
-            nothing was computed.
+        error: the largest relative error, against float64 or, quantized, the eager backend on the CPU, which itself is
+            not tried there; None where nothing was computed.
         allowed: how large it may be.
         reason: why the backend did not compute this, or not rightly; None if it did.
     """
@@ -66,17 +66,14 @@ def backend_state(backend: str, device: str) -> BackendState:
             tests.append(SelfTest(precision, reason=found.reason))
         elif backend not in found.computed_by:
             tests.append(SelfTest(precision, found.dtypes[0], reason=f"left to {' and '.join(others)}"))
+        elif (backend, device) == ("eager", "cpu") and precision != "native":
+            tests.append(SelfTest(precision, found.dtypes[0], reason="the reference itself"))
         else:
             dtypes = found.dtypes if precision == "native" else found.dtypes[:1]
             if torch.device(device).type != "cpu":
                 dtypes = tuple(dtype for dtype in dtypes if dtype.itemsize == 2) or dtypes
             tests += [_tried(backend, device, dtype, precision) for dtype in dtypes]
     return BackendState(backend, capabilities, features(backend), tuple(tests), None)
-
-
-def is_reference(backend: str, device: str, precision: str) -> bool:
-    """Whether this is what others are compared with in this precision, so that its own error is 0."""
-    return (backend, device) == ("eager", "cpu") and precision != "native"
 
 
 def _tried(backend: str, device: str, dtype: torch.dtype, precision: str) -> SelfTest:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ def child_process(module: str, *arguments: str) -> Iterator[ChildProcess]:
             yield child
         finally:
             child.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_TO_DIE)
             assert process.stdin is not None
             process.stdin.close()
 
@@ -67,14 +70,16 @@ class ChildProcess:
     @property
     def runs(self) -> bool:
         """It has not ended yet."""
-        return self.process.poll() is None
+        # WNOWAIT: its number, which is that of its group too, stays its own until `child_process` is done with it.
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return self.process.returncode is None and os.waitid(os.P_PID, self.process.pid, options) is None
 
-    def wait(self, seconds: float) -> int | None:
-        """Its exit code, negative for a signal; None if it has not ended after so long."""
-        try:
-            return self.process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return None
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended within so many seconds."""
+        end = time.monotonic() + seconds
+        while self.runs and time.monotonic() < end:
+            time.sleep(0.02)
+        return not self.runs
 
     def lines(self) -> list[str]:
         """The whole lines of its output so far."""
@@ -86,22 +91,15 @@ class ChildProcess:
 
     def say_where(self) -> None:
         """Have it write to its standard error where in its code it is."""
-        self._signal(signal.SIGUSR1)
+        os.kill(self.process.pid, signal.SIGUSR1)
         self.wait(SECONDS_TO_SAY_WHERE)
 
-    def kill_soon(self) -> None:
+    def kill(self) -> None:
         """End it and whatever it has started, without waiting for that."""
-        self._signal(signal.SIGKILL)
-
-    def kill(self) -> bool:
-        """End it and whatever it has started; False if it is still there after some seconds."""
-        self.kill_soon()
-        return self.wait(SECONDS_TO_DIE) is not None
-
-    def _signal(self, number: signal.Signals) -> None:
-        # Where nothing of the group is left, Linux says that there is none, macOS that it is not ours.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, number)
+        # macOS refuses where all of them have ended.
+        if self.process.returncode is None:
+            with contextlib.suppress(PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def _text(file: int) -> str:

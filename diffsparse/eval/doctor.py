@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from diffsparse.eval.backend_states import backend_state
-    from diffsparse.eval.doctor_tables import backends_table, dtype_name, long_reasons, self_tests_table
+    from diffsparse.eval.doctor_tables import backends_table, dtype_name, self_tests_table
     from diffsparse.kernels.backends import BACKENDS
 
     if args.json is not None:
@@ -51,8 +52,6 @@ def run(args: argparse.Namespace) -> int:
         taken = {label: taken_by_blocks(names[0]) for label, names in alike.items()}
     console.print(backends_table(states))
     console.print(self_tests_table(states))
-    for reason in long_reasons(states):
-        console.print(reason)
 
     families = Table("family", "transformers", title="Model families")
     for family, transformers in known_families().items():
@@ -65,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     works = any(state.works for of_device in states.values() for state in of_device)
     console.print("Sparse attention can run here." if works else "No backend can run here: see the reasons above.")
     if args.json is not None:
-        args.json.write_text(json.dumps(as_dict(alike, states, taken), indent=2, default=dtype_name) + "\n")
+        found = as_dict(alike, states, taken)
+        args.json.write_text(json.dumps(found, indent=2, default=dtype_name, allow_nan=False) + "\n")
     return 0 if works else 1
 
 
@@ -140,14 +140,13 @@ def as_dict(
     states: dict[str, list[BackendState]],
     taken: dict[str, dict[tuple[int, int], str | None]],
 ) -> dict[str, Any]:
-    """All that was found, for JSON but for the dtypes; head dims and block sizes as the tables show them."""
+    """All that was found, for JSON but for the dtypes; head dims and block sizes as the tables show them.
+
+    JSON has no word for an error that is not a number: it is None, and the reason says that it is wrong.
+    """
     from diffsparse.eval.doctor_tables import as_ranges
 
     ranges = ("head_dims", "query_blocks", "key_blocks")
-
-    def fields_of(x: Any) -> dict[str, Any]:
-        return {name: as_ranges(value) if name in ranges else value for name, value in vars(x).items()}
-
     return {
         "versions": versions(),
         "devices": devices(),
@@ -159,8 +158,14 @@ def as_dict(
                     {
                         **vars(state),
                         "works": state.works,
-                        "capabilities": {name: fields_of(found) for name, found in state.capabilities.items()},
-                        "self_tests": [fields_of(test) for test in state.self_tests],
+                        "capabilities": {
+                            precision: vars(found) | {name: as_ranges(getattr(found, name)) for name in ranges}
+                            for precision, found in state.capabilities.items()
+                        },
+                        "self_tests": [
+                            vars(test) | {"error": test.error if math.isfinite(test.error or 0) else None}
+                            for test in state.self_tests
+                        ],
                     }
                     for state in states[label]
                 ],

@@ -9,11 +9,11 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from diffsparse.eval.backend_states import BackendState, SelfTest, is_reference
+from diffsparse.eval.backend_states import BackendState, SelfTest
 from diffsparse.kernels.capabilities import BLOCK_SIZES, HEAD_DIMS, Capability
 
-# A compiler's message may have pages; the JSON file has all of it. In a cell, and on its own.
-LONGEST_CELL, LONGEST_REASON = 90, 600
+# A compiler's message may have pages; the JSON file has all of it.
+LONGEST_REASON = 300
 
 
 def backends_table(states: dict[str, list[BackendState]]) -> Table:
@@ -28,9 +28,7 @@ def backends_table(states: dict[str, list[BackendState]]) -> Table:
     table.add_column("takes")
     for device, of_device in states.items():
         for state in of_device:
-            takes = (
-                "\n".join(_takes(state)) if state.reason is None else f"nothing: {_cut(state.reason, LONGEST_REASON)}"
-            )
+            takes = "\n".join(_takes(state)) if state.reason is None else f"nothing: {_cut(state.reason)}"
             table.add_row(state.backend, device, takes)
     return table
 
@@ -47,22 +45,10 @@ def self_tests_table(states: dict[str, list[BackendState]]) -> Table:
     for device, of_device in states.items():
         for state in of_device:
             for test in state.self_tests:
-                table.add_row(state.backend, device, *_cells(test, is_reference(state.backend, device, test.precision)))
+                table.add_row(state.backend, device, *_cells(test))
             if state.self_tests:
                 table.add_section()
     return table
-
-
-def long_reasons(states: dict[str, list[BackendState]]) -> list[str]:
-    """What was cut in the cells of `self_tests_table`, each once."""
-    found = {
-        f"{state.backend} on {device} {_cut(test.reason, LONGEST_REASON)}": None
-        for device, of_device in states.items()
-        for state in of_device
-        for test in state.self_tests
-        if test.reason is not None and _cut(test.reason, LONGEST_CELL) != escape(test.reason)
-    }
-    return list(found)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -115,18 +101,15 @@ def _peculiarities(backend: str, found: Capability, usual: Capability) -> str:
     return f": {'; '.join(different)}" if different else ""
 
 
-def _cells(test: SelfTest, is_reference: bool) -> tuple[str, ...]:
-    dtype = "" if test.dtype is None else dtype_name(test.dtype)
-    if test.reason is None and is_reference:
-        return dtype, test.precision, "", "", "the reference itself"
+def _cells(test: SelfTest) -> tuple[str, ...]:
     return (
-        dtype,
+        "" if test.dtype is None else dtype_name(test.dtype),
         test.precision,
         "" if test.error is None else f"{test.error:.1e}",
         "" if test.allowed is None else f"{test.allowed:.1e}",
-        "passed" if test.reason is None else _cut(test.reason, LONGEST_CELL),
+        "passed" if test.reason is None else _cut(test.reason),
     )
 
 
-def _cut(reason: str, longest: int) -> str:
-    return escape(textwrap.shorten(reason, longest, placeholder=" ..."))
+def _cut(reason: str) -> str:
+    return escape(textwrap.shorten(reason, LONGEST_REASON, placeholder=" ..."))

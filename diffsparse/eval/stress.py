@@ -18,26 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from diffsparse.eval.bench_suite import BLOCK_SIZE, LARGEST_ERRORS
 from diffsparse.eval.output_file import check_output_file
-from diffsparse.eval.stress_calls import CALLS, DENSE, SIZES, Subject, small_cases, why_not_full
 from diffsparse.eval.stress_load import busy_device
-from diffsparse.eval.stress_trial import DIED, HUNG, NO_MEMORY, RIGHT, Outcome, try_subject
+from diffsparse.eval.stress_trial import CALLS, DENSE, RIGHT, SIZES, Outcome, Subject, try_subject
 from diffsparse.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-# Processes, tokens and heads: a GPU's, and what a processor computes in a moment.
-ON_GPU = {"processes": 20, "tokens": 75_600, "heads": 40}
-ELSEWHERE = {"processes": 2, "tokens": 1024, "heads": 2}
+PROCESSES_ON_GPU, PROCESSES_ELSEWHERE = 20, 2
 SECONDS_TO_START = 15
 """About what a process takes until its first call; longer where kernels are still to be compiled."""
 COMPLAINTS_SHOWN = 5
-SHOWN_VERDICTS = {
-    RIGHT: "[green]right[/]",
-    **{verdict: f"[bold red]{verdict}[/]" for verdict in ("wrong", DIED, HUNG)},
-    NO_MEMORY: "[yellow]no memory[/]",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,23 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes",
         type=int,
-        help=f"that keep the device busy; 0 for none (default: {ON_GPU['processes']} on a GPU, else "
-        f"{ELSEWHERE['processes']})",
+        help=f"that keep the device busy; 0 for none (default: {PROCESSES_ON_GPU} on a GPU, else "
+        f"{PROCESSES_ELSEWHERE})",
     )
     parser.add_argument(
         "--sizes",
         nargs="+",
         choices=SIZES,
         default=list(SIZES),
-        help="full: one call as a model makes it; small: many short ones with all options (default: %(default)s)",
-    )
-    for name, what in (("tokens", "tokens of the full size"), ("heads", "attention heads of the full size")):
-        parser.add_argument(
-            f"--{name}", type=int, help=f"{what} (default: {ON_GPU[name]} on a GPU, else {ELSEWHERE[name]})"
-        )
-    parser.add_argument("--head-dim", type=int, default=128, help="of the full size (default: %(default)s)")
-    parser.add_argument(
-        "--density", type=float, default=0.25, help="share of key blocks at the full size (default: %(default)s)"
+        help="full: a call as Wan 2.1 14B makes it at 720p, or on a CPU a tiny model; small: many short ones with all "
+        f"options, but for {DENSE} (default: %(default)s)",
     )
     parser.add_argument(
         "--seconds",
@@ -118,11 +103,9 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     check_output_file("`--output`", args.output)
     device = torch.device(choose_device(args.device))
-    for name, value in (ON_GPU if device.type == "cuda" else ELSEWHERE).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.processes is None:
+        args.processes = PROCESSES_ON_GPU if device.type == "cuda" else PROCESSES_ELSEWHERE
     _check(args)
-    args.sizes = list(dict.fromkeys(args.sizes))
     # Reasons are others' words, and no markup.
     subjects = subjects_of(args, device, lambda line: console.print(line, markup=False))
     seconds = args.seconds / len(args.sizes)
@@ -145,41 +128,38 @@ def subjects_of(args: argparse.Namespace, device: torch.device, say: Callable[[s
     """
     from diffsparse.kernels.backends import BACKENDS, available_backends, left_to
 
-    unknown = [name for name in args.backends or () if name not in (DENSE, *BACKENDS)]
-    if unknown:
-        raise ValueError(
-            f"`--backends` must be among {', '.join((DENSE, *BACKENDS))}, got {unknown[0]!r}. Leave it out for those "
-            f"that count here."
-        )
-    reasons = available_backends(device)
+    reasons = {precision: available_backends(device, precision) for precision in ("native", *args.precisions)}
     for name in args.backends or ():
-        if reasons.get(name) is not None:
-            raise ValueError(f"`--backends` {name} cannot run on {device}: {reasons[name]}. Leave it out.")
-    names = args.backends
-    if names is None:
-        fast = list(BACKENDS)[: list(BACKENDS).index("eager")]
-        names = [DENSE, *([name for name in fast if reasons[name] is None] or ["eager"])]
+        if name not in (DENSE, *BACKENDS):
+            raise ValueError(
+                f"`--backends` must be among {', '.join((DENSE, *BACKENDS))}, got {name!r}. Leave it out for those "
+                f"that count here."
+            )
+        if reason := reasons["native"].get(name):
+            raise ValueError(f"`--backends` {name} cannot run on {device}: {reason}. Leave it out.")
+    fast = list(BACKENDS)[: list(BACKENDS).index("eager")]
+    default = [DENSE, *([name for name in fast if reasons["native"][name] is None] or ["eager"])]
     subjects = []
-    for name in dict.fromkeys(names):
-        for precision in ("native",) if name == DENSE else dict.fromkeys(args.precisions):
-            other = None if name == DENSE else left_to(name, precision, BLOCK_SIZE)
-            is_off = other is not None
-            if is_off and not args.switched_off:
+    for name in args.backends or default:
+        if name == DENSE:
+            subjects += [Subject(DENSE, "native", size, False, str(device)) for size in args.sizes if size == "full"]
+            continue
+        for precision in args.precisions:
+            if reason := reasons[precision][name]:
+                say(f"{name} {precision} cannot run: {reason}")
+                continue
+            other = left_to(name, precision, BLOCK_SIZE)
+            if other is not None and not args.switched_off:
                 say(f"{name} {precision} is switched off and goes to {other}. Add it with --switched-off.")
                 continue
-            for size in args.sizes:
-                if reason := _why_not(name, precision, size, args.head_dim, device):
-                    say(f"{name} {precision}, {size}, cannot run: {reason}")
-                    continue
-                sizes = args.tokens, args.heads, args.head_dim, args.density
-                subjects.append(Subject(name, precision, size, is_off, str(device), *sizes))
+            subjects += [Subject(name, precision, size, other is not None, str(device)) for size in args.sizes]
     if args.switched_off and not any(subject.switched_off for subject in subjects):
         raise ValueError(
             f"`--switched-off` adds nothing on {device}: what is switched off is the backend gluon in 8 bits, "
-            f"{reasons['gluon'] or 'and it is not asked for'}. Leave it out."
+            f"{reasons['native']['gluon'] or 'and it is not asked for'}. Leave it out."
         )
     if not subjects:
-        raise ValueError("Nothing is left to try of `--backends` and `--precisions`. Leave them out for all.")
+        raise ValueError("Nothing is left to try of `--backends`, `--precisions`, `--sizes`. Leave them out for all.")
     return subjects
 
 
@@ -224,16 +204,16 @@ def show(outcomes: Sequence[Outcome], processes: int, console: Console) -> None:
     table = Table("attention", "precision", "size", "", "right", "wrong", "error", "how it ended", title=title)
     for outcome in outcomes:
         subject = outcome.subject
-        errors = [float(error) for error in outcome.errors.values()]
+        # What is not a number is the worst.
+        error = max((math.inf if error is None else error for error in outcome.errors.values()), default=None)
         table.add_row(
             subject.backend,
             subject.precision + (", switched off" if subject.switched_off else ""),
             subject.size,
-            SHOWN_VERDICTS[outcome.verdict],
+            f"[{'green' if outcome.verdict == RIGHT else 'bold red'}]{outcome.verdict}[/]",
             str(outcome.right),
             f"{outcome.wrong}, by up to {outcome.differing:,} numbers" if outcome.differing else str(outcome.wrong),
-            # Unlike max(), a sum keeps what is not a number.
-            f"{max(errors) if math.isfinite(sum(errors)) else sum(errors):.1e}" if errors else "",
+            "" if error is None else "nan" if error == math.inf else f"{error:.1e}",
             escape(outcome.ended),
         )
     console.print(table)
@@ -248,17 +228,10 @@ def show(outcomes: Sequence[Outcome], processes: int, console: Console) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from diffsparse.kernels.block_sparse import MAX_HEAD_DIM
-
-    if not hasattr(os, "killpg"):
-        raise ValueError("`diffsparse stress` ends processes as Linux and macOS do, and this is neither.")
-    for name, least in (("processes", 0), ("tokens", 1), ("heads", 1), ("head_dim", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"`--{name.replace('_', '-')}` must be at least {least}, got {getattr(args, name)}.")
-    if args.head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"`--head-dim` must be at most {MAX_HEAD_DIM}, got {args.head_dim}.")
-    if not 0 < args.density <= 1:
-        raise ValueError(f"`--density` must be above 0 and at most 1, got {args.density}. For 25 % say 0.25.")
+    if not hasattr(os, "waitid"):
+        raise ValueError("`diffsparse stress` needs `os.waitid`: Linux, or macOS with Python 3.13.")
+    if args.processes < 0:
+        raise ValueError(f"`--processes` must be at least 0, got {args.processes}.")
     if not 0 < args.seconds < math.inf:
         raise ValueError(f"`--seconds` must be above 0, got {args.seconds}.")
     if not args.seconds < args.limit < math.inf:
@@ -266,11 +239,3 @@ def _check(args: argparse.Namespace) -> None:
             f"`--limit` must be more than `--seconds` {args.seconds:g}, got {args.limit:g}. A process also has to "
             f"start and to compile: say {args.seconds + 160:g}."
         )
-
-
-def _why_not(backend: str, precision: str, size: str, head_dim: int, device: torch.device) -> str | None:
-    if backend == DENSE:
-        return None
-    if size == "full":
-        return why_not_full(backend, precision, head_dim, device)
-    return None if small_cases(backend, precision, device) else "it takes none of the small calls"

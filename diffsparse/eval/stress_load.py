@@ -12,8 +12,7 @@ from diffsparse.eval.child_process import child_process, follow_parent
 RUNNING = "running"
 SECONDS_TO_START = 300
 # Rows of the square matrices: a product takes 1 to 10 ms on a large GPU, or on a core.
-ROWS = {"cuda": 8192}
-ROWS_ELSEWHERE = 512
+ROWS_ON_GPU, ROWS_ELSEWHERE = 8192, 512
 PRODUCTS_IN_TURN = 8
 
 
@@ -42,7 +41,7 @@ def busy_device(device: str, processes: int, module: str = __name__) -> Iterator
         finally:
             # All at once: waiting for each before the next is told would take long.
             for child in children:
-                child.kill_soon()
+                child.kill()
 
 
 def multiply_for_ever(device: str) -> None:
@@ -51,7 +50,7 @@ def multiply_for_ever(device: str) -> None:
 
     torch.set_num_threads(1)
     on_gpu = torch.device(device).type == "cuda"
-    rows = ROWS.get(torch.device(device).type, ROWS_ELSEWHERE)
+    rows = ROWS_ON_GPU if on_gpu else ROWS_ELSEWHERE
     matrix = torch.randn((rows, rows), device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
     product = torch.empty_like(matrix)
     waits: list[Callable[[], object]] = []

@@ -107,12 +107,20 @@ def test_a_backend_that_cannot_run_is_not_tried_and_its_reason_shown(only_backen
 
 
 @pytest.mark.parametrize("error", [0.5, math.nan])
-def test_a_wrong_backend_does_not_count_as_working(only_backends, tried, capsys, error):
+def test_a_wrong_backend_does_not_count_as_working(only_backends, tried, capsys, tmp_path, error):
     only_backends(eager=(block_sparse_eager.why_not, block_sparse_eager.attend))
     tried.errors["eager", "native"] = error
     # That it agrees with itself in other precisions is no excuse.
-    assert run() == 1
-    assert [row[-1] for row in rows_of(capsys.readouterr().out, "eager", "native")] == ["wrong"] * 3
+    assert run(tmp_path / "doctor.json") == 1
+    assert [row[-3:] for row in rows_of(capsys.readouterr().out, "eager", "native", "wrong")] == [
+        [f"{error:.1e}", f"{self_test.largest_error(dtype, 'native'):.1e}", "wrong"]
+        for dtype in (torch.bfloat16, torch.float32, torch.float16)
+    ]
+    # Strict parsers know no NaN.
+    found = json.loads((tmp_path / "doctor.json").read_text(), parse_constant=pytest.fail)
+    (backend,) = found["kinds_of_devices"]["cpu"]["backends"]
+    tests = [(test["error"], test["reason"]) for test in backend["self_tests"] if test["precision"] == "native"]
+    assert tests == [(None if math.isnan(error) else error, "wrong")] * 3
 
 
 def test_a_backend_that_breaks_is_reported_and_the_others_still_tried(only_backends, tried, capsys):

@@ -14,13 +14,12 @@ import torch
 from rich.console import Console
 
 from diffsparse.eval import child_process, cli, stress
-from diffsparse.eval.stress_calls import Subject
 from diffsparse.eval.stress_load import busy_device
-from diffsparse.eval.stress_trial import Outcome
+from diffsparse.eval.stress_trial import Outcome, Subject
 from diffsparse.kernels import backends
 
 CPU = torch.device("cpu")
-SUBJECT = Subject("eager", "int8", "small", False, "cpu", 100, 1, 8, 0.5)
+SUBJECT = Subject("eager", "int8", "small", False, "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +42,7 @@ def idle_load(monkeypatch):
 def parse(*arguments):
     parser = argparse.ArgumentParser()
     stress.add_arguments(parser)
-    args = parser.parse_args(arguments)
-    for name, value in stress.ELSEWHERE.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    return parser.parse_args(["--processes", "2", *arguments])
 
 
 def outcome(verdict="right", subject=SUBJECT, **fields):
@@ -82,7 +77,7 @@ def test_the_file_has_what_is_done_when_the_rest_is_interrupted(tmp_path, monkey
 
     monkeypatch.setattr(stress, "try_subject", interrupted)
     output = tmp_path / "stress.json"
-    command = ["stress", "--sizes", "small", "--precisions", "native", "--device", "cpu", "--output", str(output)]
+    command = ["stress", "--sizes", "full", "--precisions", "native", "--device", "cpu", "--output", str(output)]
     assert cli.main(command) == cli.INTERRUPTED
     record = json.loads(output.read_text())
     assert [result["verdict"] for result in record["outcomes"]] == ["died"]
@@ -121,9 +116,9 @@ def test_only_what_is_not_switched_off_makes_the_command_fail(tmp_path, monkeypa
 
 
 def test_the_table_has_all_and_the_last_words_as_they_are(capsys):
-    subjects = [Subject(*names, False, "cpu", 1, 1, 1, 1.0) for names in (("gluon", "int8", "full"), ("dense",) * 3)]
+    subjects = [Subject(*names, False, "cpu") for names in (("gluon", "int8", "full"), ("dense",) * 3)]
     bad = outcome(
-        "died", subjects[0], ended="[/x] SIGABRT", complaints=["[/bold] is no markup"], errors={"a": 0.1, "b": "nan"}
+        "died", subjects[0], ended="[/x] SIGABRT", complaints=["[/bold] is no markup"], errors={"a": 0.1, "b": None}
     )
     stress.show([bad, outcome("wrong", subjects[1], wrong=2, differing=16384)], 7, Console(width=150))
     printed = capsys.readouterr().out
@@ -142,24 +137,16 @@ def subjects(*arguments):
 
 def test_without_a_fast_backend_eager_is_tried_and_the_control():
     found, said = subjects()
-    assert found == [
-        (name, precision, size, False)
-        for name, precision in (
-            ("dense", "native"),
-            ("eager", "native"),
-            ("eager", "int8"),
-            ("eager", "int8_fp8"),
-        )
-        for size in ("full", "small")
-    ]
+    precisions = ("native", "int8", "int8_fp8")
+    eager = [("eager", precision, size, False) for precision in precisions for size in ("full", "small")]
+    assert found == [("dense", "native", "full", False), *eager]
     assert said == []
 
 
 def with_hopper(monkeypatch):
     """As on a Hopper GPU: gluon and triton run, and leave out eager."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(backends, "available_backends", lambda device: dict.fromkeys(backends.BACKENDS))
-    monkeypatch.setattr(stress, "_why_not", lambda *arguments: None)
+    monkeypatch.setattr(backends, "available_backends", lambda *arguments: dict.fromkeys(backends.BACKENDS))
 
 
 def test_what_is_switched_off_is_tried_if_asked_for(monkeypatch):
@@ -179,12 +166,15 @@ def test_what_is_switched_off_is_tried_if_asked_for(monkeypatch):
 
 
 def test_what_cannot_run_is_said(monkeypatch):
-    monkeypatch.setattr(stress, "_why_not", lambda name, precision, *others: None if precision == "int8" else "too old")
+    def available(device, precision):
+        return dict.fromkeys(backends.BACKENDS, None if precision == "native" else f"no {precision}")
+
+    monkeypatch.setattr(backends, "available_backends", available)
     found, said = subjects("--backends", "eager", "--sizes", "small")
-    assert found == [("eager", "int8", "small", False)]
-    assert said == [f"eager {precision}, small, cannot run: too old" for precision in ("native", "int8_fp8")]
+    assert found == [("eager", "native", "small", False)]
+    assert said == [f"eager {name} cannot run: no {name}" for name in ("int8", "int8_fp8")]
     with pytest.raises(ValueError, match="Nothing is left to try"):
-        subjects("--backends", "eager", "--precisions", "native")
+        subjects("--backends", "eager", "--precisions", "int8")
 
 
 @pytest.mark.parametrize(
@@ -193,12 +183,8 @@ def test_what_cannot_run_is_said(monkeypatch):
         (["--backends", "tritn"], r"`--backends` must be among dense, gluon, .*, got 'tritn'\."),
         (["--backends", "gluon"], r"`--backends` gluon cannot run on cpu: it needs a CUDA GPU"),
         (["--switched-off"], r"`--switched-off` adds nothing on cpu: .*it needs a CUDA GPU"),
+        (["--backends", "dense", "--sizes", "small"], r"Nothing is left to try of `--backends`"),
         (["--processes", "-1"], r"`--processes` must be at least 0, got -1\."),
-        (["--tokens", "0"], r"`--tokens` must be at least 1, got 0\."),
-        (["--heads", "0"], r"`--heads` must be at least 1, got 0\."),
-        (["--head-dim", "257"], r"`--head-dim` must be at most 256, got 257\."),
-        (["--density", "nan"], r"`--density` must be above 0 and at most 1, got nan\."),
-        (["--density", "25"], r"`--density` must be above 0 and at most 1, got 25\.0\. For 25 % say 0\.25\."),
         (["--seconds", "0"], r"`--seconds` must be above 0, got 0\.0\."),
         (["--seconds", "nan"], r"`--seconds` must be above 0, got nan\."),
         (["--limit", "20"], r"`--limit` must be more than `--seconds` 20, got 20\."),
@@ -224,5 +210,5 @@ def test_the_help_says_what_it_takes(capsys):
 
 def test_children_do_not_need_torch_to_start():
     # Else a process that hangs or dies at once would cost seconds in the tests of it.
-    code = "import sys, diffsparse.eval.stress_child, diffsparse.eval.stress_load; sys.exit('torch' in sys.modules)"
+    code = "import sys, diffsparse.eval.stress_trial, diffsparse.eval.stress_load; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
