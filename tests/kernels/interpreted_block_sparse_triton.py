@@ -157,9 +157,8 @@ def check_precision(inputs, precision):
 
 
 @pytest.mark.parametrize("precision", ["native", "int8", "int4", "int8_fp8", "fp8"])
-@pytest.mark.parametrize("lengths", [None, [50]])
-def test_it_takes_tokens_in_their_orders(precision, lengths):
-    inputs = make_inputs(tokens=70, lengths=lengths, tail=[[True, False]], key_block_size=32, dtype=torch.float16)
+def test_it_takes_tokens_in_their_orders(precision):
+    inputs = make_inputs(tokens=70, lengths=[50], tail=[[True, False]], key_block_size=32, dtype=torch.float16)
     # What the batch entry lacks stays last.
     places = torch.rand((2, 50), generator=torch.Generator().manual_seed(1)).argsort(-1)
     key_order = torch.cat([places, torch.arange(50, 70).expand(2, -1)], 1)
