@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from diffsparse.kernels.first_use import kernels_on
+from diffsparse.kernels.schedule import heavy_first
 from diffsparse.packed_bits import pack_bits, unpack_bits
 
 
@@ -32,6 +33,7 @@ class BlockMask:
     num_tokens: int
     query_block_size: int
     key_block_size: int
+    _schedules: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         expected = num_blocks(self.num_tokens, self.query_block_size), num_blocks(self.num_key_blocks, 8)
@@ -82,6 +84,13 @@ class BlockMask:
             return _lists(self.visible())
         lists: Tensor = kernels.lists_of(self.bits, self.num_key_blocks)
         return lists
+
+    def schedule(self, batch: int, heads: int) -> Tensor:
+        """In which order to start the query blocks of so many heads, [B * H * Q] int32. Made once and kept."""
+        kept = self._schedules.get((batch, heads))
+        if kept is None:
+            kept = self._schedules[batch, heads] = heavy_first(self.counts.expand(batch, heads, -1))
+        return kept
 
 
 def num_blocks(num_tokens: int, block_size: int) -> int:

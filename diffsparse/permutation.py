@@ -108,4 +108,4 @@ class Permutation:
 
         The result is [B, H, S, D] with the memory layout [B, S, H, D], which the output projection wants.
         """
-        return scatter_tokens(x, self.order, self.inverse)
+        return scatter_tokens(x, self.order)

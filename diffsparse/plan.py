@@ -67,6 +67,7 @@ class AttentionPlan:
             tail=self.tail,
             query_order=query_order,
             key_order=key_order,
+            schedule=self.mask.schedule(*query.shape[:2]),
             scale=scale,
             precision=self.precision,
             backend=backend,
@@ -74,5 +75,5 @@ class AttentionPlan:
         )
         assert isinstance(output, Tensor)
         if self.skipped is not None:
-            output = output.masked_fill(self.skipped[:, None, None], 0.0)
-        return output if self.permutation is None else self.permutation.undo(output)
+            output.masked_fill_(self.skipped[:, None, None], 0.0)
+        return output

@@ -72,6 +72,7 @@ class Pointer:
 
     def __init__(self, numbers, offset=0):
         self.numbers, self.offset = numbers, offset
+        self.dtype = SimpleNamespace(element_ty=DType(numbers.dtype))
 
     @classmethod
     def to(cls, x):
@@ -97,6 +98,7 @@ def load(pointer, mask=None, other=0):
 
 def store(pointer, value, mask=None):
     places, mask = pointer.places(mask)
+    mask = mask.expand(places.shape)
     pointer.numbers[places[mask]] = value.expand(places.shape)[mask].to(pointer.numbers.dtype)
 
 
@@ -203,21 +205,13 @@ class Descriptor:
         self.dtype = DType(base.dtype)
         self.block_type = SimpleNamespace(nbytes=torch.Size(self.tile).numel() * base.element_size())
 
-    def part(self, place):
-        """What there is of a tile."""
+    def read(self, place, tile):
         b, h, first, column = (int(x) for x in place)
         assert first >= 0
         assert column >= 0
-        return self.base[b, h, first : first + self.tile[0], column : column + self.tile[1]]
-
-    def read(self, place, tile):
-        part = self.part(place)
+        part = self.base[b, h, first : first + self.tile[0], column : column + self.tile[1]]
         tile.numbers.copy_(torch.zeros((), dtype=self.base.dtype))
         tile.numbers[: part.shape[0], : part.shape[1]] = part
-
-    def write(self, place, tile):
-        part = self.part(place)
-        part.copy_(tile.numbers[: part.shape[0], : part.shape[1]])
 
 
 class CopyEngine:
@@ -229,11 +223,9 @@ class CopyEngine:
         self.thread.start()
 
     def ask(self, job):
-        done = threading.Event()
         with self.condition:
-            self.jobs.append((job, done))
+            self.jobs.append(job)
             self.condition.notify()
-        return done
 
     def run(self):
         while True:
@@ -241,9 +233,8 @@ class CopyEngine:
                 self.condition.wait_for(lambda: self.jobs or self.ends)
                 if not self.jobs:
                     return
-                job, done = self.jobs.pop(random.randrange(len(self.jobs)))
+                job = self.jobs.pop(random.randrange(len(self.jobs)))
             job()
-            done.set()
 
     def end(self):
         with self.condition:
@@ -256,7 +247,7 @@ class Warps(threading.local):
     """What a thread, which stands for a warpgroup or a warp, has started."""
 
     def __init__(self):
-        self.products, self.stores, self.written = [], [], []
+        self.products, self.written = [], []
 
 
 class Program:

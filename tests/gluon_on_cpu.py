@@ -19,7 +19,6 @@ from types import ModuleType, SimpleNamespace
 import torch
 import triton.experimental
 from gluon_machine import (
-    SECONDS_UNTIL_DEADLOCK,
     Barrier,
     Barriers,
     CopyEngine,
@@ -141,17 +140,6 @@ def copy_to_shared(descriptor, place, barrier, tile):
     Program.engine.ask(job)
 
 
-def copy_to_global(descriptor, place, tile):
-    assert not tile.written[0], "written, and no fence before the copy"
-    running().stores.append(Program.engine.ask(lambda: descriptor.write(place, tile)))
-
-
-def store_wait(pendings):
-    assert pendings == 0
-    for done in running().stores:
-        assert done.wait(SECONDS_UNTIL_DEADLOCK)
-
-
 def four_fp8(asm, constraints, numbers, dtype, is_pure, pack):
     """The only machine code in the kernel's text: four numbers in FP8, the first in the lowest byte."""
     assert asm.count("cvt.rn.satfinite.e4m3x2.f32") == 2
@@ -237,11 +225,7 @@ def _fakes():
         arrive=arrive,
         wait=lambda barrier, phase: barrier.wait(phase),
     )
-    copies = SimpleNamespace(
-        async_load=copy_to_shared,
-        async_store=copy_to_global,
-        store_wait=store_wait,
-    )
+    copies = SimpleNamespace(async_load=copy_to_shared)
     name = "triton.experimental.gluon"
     contents = {
         name: {"jit": jit, "constexpr_function": lambda function: function, "language": language},

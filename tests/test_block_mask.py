@@ -52,3 +52,14 @@ def test_refuses_bits_that_do_not_fit_the_tokens():
             BlockMask(torch.zeros(shape, dtype=torch.uint8), counts, 65, 16, 8)
     with pytest.raises(ValueError, match="`counts`"):
         BlockMask(torch.zeros(1, 1, 5, 2, dtype=torch.uint8), counts[..., :4], 65, 16, 8)
+
+
+def test_a_schedule_is_made_once_for_all_heads():
+    counts = torch.tensor([[[1, 9, 1], [3, 3, 3]]])
+    mask = BlockMask.from_visible(torch.arange(9) < counts[..., None], 9, 3, 1)
+    schedule = mask.schedule(2, 2)
+    # The row that sees all blocks, in both batch entries, then the other rows of its head, which is the fullest.
+    assert schedule.tolist() == [1, 7, 0, 2, 6, 8, 3, 4, 5, 9, 10, 11]
+    assert schedule.dtype == torch.int32
+    assert mask.schedule(2, 2) is schedule
+    assert len(mask.schedule(1, 2)) == 6

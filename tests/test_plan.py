@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from diffsparse import plan
 from diffsparse.block_mask import BlockMask
 from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
@@ -97,3 +98,13 @@ def test_scale_and_key_length_reach_the_kernel(qkv):
     exists = (torch.arange(65) < length[:, None])[:, None, None]
     expected = F.scaled_dot_product_attention(*qkv, attn_mask=exists, scale=0.7)
     assert torch.allclose(plan.attend(*qkv, key_length=length, scale=0.7), expected, atol=1e-5)
+
+
+def test_the_schedule_of_its_mask_reaches_the_kernel(qkv, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        plan, "block_sparse_attention", lambda query, *inputs, **options: calls.append(options) or query
+    )
+    mask = BlockMask.from_visible(torch.ones(1, 1, 5, 9, dtype=torch.bool), 65, 16, 8)
+    AttentionPlan(None, mask).attend(*qkv)
+    assert calls[0]["schedule"] is mask.schedule(2, 3)

@@ -278,7 +278,10 @@ def _sparse(
     import torch
 
     from diffsparse.kernels.block_sparse import block_sparse_attention
+    from diffsparse.kernels.schedule import heavy_first
 
+    # As a plan keeps it.
+    schedule = heavy_first(counts.expand(*query.shape[:2], -1))
     in_all_heads = torch.ones((1, 1), dtype=torch.bool, device=query.device) if tail else None
 
     def call() -> Tensor:
@@ -291,6 +294,7 @@ def _sparse(
             query_block_size=BLOCK_SIZE,
             key_block_size=BLOCK_SIZE,
             tail=in_all_heads,
+            schedule=schedule,
             precision=precision,
             validate=False,
         )

@@ -1,20 +1,23 @@
 """The implementations of block-sparse attention, and which of them can run where.
 
 A backend is a module with `why_not` and `attend` as in `block_sparse_eager.py`, and a line in BACKENDS. One that hands
-some of its work to another says so in `left_to`, as `block_sparse_gluon.py` does.
+some of its work to another says so in `left_to`, as `block_sparse_gluon.py` does. Options that its `attend` does not
+name are not asked of it, or done for it.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffsparse.kernels.reorder import in_order
+from diffsparse.kernels.reorder import in_order, scatter_tokens
 
 # Name and module, the fastest first. Imported when asked for: what a module needs may be missing here.
 # "eager" runs anywhere, so that what stands after it is taken only by its name.
@@ -42,7 +45,7 @@ def why_not(
         return f"its module does not import ({error})"
     arguments = [query, query_block_size, key_block_size]
     # A backend that quantizes nothing need not know the word.
-    if "precision" in inspect.signature(module.why_not).parameters:
+    if "precision" in _options_of(module.why_not):
         arguments.append(precision)
     elif precision != "native":
         return f"it does not compute in {precision}"
@@ -57,23 +60,45 @@ def left_to(name: str, precision: str, key_block_size: int) -> str | None:
     return other
 
 
-def in_order_for(
+def attend_with(
     module: ModuleType,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    key_blocks: Tensor,
+    counts: Tensor,
+    *,
     query_order: Tensor | None,
     key_order: Tensor | None,
-) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor | None]]:
-    """Query, key and value as a backend's `attend` takes them, and its options for orders.
+    schedule: Tensor | None,
+    precision: str,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """What a backend gives for `block_sparse_attention`: output [B, H, S, D] and logsumexp, in query's own order.
 
-    A backend may put tokens in order itself, which saves a pass where it quantizes. None has to.
+    A backend may take tokens in an order and put them back itself, which saves passes over them, and may ask for a
+    schedule. None has to.
     """
-    if _takes_orders(module):
-        return (query, key, value), {"query_order": query_order, "key_order": key_order}
-    return (in_order(query, query_order), in_order(key, key_order), in_order(value, key_order)), {}
+    taken = _options_of(module.attend)
+    if precision != "native":
+        options["precision"] = precision
+    if "schedule" in taken:
+        options["schedule"] = schedule
+    if "query_order" in taken:
+        orders = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query_order, key_order))
+        options["query_order"], options["key_order"] = orders
+    else:
+        query, key, value = in_order(query, query_order), in_order(key, key_order), in_order(value, key_order)
+    out, lse = module.attend(query, key, value, key_blocks, counts, **options)
+    # What was put in order is not needed any more: before the output comes back there is room for it.
+    del query, key, value
+    if query_order is not None and "query_order" not in taken:
+        out = scatter_tokens(out, query_order)
+        if options["return_lse"]:
+            lse = torch.empty_like(lse).scatter_(2, query_order[None].expand_as(lse), lse)
+    return out, lse
 
 
 @functools.cache
-def _takes_orders(module: ModuleType) -> bool:
-    return "query_order" in inspect.signature(module.attend).parameters
+def _options_of(function: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

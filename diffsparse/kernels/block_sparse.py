@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from diffsparse.kernels.backends import BACKENDS, in_order_for, why_not
+from diffsparse.kernels.backends import BACKENDS, attend_with, why_not
 from diffsparse.kernels.quantization import PRECISIONS
 from diffsparse.kernels.self_test import largest_error, self_test
 
@@ -33,6 +33,7 @@ def block_sparse_attention(
     tail: Tensor | None = None,
     query_order: Tensor | None = None,
     key_order: Tensor | None = None,
+    schedule: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     precision: str = "native",
@@ -49,11 +50,15 @@ def block_sparse_attention(
     key: the mean of its keys, with the log of their number added to the logit, and the mean of its values.
 
     With `query_order` [H|1, S] int64 the tokens of query are taken in that order, with `key_order` those of key and
-    value. Blocks, lists and the output are then of tokens in their order; what is at or beyond a key length is so in
-    either order. Each row is an arrangement of all tokens, which is not checked.
+    value. Blocks and lists are then of tokens in their order; what is at or beyond a key length is so in either order.
+    Each row is an arrangement of all tokens, which is not checked.
 
-    Returns the output [B, H, S, D] in query's dtype; with `return_lse` also the logsumexp of the scaled logits, tail
-    included, [B, H, S] fp32, natural logarithm. Query blocks that see no existing key give 0 and -inf.
+    Returns the output [B, H, S, D] in query's dtype and in the order that query came in, [B, S, H, D] in memory, as
+    projections want it; with `return_lse` also the logsumexp of the scaled logits, tail included, [B, H, S] fp32,
+    natural logarithm. Queries that see no existing key give 0 and -inf.
+
+    `schedule` [B * H * Q] int32 is in which order a GPU starts the query blocks, which changes how long it takes and
+    nothing else: what `heavy_first` makes of the counts of all heads, for who keeps it. Its numbers are not checked.
 
     `precision` is what the two matrix products are computed in, one of PRECISIONS in `quantization.py`: "native" is the
     inputs' dtype, the others quantize blocks of queries and keys, and some the values as well.
@@ -75,6 +80,8 @@ def block_sparse_attention(
     for name, order, x in (("query_order", query_order, query), ("key_order", key_order, key)):
         if order is not None:
             _check_order(name, order, x)
+    if schedule is not None:
+        _check_schedule(schedule, query, batch * heads * num_query_blocks)
     check_precision("precision", precision)
     if validate and not torch.compiler.is_compiling():
         check_lists(key_blocks, counts, num_key_blocks)
@@ -89,6 +96,7 @@ def block_sparse_attention(
         tail,
         query_order,
         key_order,
+        schedule,
         query_block_size,
         key_block_size,
         query.shape[3] ** -0.5 if scale is None else float(scale),
@@ -203,9 +211,8 @@ def _why_not_trusted(name: str, device: torch.device, dtype: torch.dtype, precis
     "diffsparse::block_sparse_attention",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor key_blocks, Tensor counts, Tensor? key_length, "
-    "Tensor? tail, Tensor? query_order, Tensor? key_order, SymInt query_block_size, SymInt key_block_size, "
-    "float scale, bool return_lse, str precision, str? backend) "
-    "-> (Tensor, Tensor)",
+    "Tensor? tail, Tensor? query_order, Tensor? key_order, Tensor? schedule, SymInt query_block_size, "
+    "SymInt key_block_size, float scale, bool return_lse, str precision, str? backend) -> (Tensor, Tensor)",
 )
 def _operator(
     query: Tensor,
@@ -217,6 +224,7 @@ def _operator(
     tail: Tensor | None,
     query_order: Tensor | None,
     key_order: Tensor | None,
+    schedule: Tensor | None,
     query_block_size: int,
     key_block_size: int,
     scale: float,
@@ -225,8 +233,8 @@ def _operator(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     module = pick_backend(backend, query, query_block_size, key_block_size, precision)
-    (query, key, value), orders = in_order_for(module, query, key, value, query_order, key_order)
-    out, lse = module.attend(
+    out, lse = attend_with(
+        module,
         query,
         key,
         value,
@@ -237,18 +245,21 @@ def _operator(
         # Kernels step by one from one batch entry to the next.
         key_length=None if key_length is None else key_length.contiguous(),
         tail=tail,
+        query_order=query_order,
+        key_order=key_order,
+        schedule=schedule,
         scale=scale,
         return_lse=return_lse,
-        **orders,
-        **({} if precision == "native" else {"precision": precision}),
+        precision=precision,
     )
-    return out, lse
+    # As it is registered below.
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 @_operator.register_fake
 def _(query: Tensor, *inputs: object) -> tuple[Tensor, Tensor]:
     return_lse = inputs[-3]
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    out = query.new_empty([query.shape[i] for i in (0, 2, 1, 3)]).transpose(1, 2)
     return out, query.new_empty(query.shape[:3] if return_lse else (0,), dtype=torch.float32)
 
 
@@ -305,6 +316,18 @@ def _check_order(name: str, order: Tensor, x: Tensor) -> None:
             f"`{name}` must be [H|1, S], here ({x.shape[1]} or 1, {x.shape[2]}), got the shape {tuple(order.shape)}. "
             f"A row says which token comes at each place."
         )
+
+
+def _check_schedule(schedule: Tensor, query: Tensor, size: int) -> None:
+    what = f"a tensor [B * H * Q], here ({size},), of torch.int32"
+    if not isinstance(schedule, Tensor):
+        raise TypeError(f"`schedule` must be {what}, got {type(schedule).__name__}. Leave it out to have it made.")
+    if schedule.dtype != torch.int32 or schedule.shape != (size,):
+        raise ValueError(
+            f"`schedule` must be {what}, got {tuple(schedule.shape)} of {schedule.dtype}. Leave it out to have it made."
+        )
+    if schedule.device != query.device:
+        raise ValueError(f"`schedule` must be on query's device {query.device}, got {schedule.device}. Move it there.")
 
 
 def _check_side(name: str, x: Tensor, query: Tensor, dtype: torch.dtype, shape: str, sizes: tuple[int, ...]) -> None:

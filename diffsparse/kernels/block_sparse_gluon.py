@@ -19,7 +19,7 @@ from diffsparse.kernels.hopper_kernel_gluon import attention_kernel
 from diffsparse.kernels.hopper_lists_gluon import TILE
 from diffsparse.kernels.hopper_products_gluon import ROWS
 from diffsparse.kernels.hopper_tiles_gluon import descriptor_layout
-from diffsparse.kernels.launch import launch_on
+from diffsparse.kernels.launch import launch_on, outputs, step_of_heads
 from diffsparse.kernels.operands_triton import Operands, of_key_mean, prepared
 from diffsparse.kernels.pooling import tail_sizes
 from diffsparse.kernels.schedule import heavy_first
@@ -81,6 +81,7 @@ def attend(
     precision: str = "native",
     query_order: Tensor | None = None,
     key_order: Tensor | None = None,
+    schedule: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, S, D] in query's dtype, and the logsumexp [B, H, S] fp32 (empty if not asked for).
 
@@ -102,6 +103,7 @@ def attend(
             precision=precision,
             query_order=query_order,
             key_order=key_order,
+            schedule=schedule,
         )
     operands = prepared(
         query,
@@ -129,12 +131,14 @@ def attend(
         key_block_size=key_block_size,
         key_length=key_length,
         tail=tail,
+        out_order=query_order,
+        schedule=schedule,
         dtype=query.dtype,
         scale=scale,
         return_lse=return_lse,
     )
     if return_lse and operands.key_mean is not None:
-        lse += scale * of_key_mean(query, operands.key_mean, query_order)
+        lse += scale * of_key_mean(query, operands.key_mean)
     return out, lse
 
 
@@ -155,16 +159,20 @@ def launch(
     key_block_size: int,
     key_length: Tensor | None,
     tail: Tensor | None,
+    out_order: Tensor | None,
+    schedule: Tensor | None,
     dtype: torch.dtype,
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel on what is prepared. `dtype` is that of the output and of the means."""
+    """Run the kernel on what is prepared. Rows of the output go where `out_order` [H|1, S] says.
+
+    `dtype` is that of the output and of the means.
+    """
     query, key, value = operands.query, operands.key, operands.value
     batch, heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
-    out = torch.empty(query.shape, dtype=dtype, device=query.device)
-    lse = out.new_empty((batch, heads, num_queries) if return_lse else 0, dtype=torch.float32)
+    out, lse = outputs(query, dtype, return_lse)
     key_blocks, counts = key_blocks.expand(batch, heads, -1, -1), counts.expand(batch, heads, -1)
     sizes = pooled_key = pooled_value = has_tail = None
     if tail is not None:
@@ -183,19 +191,22 @@ def launch(
             _descriptor(query, ROWS.value, head_dim),
             _descriptor(key, key_block_size, head_dim),
             _descriptor(value, *value_tile),
-            _descriptor(out, ROWS.value, head_dim),
+            out,
             pooled_key,
             pooled_value,
             lse if return_lse else None,
             key_blocks,
             counts,
-            heavy_first(counts),
+            heavy_first(counts) if schedule is None else schedule,
+            out_order,
             key_length,
             operands.query_scale,
             operands.key_scale,
             operands.value_scale,
             has_tail,
             sizes,
+            *out.stride()[:3],
+            step_of_heads(out_order),
             *key_blocks.stride(),
             *counts.stride(),
             heads,

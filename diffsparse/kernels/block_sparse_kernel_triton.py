@@ -31,6 +31,7 @@ def attention_kernel(
     key_blocks_ptr,
     counts_ptr,
     schedule_ptr,
+    out_order_ptr,
     key_length_ptr,
     query_scale_ptr,
     key_scale_ptr,
@@ -48,6 +49,10 @@ def attention_kernel(
     value_stride_b,
     value_stride_h,
     value_stride,
+    out_stride_b,
+    out_stride_h,
+    out_stride_s,
+    out_order_stride_h,
     lists_stride_b,
     lists_stride_h,
     lists_stride_q,
@@ -71,6 +76,8 @@ def attention_kernel(
     PRECISION: tl.constexpr,
 ):
     """One query block of one head, which one says the schedule. Optional pointers are None where there is nothing.
+
+    A row of the output goes where `out_order_ptr` says, which is where its query came from.
 
     `keys` and `values` are descriptors or pointers. Values in FP8 lie transposed, [B, H, D, S], as the matrix
     instructions want them. The scales of query and key are per block, [B, H, blocks]; that of value is [B, H, D].
@@ -202,18 +209,20 @@ def attention_kernel(
     sees_some = total > 0
     total = tl.where(sees_some, total, 1.0)
     out = tl.where(sees_some[:, None], numerator / total[:, None], 0.0)
-    rows, dims = tl.arange(0, QUERY_BLOCK), tl.arange(0, PADDED_DIM)
-    exists = rows < num_queries - first_query
-    first_row = head_of_batch * num_queries + first_query
+    places, dims = first_query + tl.arange(0, QUERY_BLOCK), tl.arange(0, PADDED_DIM)
+    exists = places < num_queries
+    if out_order_ptr is not None:
+        places = tl.load(out_order_ptr + h * out_order_stride_h + places, mask=exists, other=0)
+    places = places.to(tl.int64)
     tl.store(
-        out_ptr + first_row * HEAD_DIM + rows[:, None] * HEAD_DIM + dims[None, :],
+        out_ptr + b * out_stride_b + h * out_stride_h + places[:, None] * out_stride_s + dims[None, :],
         out.to(out_ptr.dtype.element_ty),
         mask=exists[:, None] & (dims < HEAD_DIM)[None, :],
     )
     if lse_ptr is not None:
         boost: tl.constexpr = FP8_BOOST if FP8_VALUES else 0.0
         lse = tl.where(sees_some, (peak + tl.log2(total) - boost) * LN_2, -float("inf"))
-        tl.store(lse_ptr + first_row + rows, lse, mask=exists)
+        tl.store(lse_ptr + head_of_batch * num_queries + places, lse, mask=exists)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffsparse.kernels import quantization
 from diffsparse.kernels.block_sparse_kernel_triton import attention_kernel
-from diffsparse.kernels.launch import launch_on
+from diffsparse.kernels.launch import launch_on, outputs, step_of_heads
 from diffsparse.kernels.operands_triton import of_key_mean, prepared
 from diffsparse.kernels.pooling import tail_sizes
 from diffsparse.kernels.schedule import heavy_first
@@ -64,14 +64,14 @@ def attend(
     precision: str = "native",
     query_order: Tensor | None = None,
     key_order: Tensor | None = None,
+    schedule: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, S, D] in query's dtype, and the logsumexp [B, H, S] fp32 (empty if not asked for)."""
     batch, heads, num_queries, head_dim = query.shape
     num_keys, num_blocks = key.shape[2], triton.cdiv(key.shape[2], key_block_size)
     if scale < 0:
         query, scale = -query, -scale
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_empty((batch, heads, num_queries) if return_lse else 0, dtype=torch.float32)
+    out, lse = outputs(query, query.dtype, return_lse)
     key_blocks, counts = key_blocks.expand(batch, heads, -1, -1), counts.expand(batch, heads, -1)
     operands = prepared(
         query,
@@ -106,7 +106,8 @@ def attend(
             lse if return_lse else None,
             key_blocks,
             counts,
-            heavy_first(counts),
+            heavy_first(counts) if schedule is None else schedule,
+            query_order,
             key_length,
             operands.query_scale,
             operands.key_scale,
@@ -118,6 +119,8 @@ def attend(
             *operands.query.stride()[:3],
             *operands.key.stride()[:3],
             *operands.value.stride()[:3],
+            *out.stride()[:3],
+            step_of_heads(query_order),
             *key_blocks.stride(),
             *counts.stride(),
             heads,
@@ -140,7 +143,7 @@ def attend(
             enable_fp_fusion=True,
         )
     if return_lse and operands.key_mean is not None:
-        lse += scale * of_key_mean(query, operands.key_mean, query_order)
+        lse += scale * of_key_mean(query, operands.key_mean)
     return out, lse
 
 

@@ -44,7 +44,7 @@ def compile_attention(
         head_dim: numbers a head.
         dtype: "bf16", "fp16" or "fp32".
         blocks: tokens of a query and of a key block.
-        options: which of "lse", "length" (key lengths) and "tail" it has.
+        options: which of "lse", "length" (key lengths), "tail" and "order" (of queries) it has.
         precision: one of `PRECISIONS`.
     """
     import triton
@@ -80,6 +80,8 @@ def compile_attention(
         inputs["lse_ptr"] = "*fp32"
     if "length" in options:
         inputs["key_length_ptr"] = "*i32"
+    if "order" in options:
+        inputs["out_order_ptr"] = "*i64"
     if "tail" in options:
         inputs |= {"has_tail_ptr": "*i32", "tail_sizes_ptr": "*u8"}
         inputs |= dict.fromkeys(("pooled_key_ptr", "pooled_value_ptr"), f"*{dtype}")
@@ -103,8 +105,8 @@ def compile_attention(
         name: "constexpr" if name in constants else inputs.get(name, "fp32" if name == "logit_scale" else "i32")
         for name in kernel.arg_names
     }
-    # As at a launch: pointers are aligned, and the strides of query, key and value are multiples of 16.
-    strides = re.compile("(query|key|value)_stride")
+    # As at a launch: pointers are aligned, and the strides of query, key, value and output are multiples of 16.
+    strides = re.compile("(query|key|value|out)_stride")
     places = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or strides.match(name)]
     return triton.compile(
         ASTSource(

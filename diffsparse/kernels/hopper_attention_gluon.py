@@ -10,7 +10,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -28,7 +27,6 @@ from diffsparse.kernels.hopper_products_gluon import (
     start_logits,
     start_product,
 )
-from diffsparse.kernels.hopper_tiles_gluon import store_tile
 
 LN_2 = gl.constexpr(0.6931471805599453)
 # The least a row's largest logit is taken for, in base 2: -inf - -inf, where nothing is seen, is not a number.
@@ -63,10 +61,11 @@ def attend_half(
     num_tail_tiles, tail_sizes_ptr, value_scale_ptr = tail
     logit_scale, first_size, key_length = softmax
     query_scale, key_scales = scales
-    b, h, row = place
-    out_desc, lse_ptr, head_of_batch, num_queries = results
+    first_query = (2 * place[2] + PART) * ROWS
+    out_ptr, out_stride, out_order_ptr, lse_ptr, num_queries = results
     STAGES: gl.constexpr = key_tiles.shape[0]
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
+    OUT_DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     QUANTIZED: gl.constexpr = key_scales is not None
     FP8_VALUES: gl.constexpr = value_tiles.dtype == gl.float8e4nv
     BOOST: gl.constexpr = FP8_BOOST if FP8_VALUES else 0.0
@@ -151,12 +150,12 @@ def attend_half(
     if tail_sizes_ptr is not None and QUANTIZED:
         # Means are not quantized, and meet the query that the listed keys have met.
         if num_tail_tiles > 0:
-            out_tiles.index(PART).store(scaled(query, query_scale, out_desc.dtype))
+            out_tiles.index(PART).store(scaled(query, query_scale, OUT_DTYPE))
             fence_async_shared()
         # Arriving waits for the other warps, whose rows of the query the products take too.
         mbarrier.arrive(value_free.index(last_tile % STAGES), count=1)
-        mean_layout: gl.constexpr = product_layout(HEAD_DIM, out_desc.dtype)
-        mean_rows: gl.constexpr = gl.SliceLayout(1, product_layout(TILE, out_desc.dtype))
+        mean_layout: gl.constexpr = product_layout(HEAD_DIM, OUT_DTYPE)
+        mean_rows: gl.constexpr = gl.SliceLayout(1, product_layout(TILE, OUT_DTYPE))
         numerator = gl.convert_layout(numerator, mean_layout)
         peak, total = gl.convert_layout(peak, mean_rows), gl.convert_layout(total, mean_rows)
         for i in range(num_tail_tiles):
@@ -171,16 +170,26 @@ def attend_half(
     # Where nothing is seen the numerator is 0, and stays it.
     share = gl.where(total > 0, 1.0 / total, 1.0)
     out = numerator * gl.convert_layout(share, out_rows)[:, None]
-    # The queries have been used for the last time, and make room. Rows beyond the last query are not written.
-    first_query = (2 * row + PART) * ROWS
-    out_tiles.index(PART).store(out.to(out_desc.dtype))
-    fence_async_shared()
-    store_tile(out_desc, [b, h, first_query, 0], out_tiles.index(PART))
+    # The queries have been used for the last time, and make room: there a row's numbers come side by side.
+    row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    out_tiles.index(PART).store(out.to(OUT_DTYPE))
+    out = out_tiles.index(PART).load(row_layout)
+    places, exists = _places(first_query, num_queries, out_order_ptr, gl.SliceLayout(1, row_layout))
+    dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, row_layout))
+    gl.store(out_ptr + places[:, None] * out_stride + dims[None, :], out, mask=exists[:, None])
     if lse_ptr is not None:
-        rows = first_query + gl.arange(0, ROWS, layout=gl.SliceLayout(1, logits_layout))
-        lse = (peak + gl.log2(total) - BOOST) * LN_2
-        gl.store(lse_ptr + head_of_batch.to(gl.int64) * num_queries + rows, lse, mask=rows < num_queries)
-    tma.store_wait(0)
+        places, exists = _places(first_query, num_queries, out_order_ptr, gl.SliceLayout(1, logits_layout))
+        gl.store(lse_ptr + places, (peak + gl.log2(total) - BOOST) * LN_2, mask=exists)
+
+
+@gluon.jit
+def _places(first_query, num_queries, out_order_ptr, layout: gl.constexpr):
+    """Where the rows of a half go, [ROWS] int64, and which of them there are."""
+    rows = first_query + gl.arange(0, ROWS, layout=layout)
+    exists = rows < num_queries
+    if out_order_ptr is not None:
+        rows = gl.load(out_order_ptr + rows, mask=exists, other=0)
+    return rows.to(gl.int64), exists
 
 
 @gluon.jit

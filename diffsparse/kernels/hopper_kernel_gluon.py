@@ -19,6 +19,7 @@ from diffsparse.kernels.hopper_tiles_gluon import tiles_in, tiles_of
 # A kernel compiled anew for every kind of number these are would gain nothing.
 @gluon.jit(
     do_not_specialize=[
+        "out_order_stride_h",
         "lists_stride_b",
         "lists_stride_h",
         "lists_stride_q",
@@ -35,19 +36,24 @@ def attention_kernel(
     query_desc,
     key_desc,
     value_desc,
-    out_desc,
+    out_ptr,
     pooled_key_desc,
     pooled_value_desc,
     lse_ptr,
     key_blocks_ptr,
     counts_ptr,
     schedule_ptr,
+    out_order_ptr,
     key_length_ptr,
     query_scale_ptr,
     key_scale_ptr,
     value_scale_ptr,
     has_tail_ptr,
     tail_sizes_ptr,
+    out_stride_b,
+    out_stride_h,
+    out_stride_s,
+    out_order_stride_h,
     lists_stride_b,
     lists_stride_h,
     lists_stride_q,
@@ -65,7 +71,8 @@ def attention_kernel(
 ):
     """One query block of one head, which one says the schedule.
 
-    Optional pointers and descriptors are None where there is nothing to point to.
+    Optional pointers and descriptors are None where there is nothing to point to. A row of the output goes where
+    `out_order_ptr` says, which is where its query came from.
 
     A barrier `ready` is passed when a tile has come in, `free` when both warpgroups are done with it. Tiles of block
     means follow the listed ones; where those are quantized, in the same memory, once it is free.
@@ -101,7 +108,7 @@ def attention_kernel(
     key_tiles = tiles_of(key_desc.dtype, STAGES, TILE, HEAD_DIM)
     QUANTIZED: gl.constexpr = key_scale_ptr is not None
     if QUANTIZED:
-        out_tiles = tiles_of(out_desc.dtype, 2, ROWS, HEAD_DIM)
+        out_tiles = tiles_of(out_ptr.dtype.element_ty, 2, ROWS, HEAD_DIM)
         query_scale = gl.load(query_scale_ptr + row_of_all)
         key_scale_ptr += head_of_batch * ((num_keys + KEY_BLOCK - 1) // KEY_BLOCK)
         key_scales = gl.allocate_shared_memory(gl.float32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -149,7 +156,12 @@ def attention_kernel(
     tail = (num_tail_tiles, tail_sizes_ptr, value_scale_ptr)
     softmax = (logit_scale, first_size, None if key_length_ptr is None else length)
     place = (b, h, row)
-    results = (out_desc, lse_ptr, head_of_batch, num_queries)
+    out_ptr += b64 * out_stride_b + h64 * out_stride_h
+    if out_order_ptr is not None:
+        out_order_ptr += h64 * out_order_stride_h
+    if lse_ptr is not None:
+        lse_ptr += head_of_batch.to(gl.int64) * num_queries
+    results = (out_ptr, out_stride_s, out_order_ptr, lse_ptr, num_queries)
     descs = (query_desc, key_desc, value_desc, pooled_key_desc, pooled_value_desc)
     gl.warp_specialize(
         [

@@ -1,4 +1,4 @@
-"""Tiles in shared memory, and how they come and go: where the versions of Triton differ, 3.6 to 3.9."""
+"""Tiles in shared memory, and how they come: where the versions of Triton differ, 3.6 to 3.9."""
 
 # mypy: allow-untyped-defs
 # (what Triton compiles has no Python types)
@@ -11,9 +11,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-# Triton 3.8 has both names of each, 3.9 only the first.
+# Triton 3.8 has both names, 3.9 only the first.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 # 3.9 has the name without the underscore alone.
 HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 

@@ -1,10 +1,23 @@
-"""Where kernels are launched: on the device of their tensors."""
+"""Where kernels are launched, on the device of their tensors, and what attention kernels are given there."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def launch_on(device: torch.device) -> torch.cuda.device:
     """Launches go to the current device: make it the tensors' own. Nothing on the CPU, for the interpreter."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def step_of_heads(order: Tensor | None) -> int:
+    """From one head of an order [H|1, S] to the next, in numbers."""
+    return 0 if order is None or order.shape[0] == 1 else order.stride(0)
+
+
+def outputs(query: Tensor, dtype: torch.dtype, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Room for the output of queries [B, H, S, D], [B, S, H, D] in memory, and for the logsumexp [B, H, S] or none."""
+    batch, heads, tokens, dim = query.shape
+    out = query.new_empty((batch, tokens, heads, dim), dtype=dtype).transpose(1, 2)
+    return out, query.new_empty((batch, heads, tokens) if return_lse else 0, dtype=torch.float32)

@@ -72,6 +72,6 @@ def prepared(
     return Operands(query, key, value, query_scale, key_scale, value_scale, mean, key_means, value_means)
 
 
-def of_key_mean(query: Tensor, key_mean: Tensor, query_order: Tensor | None) -> Tensor:
-    """Products of queries [B, H, S, D] and the mean key that quantized keys lack, in the queries' order: [B, H, S]."""
-    return in_order(query.float() @ key_mean.mT, query_order)[..., 0]
+def of_key_mean(query: Tensor, key_mean: Tensor) -> Tensor:
+    """Products of queries [B, H, S, D] and the mean key that quantized keys lack: [B, H, S]."""
+    return (query.float() @ key_mean.mT)[..., 0]

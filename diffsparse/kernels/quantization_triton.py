@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffsparse.kernels.launch import launch_on
+from diffsparse.kernels.launch import launch_on, step_of_heads
 from diffsparse.kernels.quantization import E4M3_MAX, LEAST_ABSMAX
 
 LEAST = tl.constexpr(LEAST_ABSMAX)
@@ -83,7 +83,7 @@ def quantize_blocks(
             scales,
             means,
             *x.stride()[:3],
-            _head_stride(order),
+            step_of_heads(order),
             heads,
             num_tokens,
             HEAD_DIM=head_dim,
@@ -131,7 +131,7 @@ def quantize_values(
             values,
             means,
             *value.stride()[:3],
-            _head_stride(order),
+            step_of_heads(order),
             heads,
             num_tokens,
             padded_tokens,
@@ -332,8 +332,3 @@ def _larger(x, y):
 def _rounded(x):
     """To the nearest whole number, halves to even."""
     return (x + ROUNDER) - ROUNDER
-
-
-def _head_stride(order: Tensor | None) -> int:
-    """From one head of an order [H|1, S] to the next."""
-    return 0 if order is None or order.shape[0] == 1 else order.stride(0)

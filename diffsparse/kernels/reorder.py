@@ -33,8 +33,8 @@ def gather_tokens(x: Tensor, order: Tensor) -> Tensor:
     return rows.index_select(0, _for_batch(place, batch)).view(batch, heads, tokens, dim)
 
 
-def scatter_tokens(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """What `gather_tokens` was given for x [B, H, S, D]; `inverse` [H|1, S] int64 is the place of every token.
+def scatter_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """What `gather_tokens` was given for x [B, H, S, D] and the order [H|1, S] int64.
 
     The result is [B, H, S, D] with the memory layout [B, S, H, D], which output projections want.
     """
@@ -43,6 +43,7 @@ def scatter_tokens(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         scattered: Tensor = kernels.scatter_tokens(x, order)
         return scattered
     batch, heads, tokens, dim = x.shape
+    inverse = torch.empty_like(order).scatter_(1, order, torch.arange(tokens, device=x.device).expand_as(order))
     place = _rows_by_head(inverse, heads).T.contiguous()  # [S, H]
     rows = x.reshape(-1, dim).index_select(0, _for_batch(place, batch))
     return rows.view(batch, tokens, heads, dim).transpose(1, 2)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffsparse.kernels.launch import launch_on
+from diffsparse.kernels.launch import launch_on, step_of_heads
 
 ROWS = 64
 
@@ -38,7 +38,7 @@ def _launch(x: Tensor, order: Tensor, out: Tensor, *, scatters: bool) -> None:
             order,
             out,
             *x.stride()[:3],
-            0 if order.shape[0] == 1 else order.stride(0),
+            step_of_heads(order),
             *out.stride()[:3],
             heads,
             tokens,

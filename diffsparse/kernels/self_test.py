@@ -8,7 +8,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from diffsparse.kernels.backends import BACKENDS, available_backends, in_order_for, why_not
+from diffsparse.kernels.backends import BACKENDS, attend_with, available_backends, why_not
 from diffsparse.kernels.quantization import PRECISIONS
 from diffsparse.kernels.reorder import in_order
 
@@ -63,6 +63,9 @@ class SmallCase:
             expected = _float64_attention(
                 query, key, value, visible, self.query_block_size, self.key_block_size, key_length, tail
             )
+            if query_order is not None:
+                output, lse = (x[:, :, query_order[0].argsort()] for x in expected)
+                expected = output, lse
         else:
             expected = call.attend("eager")
         return replace(call, expected=expected)
@@ -92,21 +95,22 @@ class SmallCall:
 
     def attend(self, backend: str) -> tuple[Tensor, Tensor]:
         """Output and logsumexp by a backend, where the inputs are."""
-        module, (query, key, value, *lists) = import_module(BACKENDS[backend]), self.inputs
-        tokens, orders = in_order_for(module, query, key, value, self.sides["query_order"], self.sides["key_order"])
-        output: tuple[Tensor, Tensor] = module.attend(
-            *tokens,
-            *lists,
+        query, key, value, key_blocks, counts = self.inputs
+        return attend_with(
+            import_module(BACKENDS[backend]),
+            query,
+            key,
+            value,
+            key_blocks,
+            counts,
+            **self.sides,
             query_block_size=self.case.query_block_size,
             key_block_size=self.case.key_block_size,
-            key_length=self.sides["key_length"],
-            tail=self.sides["tail"],
+            schedule=None,
             scale=self.case.head_dim**-0.5,
             return_lse=True,
-            **orders,
-            **({} if self.precision == "native" else {"precision": self.precision}),
+            precision=self.precision,
         )
-        return output
 
     def error(self, actual: tuple[Tensor, Tensor]) -> float:
         """The larger relative L2 error of output and logsumexp; NaN if either holds one."""

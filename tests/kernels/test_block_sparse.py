@@ -134,6 +134,14 @@ def test_queries_and_keys_may_differ_in_number():
             r"`query_order` must be \[H\|1, S\], here \(3 or 1, 105\), got the shape \(2, 105\)",
         ),
         ({"key_order": torch.zeros(3, 104).long()}, ValueError, r"`key_order` must be .* got the shape \(3, 104\)"),
+        ({"schedule": [0]}, TypeError, r"`schedule` must be a tensor \[B \* H \* Q\], here \(24,\), .* got list"),
+        ({"schedule": torch.zeros(24)}, ValueError, r"`schedule` must be .* torch.int32, got \(24,\) of torch.float32"),
+        ({"schedule": torch.zeros(23).int()}, ValueError, r"`schedule` must be .*\(24,\).* got \(23,\)"),
+        (
+            {"schedule": torch.zeros(24, device="meta").int()},
+            ValueError,
+            "`schedule` must be on query's device cpu, got meta",
+        ),
         ({"backend": "cuda"}, ValueError, "`backend` must be one of gluon, triton, eager, flex, got 'cuda'"),
         (
             {"precision": "fp4"},
@@ -155,7 +163,8 @@ def test_tokens_are_taken_in_their_orders():
     for name in ("key", "value"):
         arguments[name] = arguments[name][:, :, key_order[0]]
     expected = block_sparse_attention(**arguments, return_lse=True)
-    assert all(torch.equal(x, y) for x, y in zip(actual, expected))
+    for h, order in enumerate(query_order):
+        assert all(torch.equal(x[:, h, order], y[:, h]) for x, y in zip(actual, expected))
 
 
 def test_inputs_that_require_grad_are_fine_without_grad():
@@ -249,18 +258,25 @@ def test_a_wrong_backend_fails_its_self_test():
 
 
 @pytest.mark.usefixtures("picky")
-@pytest.mark.parametrize("taken", [{"query_order", "key_order"}, {"query_order"}, {"key_order"}])
+@pytest.mark.parametrize(
+    "taken",
+    [{"query_order", "key_order", "back"}, {"query_order", "key_order"}, {"query_order", "back"}, {"key_order"}],
+)
 def test_a_backend_that_forgets_an_order_fails_its_self_test(taken):
     def attend(query, key, value, *lists, query_order, key_order, **options):
         if "query_order" in taken:
             query = in_order(query, query_order)
         if "key_order" in taken:
             key, value = in_order(key, key_order), in_order(value, key_order)
-        return block_sparse_eager.attend(query, key, value, *lists, **options)
+        out, lse = block_sparse_eager.attend(query, key, value, *lists, **options)
+        if query_order is not None and "back" in taken:
+            back = query_order[0].argsort()
+            out, lse = out[:, :, back], lse[:, :, back]
+        return out, lse
 
     sys.modules["picky_backend"].attend = attend
     error = self_test("picky", dtype=torch.float16)
-    assert error > 0.1 if len(taken) < 2 else error < largest_error(torch.float16, "native")
+    assert error > 0.1 if len(taken) < 3 else error < largest_error(torch.float16, "native")
 
 
 @pytest.mark.usefixtures("picky")
@@ -279,7 +295,7 @@ def test_a_backend_can_step_through_key_lengths_by_one():
 
 
 @pytest.mark.usefixtures("picky")
-def test_a_backend_may_put_tokens_in_order_itself():
+def test_a_backend_may_put_tokens_in_order_and_back_itself():
     def attend(query, key, value, *lists, query_order=None, key_order=None, **options):
         orders.append((query_order, key_order))
         return query.clone(), torch.zeros(0)
@@ -288,9 +304,35 @@ def test_a_backend_may_put_tokens_in_order_itself():
     sys.modules["picky_backend"].attend = attend
     arguments = make_arguments()
     arguments |= {name: arguments[name].half() for name in ("query", "key", "value")}
-    order = torch.randperm(105)[None]
-    assert torch.equal(block_sparse_attention(**arguments, query_order=order), arguments["query"])
-    assert orders == [(order, None)]
+    order, every_other = torch.randperm(105)[None], torch.randperm(105).repeat_interleave(2)[None, ::2]
+    out = block_sparse_attention(**arguments, query_order=order, key_order=every_other)
+    assert torch.equal(out, arguments["query"])
+    (query_order, key_order), *more = orders
+    assert not more
+    assert query_order is order
+    # A kernel steps through an order by one.
+    assert torch.equal(key_order, every_other)
+    assert key_order.stride(1) == 1
+
+
+@pytest.mark.usefixtures("picky")
+@pytest.mark.parametrize("given", [None, torch.arange(24).int()])
+def test_a_backend_may_ask_for_a_schedule(given):
+    def attend(query, key, value, *lists, schedule, **options):
+        schedules.append(schedule)
+        return query.clone(), torch.zeros(0)
+
+    schedules = []
+    sys.modules["picky_backend"].attend = attend
+    arguments = make_arguments()
+    arguments |= {name: arguments[name].half() for name in ("query", "key", "value")}
+    block_sparse_attention(**arguments, schedule=given)
+    assert schedules == [given]
+
+
+@pytest.mark.parametrize("query_order", [None, torch.randperm(105)[None]])
+def test_the_output_lies_as_projections_want_it(query_order):
+    assert block_sparse_attention(**make_arguments(), query_order=query_order).transpose(1, 2).is_contiguous()
 
 
 def test_a_backend_whose_module_is_missing_cannot_run(monkeypatch):
@@ -322,7 +364,8 @@ def test_the_operator_is_well_formed(return_lse, precision):
     tail, key_length = torch.tensor([[True]]), torch.tensor([105, 40], dtype=torch.int32)
     halves = [arguments[name].bfloat16() for name in ("query", "key", "value")]
     order = torch.arange(105).flip(0)[None]
-    tensors = (*halves, arguments["key_blocks"], arguments["counts"], key_length, tail, order, order)
+    schedule = torch.arange(2 * 3 * 4).int()
+    tensors = (*halves, arguments["key_blocks"], arguments["counts"], key_length, tail, order, order, schedule)
     operator = torch.ops.diffsparse.block_sparse_attention.default
     torch.library.opcheck(operator, (*tensors, 32, 16, 0.2, return_lse, precision, None))
 

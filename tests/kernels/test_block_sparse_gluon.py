@@ -38,6 +38,7 @@ def test_the_triton_kernel_does_what_it_cannot(gluon, monkeypatch, option):
         "precision": "native",
         "query_order": None,
         "key_order": torch.zeros(1, 128),
+        "schedule": torch.zeros(1),
         **option,
     }
     tensors = (torch.zeros(1, 1, 128, 64),) * 5
@@ -116,7 +117,7 @@ def test_fp8_values_lie_in_the_order_of_the_weights_that_a_thread_holds(gluon):
 def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
     """Compile the kernel without a GPU. `dtypes` are of queries and keys, and of values.
 
-    `options` are those of "lse", "tail" and "length" that it is to have.
+    `options` are those of "lse", "tail", "length" and "order" that it is to have.
     """
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -125,7 +126,7 @@ def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
     sizes = {"bf16": 2, "fp16": 2, "i8": 1, "fp8e4nv": 1}
     scores, values = dtypes
     result = values if sizes[values] == 2 else "bf16"
-    tiles = {"query_desc": (scores, 64), "key_desc": (scores, key_block_size), "out_desc": (result, 64)}
+    tiles = {"query_desc": (scores, 64), "key_desc": (scores, key_block_size)}
     tiles |= {"pooled_key_desc": (result, 128), "pooled_value_desc": (result, 128)}
     tiles = {name: (dtype, rows, head_dim) for name, (dtype, rows) in tiles.items()}
     tiles["value_desc"] = (values, *((key_block_size, head_dim) if sizes[values] == 2 else (head_dim, key_block_size)))
@@ -135,12 +136,13 @@ def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
     }
     types |= dict.fromkeys(("key_blocks_ptr", "counts_ptr", "schedule_ptr", "key_length_ptr", "has_tail_ptr"), "*i32")
     types |= dict.fromkeys(("query_scale_ptr", "key_scale_ptr", "value_scale_ptr", "lse_ptr"), "*fp32")
-    types |= {"tail_sizes_ptr": "*u8", "logit_scale": "fp32"}
+    types |= {"tail_sizes_ptr": "*u8", "logit_scale": "fp32", "out_ptr": f"*{result}", "out_order_ptr": "*i64"}
     constants = {"HEAD_DIM": head_dim, "KEY_BLOCK": key_block_size}
     constants["STAGES"] = gluon.STAGES[head_dim, sizes[scores], sizes[values]]
     for is_there, names in (
         ("lse" in options, ("lse_ptr",)),
         ("length" in options, ("key_length_ptr",)),
+        ("order" in options, ("out_order_ptr",)),
         ("tail" in options, ("has_tail_ptr", "tail_sizes_ptr", "pooled_key_desc", "pooled_value_desc")),
         (sizes[scores] == 1, ("query_scale_ptr", "key_scale_ptr")),
         (sizes[values] == 1, ("value_scale_ptr",)),
@@ -148,7 +150,10 @@ def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
         if not is_there:
             constants |= dict.fromkeys(names)
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    places = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    # As at a launch: pointers are aligned, and steps in the output are multiples of the head dim.
+    places = [
+        i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name.startswith("out_stride")
+    ]
     source = GluonASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in places}
     )
@@ -159,9 +164,10 @@ def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
     "configuration",
     [
         (128, ("bf16", "bf16"), 128, ["lse"]),
+        (128, ("bf16", "bf16"), 128, ["order"]),
         (128, ("fp16", "fp16"), 64, ["length"]),
-        (128, ("bf16", "bf16"), 128, ["tail"]),
-        (64, ("bf16", "bf16"), 64, ["lse", "tail", "length"]),
+        (128, ("bf16", "bf16"), 128, ["tail", "order"]),
+        (64, ("bf16", "bf16"), 64, ["lse", "tail", "length", "order"]),
         (128, ("fp8e4nv", "fp8e4nv"), 128, ["tail"]),
         (64, ("i8", "fp8e4nv"), 128, ["lse"]),
         (128, ("i8", "bf16"), 128, ["length"]),
@@ -181,6 +187,8 @@ def test_it_compiles_without_spilling_and_overlaps_softmax_with_products(gluon, 
     _, (scores, values), _, options = configuration
     num_loops = 2 if "tail" in options and scores == values != "fp8e4nv" else 1
     assert [part.count("MUFU.EX2") >= 64 for part in between] == [True, True] * num_loops
+    # A row of the output is written by 16 bytes.
+    assert set(re.findall(r"STG\.E\.?(\w*)", code)) - {""} == {"128"}
     if values == "fp8e4nv":
         # No byte goes to another place in the main loop, which is the only one of a kernel without an end to the list.
         assert "PRMT" not in code or "tail" in options

@@ -50,7 +50,7 @@ def test_a_backend_that_fails_its_self_test_is_not_used(monkeypatch, error):
     block_sparse._why_not_trusted.cache_clear()
 
 
-ALL = ("lse", "length", "tail")
+ALL = ("lse", "length", "tail", "order")
 CONFIGURATIONS = [
     (64, "bf16", (64, 64), ALL, "native"),
     (64, "fp16", (128, 128), (), "native"),
