@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from triton.experimental import gluon
@@ -17,6 +18,7 @@ load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
+@functools.cache
 def descriptor_layout(element_size: int, columns: int) -> Any:
     """How tiles [1, 1, rows, columns] lie in shared memory, as both the copies and the matrix products ask for."""
     return gl.NVMMASharedLayout(min(columns * element_size, 128), element_bitwidth=8 * element_size, rank=4)
