@@ -93,7 +93,9 @@ class Pointer:
 
 def load(pointer, mask=None, other=0):
     places, mask = pointer.places(mask)
-    return torch.where(mask, pointer.numbers[torch.where(mask, places, 0)], other).as_subclass(Value)
+    numbers = pointer.numbers[torch.where(mask, places, 0)]
+    # In float64, which holds them all: FP8 knows no `where`.
+    return torch.where(mask, numbers.double(), other).to(numbers.dtype).as_subclass(Value)
 
 
 def store(pointer, value, mask=None):

@@ -17,7 +17,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from diffsparse.kernels import block_sparse_triton
 from diffsparse.kernels.hopper_kernel_gluon import attention_kernel
 from diffsparse.kernels.hopper_lists_gluon import TILE
-from diffsparse.kernels.hopper_products_gluon import ROWS
 from diffsparse.kernels.hopper_tiles_gluon import descriptor_layout
 from diffsparse.kernels.launch import launch_on, outputs, step_of_heads
 from diffsparse.kernels.operands_triton import Operands, of_key_mean, prepared
@@ -131,7 +130,7 @@ def attend(
         key_block_size=key_block_size,
         key_length=key_length,
         tail=tail,
-        out_order=query_order,
+        query_order=query_order,
         schedule=schedule,
         dtype=query.dtype,
         scale=scale,
@@ -159,16 +158,13 @@ def launch(
     key_block_size: int,
     key_length: Tensor | None,
     tail: Tensor | None,
-    out_order: Tensor | None,
+    query_order: Tensor | None,
     schedule: Tensor | None,
     dtype: torch.dtype,
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel on what is prepared. Rows of the output go where `out_order` [H|1, S] says.
-
-    `dtype` is that of the output and of the means.
-    """
+    """Run the kernel on what is prepared. `dtype` is that of the output and of the means."""
     query, key, value = operands.query, operands.key, operands.value
     batch, heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
@@ -188,7 +184,7 @@ def launch(
     value_tile = (key_block_size, head_dim) if operands.value_scale is None else (head_dim, key_block_size)
     with launch_on(query.device):
         attention_kernel[(counts.numel(),)](
-            _descriptor(query, ROWS.value, head_dim),
+            query,
             _descriptor(key, key_block_size, head_dim),
             _descriptor(value, *value_tile),
             out,
@@ -198,15 +194,16 @@ def launch(
             key_blocks,
             counts,
             heavy_first(counts) if schedule is None else schedule,
-            out_order,
+            query_order,
             key_length,
             operands.query_scale,
             operands.key_scale,
             operands.value_scale,
             has_tail,
             sizes,
+            *query.stride()[:3],
             *out.stride()[:3],
-            step_of_heads(out_order),
+            step_of_heads(query_order),
             *key_blocks.stride(),
             *counts.stride(),
             heads,

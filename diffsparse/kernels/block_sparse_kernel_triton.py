@@ -31,7 +31,7 @@ def attention_kernel(
     key_blocks_ptr,
     counts_ptr,
     schedule_ptr,
-    out_order_ptr,
+    query_order_ptr,
     key_length_ptr,
     query_scale_ptr,
     key_scale_ptr,
@@ -52,7 +52,7 @@ def attention_kernel(
     out_stride_b,
     out_stride_h,
     out_stride_s,
-    out_order_stride_h,
+    query_order_stride_h,
     lists_stride_b,
     lists_stride_h,
     lists_stride_q,
@@ -77,7 +77,8 @@ def attention_kernel(
 ):
     """One query block of one head, which one says the schedule. Optional pointers are None where there is nothing.
 
-    A row of the output goes where `out_order_ptr` says, which is where its query came from.
+    `query_order_ptr` says where the queries come from, unless they are quantized and in order already, and where the
+    rows of the output go.
 
     `keys` and `values` are descriptors or pointers. Values in FP8 lie transposed, [B, H, D, S], as the matrix
     instructions want them. The scales of query and key are per block, [B, H, blocks]; that of value is [B, H, D].
@@ -94,13 +95,22 @@ def attention_kernel(
         length = tl.minimum(tl.load(key_length_ptr + b), num_keys)
 
     first_query = row * QUERY_BLOCK
-    query_ptr += b * query_stride_b + h * query_stride_h + first_query.to(tl.int64) * query_stride_s
+    query_ptr += b * query_stride_b + h * query_stride_h
+    first_query_ptr = query_ptr + first_query.to(tl.int64) * query_stride_s
+    if query_order_ptr is not None:
+        query_order_ptr += h * query_order_stride_h
     PACKED: tl.constexpr = query_ptr.dtype.element_ty == tl.uint8
+    remaining = num_queries - first_query
     # [QUERY_BLOCK, PADDED_DIM]
     if PACKED:
-        query = load_packed(query_ptr, num_queries - first_query, query_stride_s, QUERY_BLOCK, HEAD_DIM, PADDED_DIM)
+        query = load_packed(first_query_ptr, remaining, query_stride_s, QUERY_BLOCK, HEAD_DIM, PADDED_DIM)
+    elif query_order_ptr is not None and query_scale_ptr is None:
+        mask, offsets = _rows_of_queries(
+            first_query, num_queries, query_order_ptr, query_stride_s, QUERY_BLOCK, HEAD_DIM, PADDED_DIM
+        )
+        query = tl.load(query_ptr + offsets, mask=mask, other=0.0)
     else:
-        query = load_rows(query_ptr, num_queries - first_query, query_stride_s, QUERY_BLOCK, HEAD_DIM, PADDED_DIM)
+        query = load_rows(first_query_ptr, remaining, query_stride_s, QUERY_BLOCK, HEAD_DIM, PADDED_DIM)
     query_scale = logit_scale
     if query_scale_ptr is not None:
         query_scale *= tl.load(query_scale_ptr + row_of_all)
@@ -209,20 +219,42 @@ def attention_kernel(
     sees_some = total > 0
     total = tl.where(sees_some, total, 1.0)
     out = tl.where(sees_some[:, None], numerator / total[:, None], 0.0)
-    places, dims = first_query + tl.arange(0, QUERY_BLOCK), tl.arange(0, PADDED_DIM)
-    exists = places < num_queries
-    if out_order_ptr is not None:
-        places = tl.load(out_order_ptr + h * out_order_stride_h + places, mask=exists, other=0)
-    places = places.to(tl.int64)
-    tl.store(
-        out_ptr + b * out_stride_b + h * out_stride_h + places[:, None] * out_stride_s + dims[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=exists[:, None] & (dims < HEAD_DIM)[None, :],
+    out_ptr += b * out_stride_b + h * out_stride_h
+    mask, offsets = _rows_of_queries(
+        first_query, num_queries, query_order_ptr, out_stride_s, QUERY_BLOCK, HEAD_DIM, PADDED_DIM
     )
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None:
         boost: tl.constexpr = FP8_BOOST if FP8_VALUES else 0.0
         lse = tl.where(sees_some, (peak + tl.log2(total) - boost) * LN_2, -float("inf"))
+        exists, places = _places_of_queries(first_query, num_queries, query_order_ptr, QUERY_BLOCK)
         tl.store(lse_ptr + head_of_batch * num_queries + places, lse, mask=exists)
+
+
+@triton.jit
+def _rows_of_queries(
+    first_query,
+    num_queries,
+    query_order_ptr,
+    stride,
+    QUERY_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):
+    """Which numbers [QUERY_BLOCK, PADDED_DIM] of a query block there are, and where they lie in a head."""
+    dims = tl.arange(0, PADDED_DIM)
+    exists, places = _places_of_queries(first_query, num_queries, query_order_ptr, QUERY_BLOCK)
+    return exists[:, None] & (dims < HEAD_DIM)[None, :], places[:, None] * stride + dims[None, :]
+
+
+@triton.jit
+def _places_of_queries(first_query, num_queries, query_order_ptr, QUERY_BLOCK: tl.constexpr):
+    """Which queries of a block there are, and their own places [QUERY_BLOCK] int64."""
+    places = first_query + tl.arange(0, QUERY_BLOCK)
+    exists = places < num_queries
+    if query_order_ptr is not None:
+        places = tl.load(query_order_ptr + places, mask=exists, other=0)
+    return exists, places.to(tl.int64)
 
 
 @triton.jit

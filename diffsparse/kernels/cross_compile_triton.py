@@ -81,7 +81,7 @@ def compile_attention(
     if "length" in options:
         inputs["key_length_ptr"] = "*i32"
     if "order" in options:
-        inputs["out_order_ptr"] = "*i64"
+        inputs["query_order_ptr"] = "*i64"
     if "tail" in options:
         inputs |= {"has_tail_ptr": "*i32", "tail_sizes_ptr": "*u8"}
         inputs |= dict.fromkeys(("pooled_key_ptr", "pooled_value_ptr"), f"*{dtype}")

@@ -27,6 +27,7 @@ from diffsparse.kernels.hopper_products_gluon import (
     start_logits,
     start_product,
 )
+from diffsparse.kernels.hopper_tiles_gluon import row_layout
 
 LN_2 = gl.constexpr(0.6931471805599453)
 # The least a row's largest logit is taken for, in base 2: -inf - -inf, where nothing is seen, is not a number.
@@ -45,7 +46,7 @@ def attend_half(
     tail,
     softmax,
     scales,
-    place,
+    rows,
     results,
     KEY_BLOCK: gl.constexpr,
     PART: gl.constexpr,
@@ -54,15 +55,16 @@ def attend_half(
 
     The product of a tile's weights and values runs together with the next tile's softmax.
     """
-    query_tiles, query_ready, out_tiles = queries
+    query_ptr, query_stride, query_order_ptr, query_tiles = queries
     key_tiles, key_ready, key_free = keys
     value_tiles, value_ready, value_free = values
     num_tiles, num_missing = lists[2], lists[3]
     num_tail_tiles, tail_sizes_ptr, value_scale_ptr = tail
     logit_scale, first_size, key_length = softmax
     query_scale, key_scales = scales
-    first_query = (2 * place[2] + PART) * ROWS
-    out_ptr, out_stride, out_order_ptr, lse_ptr, num_queries = results
+    row, num_queries = rows
+    first_query = (2 * row + PART) * ROWS
+    out_ptr, out_stride, out_order_ptr, lse_ptr, out_tiles = results
     STAGES: gl.constexpr = key_tiles.shape[0]
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
     OUT_DTYPE: gl.constexpr = out_ptr.dtype.element_ty
@@ -84,7 +86,10 @@ def attend_half(
     if key_length is not None:
         first_size, second_size = sizes_of(0, lists, key_length, KEY_BLOCK)
     scale = logit_scale * query_scale if QUANTIZED else logit_scale
-    mbarrier.wait(query_ready, 0)
+    QUERY_ROWS: gl.constexpr = row_layout(query_tiles.dtype, HEAD_DIM)
+    places, exists = _places(first_query, num_queries, query_order_ptr, query_stride, HEAD_DIM, QUERY_ROWS)
+    query.store(gl.load(query_ptr + places, mask=exists, other=0.0))
+    fence_async_shared()
     mbarrier.wait(key_ready.index(0), 0)
     if QUANTIZED:
         first_key_scale = key_scale_of(0, key_scales)
@@ -171,25 +176,31 @@ def attend_half(
     share = gl.where(total > 0, 1.0 / total, 1.0)
     out = numerator * gl.convert_layout(share, out_rows)[:, None]
     # The queries have been used for the last time, and make room: there a row's numbers come side by side.
-    row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    OUT_ROWS: gl.constexpr = row_layout(OUT_DTYPE, HEAD_DIM)
     out_tiles.index(PART).store(out.to(OUT_DTYPE))
-    out = out_tiles.index(PART).load(row_layout)
-    places, exists = _places(first_query, num_queries, out_order_ptr, gl.SliceLayout(1, row_layout))
-    dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, row_layout))
-    gl.store(out_ptr + places[:, None] * out_stride + dims[None, :], out, mask=exists[:, None])
+    places, exists = _places(first_query, num_queries, out_order_ptr, out_stride, HEAD_DIM, OUT_ROWS)
+    gl.store(out_ptr + places, out_tiles.index(PART).load(OUT_ROWS), mask=exists)
     if lse_ptr is not None:
-        places, exists = _places(first_query, num_queries, out_order_ptr, gl.SliceLayout(1, logits_layout))
-        gl.store(lse_ptr + places, (peak + gl.log2(total) - BOOST) * LN_2, mask=exists)
+        tokens, exists = _tokens(first_query, num_queries, out_order_ptr, gl.SliceLayout(1, logits_layout))
+        gl.store(lse_ptr + tokens, (peak + gl.log2(total) - BOOST) * LN_2, mask=exists)
 
 
 @gluon.jit
-def _places(first_query, num_queries, out_order_ptr, layout: gl.constexpr):
-    """Where the rows of a half go, [ROWS] int64, and which of them there are."""
-    rows = first_query + gl.arange(0, ROWS, layout=layout)
-    exists = rows < num_queries
-    if out_order_ptr is not None:
-        rows = gl.load(out_order_ptr + rows, mask=exists, other=0)
-    return rows.to(gl.int64), exists
+def _places(first_query, num_queries, order_ptr, stride, HEAD_DIM: gl.constexpr, layout: gl.constexpr):
+    """Where in a head the numbers of half a query block lie, [ROWS, HEAD_DIM], and which of its rows there are."""
+    tokens, exists = _tokens(first_query, num_queries, order_ptr, gl.SliceLayout(1, layout))
+    dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, layout))
+    return tokens[:, None] * stride + dims[None, :], exists[:, None]
+
+
+@gluon.jit
+def _tokens(first_query, num_queries, order_ptr, layout: gl.constexpr):
+    """The tokens of half a query block, [ROWS] int64, and which of them there are."""
+    tokens = first_query + gl.arange(0, ROWS, layout=layout)
+    exists = tokens < num_queries
+    if order_ptr is not None:
+        tokens = gl.load(order_ptr + tokens, mask=exists, other=0)
+    return tokens.to(gl.int64), exists
 
 
 @gluon.jit

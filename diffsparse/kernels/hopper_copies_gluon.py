@@ -10,26 +10,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from diffsparse.kernels.hopper_lists_gluon import TILE, blocks_of
-from diffsparse.kernels.hopper_products_gluon import ROWS
 from diffsparse.kernels.hopper_tiles_gluon import load_tile
 
 
 @gluon.jit
-def copy_tiles(queries, keys, values, means, lists, scales, num_tail_tiles, place, descs, KEY_BLOCK: gl.constexpr):
-    """Copy the query block, then tile after tile of keys and values as they become free. Runs in one warp.
+def copy_tiles(keys, values, means, lists, scales, num_tail_tiles, place, descs, KEY_BLOCK: gl.constexpr):
+    """Copy tile after tile of keys and values as they become free. Runs in one warp.
 
     A quantized tile's scale goes beside it.
     """
     key_scales, key_scale_ptr = scales
-    query_tiles, query_ready, _ = queries
     num_tiles = lists[2]
-    b, h, row = place
-    query_desc, key_desc, value_desc, pooled_key_desc, pooled_value_desc = descs
+    b, h = place
+    key_desc, value_desc, pooled_key_desc, pooled_value_desc = descs
     FP8_VALUES: gl.constexpr = value_desc.dtype == gl.float8e4nv
-    mbarrier.expect(query_ready, 2 * query_desc.block_type.nbytes)
-    for i in gl.static_range(2):
-        first_query = (2 * row + i) * ROWS
-        load_tile(query_desc, [b, h, first_query, 0], query_ready, query_tiles.index(i))
     for tile in range(num_tiles):
         first, second = blocks_of(tile, lists, KEY_BLOCK)
         scale = None

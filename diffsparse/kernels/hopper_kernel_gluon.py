@@ -19,7 +19,7 @@ from diffsparse.kernels.hopper_tiles_gluon import tiles_in, tiles_of
 # A kernel compiled anew for every kind of number these are would gain nothing.
 @gluon.jit(
     do_not_specialize=[
-        "out_order_stride_h",
+        "query_order_stride_h",
         "lists_stride_b",
         "lists_stride_h",
         "lists_stride_q",
@@ -33,7 +33,7 @@ from diffsparse.kernels.hopper_tiles_gluon import tiles_in, tiles_of
     ]
 )
 def attention_kernel(
-    query_desc,
+    query_ptr,
     key_desc,
     value_desc,
     out_ptr,
@@ -43,17 +43,20 @@ def attention_kernel(
     key_blocks_ptr,
     counts_ptr,
     schedule_ptr,
-    out_order_ptr,
+    query_order_ptr,
     key_length_ptr,
     query_scale_ptr,
     key_scale_ptr,
     value_scale_ptr,
     has_tail_ptr,
     tail_sizes_ptr,
+    query_stride_b,
+    query_stride_h,
+    query_stride_s,
     out_stride_b,
     out_stride_h,
     out_stride_s,
-    out_order_stride_h,
+    query_order_stride_h,
     lists_stride_b,
     lists_stride_h,
     lists_stride_q,
@@ -71,8 +74,8 @@ def attention_kernel(
 ):
     """One query block of one head, which one says the schedule.
 
-    Optional pointers and descriptors are None where there is nothing to point to. A row of the output goes where
-    `out_order_ptr` says, which is where its query came from.
+    Optional pointers and descriptors are None where there is nothing to point to. `query_order_ptr` says where the
+    queries come from, unless they are quantized and in order already, and where the rows of the output go.
 
     A barrier `ready` is passed when a tile has come in, `free` when both warpgroups are done with it. Tiles of block
     means follow the listed ones; where those are quantized, in the same memory, once it is free.
@@ -104,7 +107,7 @@ def attention_kernel(
         tail_sizes_ptr += row_of_all.to(gl.int64) * num_tail_tiles_if_any * TILE
         num_tail_tiles = gl.where(gl.load(has_tail_ptr + head_of_batch) != 0, num_tail_tiles_if_any, 0)
 
-    query_tiles = tiles_of(query_desc.dtype, 2, ROWS, HEAD_DIM)
+    query_tiles = tiles_of(query_ptr.dtype.element_ty, 2, ROWS, HEAD_DIM)
     key_tiles = tiles_of(key_desc.dtype, STAGES, TILE, HEAD_DIM)
     QUANTIZED: gl.constexpr = key_scale_ptr is not None
     if QUANTIZED:
@@ -123,12 +126,10 @@ def attention_kernel(
         value_tiles = tiles_of(value_desc.dtype, STAGES, HEAD_DIM, TILE)
     else:
         value_tiles = tiles_of(value_desc.dtype, STAGES, TILE, HEAD_DIM)
-    query_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(query_ready, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(key_ready.index(i), count=1)
         mbarrier.init(value_ready.index(i), count=1)
@@ -138,7 +139,10 @@ def attention_kernel(
 
     keys = (key_tiles, key_ready, key_free)
     values = (value_tiles, value_ready, value_free)
-    queries = (query_tiles, query_ready, out_tiles)
+    query_ptr += b64 * query_stride_b + h64 * query_stride_h
+    if query_order_ptr is not None:
+        query_order_ptr += h64 * query_order_stride_h
+    queries = (query_ptr, query_stride_s, None if QUANTIZED else query_order_ptr, query_tiles)
     means = (None, None, None, None)
     if QUANTIZED and pooled_key_desc is not None:
         # Two tiles of quantized keys make room for one of means.
@@ -155,19 +159,17 @@ def attention_kernel(
     lists = (list_ptr, lists_stride_c, num_tiles, num_missing, ragged_place)
     tail = (num_tail_tiles, tail_sizes_ptr, value_scale_ptr)
     softmax = (logit_scale, first_size, None if key_length_ptr is None else length)
-    place = (b, h, row)
     out_ptr += b64 * out_stride_b + h64 * out_stride_h
-    if out_order_ptr is not None:
-        out_order_ptr += h64 * out_order_stride_h
     if lse_ptr is not None:
         lse_ptr += head_of_batch.to(gl.int64) * num_queries
-    results = (out_ptr, out_stride_s, out_order_ptr, lse_ptr, num_queries)
-    descs = (query_desc, key_desc, value_desc, pooled_key_desc, pooled_value_desc)
+    results = (out_ptr, out_stride_s, query_order_ptr, lse_ptr, out_tiles)
+    rows = (row, num_queries)
+    descs = (key_desc, value_desc, pooled_key_desc, pooled_value_desc)
     gl.warp_specialize(
         [
-            (attend_half, (queries, keys, values, means, lists, tail, softmax, scales, place, results, KEY_BLOCK, 0)),
-            (attend_half, (queries, keys, values, means, lists, tail, softmax, scales, place, results, KEY_BLOCK, 1)),
-            (copy_tiles, (queries, keys, values, means, lists, copied_scales, num_tail_tiles, place, descs, KEY_BLOCK)),
+            (attend_half, (queries, keys, values, means, lists, tail, softmax, scales, rows, results, KEY_BLOCK, 0)),
+            (attend_half, (queries, keys, values, means, lists, tail, softmax, scales, rows, results, KEY_BLOCK, 1)),
+            (copy_tiles, (keys, values, means, lists, copied_scales, num_tail_tiles, (b, h), descs, KEY_BLOCK)),
         ],
         [4, 1],
         [240, 24],

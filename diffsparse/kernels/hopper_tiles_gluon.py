@@ -31,6 +31,13 @@ def tile_layout(dtype, columns):
     return gl.NVMMASharedLayout(min(columns * bits // 8, 128), element_bitwidth=bits, rank=2)
 
 
+@gluon.constexpr_function
+def row_layout(dtype, columns):
+    """How a warpgroup holds rows of so many numbers that it takes from memory, or puts there: 16 bytes a thread."""
+    numbers = 128 // dtype.primitive_bitwidth
+    return gl.BlockedLayout([1, numbers], [32 * numbers // columns, columns // numbers], [4, 1], [1, 0])
+
+
 @gluon.jit
 def tiles_of(dtype: gl.constexpr, count: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr):
     """Shared memory for so many tiles [rows, columns]."""

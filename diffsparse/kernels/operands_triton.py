@@ -16,7 +16,8 @@ from diffsparse.kernels.reorder import in_order
 class Operands:
     """What a kernel multiplies: query and key [B, H, S, D], in INT4 [B, H, S, ceil(D / 2)] as `pack_int4` packs them.
 
-    Value is [B, H, S, D], or in FP8 [B, H, D, S']. All are in the order asked for.
+    Value is [B, H, S, D], or in FP8 [B, H, D, S']. Keys and values are in the order asked for, and queries where they
+    are quantized: others the kernels gather themselves.
 
     The scales and `key_mean` are those of `quantization.py`, None where nothing is quantized. The means of the blocks
     [B, H, K, D], in the dtype of the inputs and without `key_mean`, are None unless asked for.
@@ -46,13 +47,13 @@ def prepared(
     key_order: Tensor | None,
     pool: bool,
 ) -> Operands:
-    """Query, key and value [B, H, S, D] in their order, quantized and pooled; what is quantized in one pass each."""
+    """Operands of query, key and value [B, H, S, D]; what is quantized takes one pass each."""
     formats = PRECISIONS[precision]
     # The kernels step by one along the head dim.
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     query_scale = key_scale = value_scale = mean = key_means = value_means = None
     if formats.scores == "native":
-        query, key = in_order(query, query_order), in_order(key, key_order)
+        key = in_order(key, key_order)
         if pool:
             key_means = block_means(key, key_block_size, key_length)[0].to(key.dtype)
     else:

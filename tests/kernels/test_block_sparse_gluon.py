@@ -126,7 +126,7 @@ def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
     sizes = {"bf16": 2, "fp16": 2, "i8": 1, "fp8e4nv": 1}
     scores, values = dtypes
     result = values if sizes[values] == 2 else "bf16"
-    tiles = {"query_desc": (scores, 64), "key_desc": (scores, key_block_size)}
+    tiles = {"key_desc": (scores, key_block_size)}
     tiles |= {"pooled_key_desc": (result, 128), "pooled_value_desc": (result, 128)}
     tiles = {name: (dtype, rows, head_dim) for name, (dtype, rows) in tiles.items()}
     tiles["value_desc"] = (values, *((key_block_size, head_dim) if sizes[values] == 2 else (head_dim, key_block_size)))
@@ -136,13 +136,14 @@ def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
     }
     types |= dict.fromkeys(("key_blocks_ptr", "counts_ptr", "schedule_ptr", "key_length_ptr", "has_tail_ptr"), "*i32")
     types |= dict.fromkeys(("query_scale_ptr", "key_scale_ptr", "value_scale_ptr", "lse_ptr"), "*fp32")
-    types |= {"tail_sizes_ptr": "*u8", "logit_scale": "fp32", "out_ptr": f"*{result}", "out_order_ptr": "*i64"}
+    types |= {"tail_sizes_ptr": "*u8", "logit_scale": "fp32", "query_order_ptr": "*i64"}
+    types |= {"query_ptr": f"*{scores}", "out_ptr": f"*{result}"}
     constants = {"HEAD_DIM": head_dim, "KEY_BLOCK": key_block_size}
     constants["STAGES"] = gluon.STAGES[head_dim, sizes[scores], sizes[values]]
     for is_there, names in (
         ("lse" in options, ("lse_ptr",)),
         ("length" in options, ("key_length_ptr",)),
-        ("order" in options, ("out_order_ptr",)),
+        ("order" in options, ("query_order_ptr",)),
         ("tail" in options, ("has_tail_ptr", "tail_sizes_ptr", "pooled_key_desc", "pooled_value_desc")),
         (sizes[scores] == 1, ("query_scale_ptr", "key_scale_ptr")),
         (sizes[values] == 1, ("value_scale_ptr",)),
@@ -152,7 +153,9 @@ def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     # As at a launch: pointers are aligned, and steps in the output are multiples of the head dim.
     places = [
-        i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name.startswith("out_stride")
+        i
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name][0] == "*" or re.match("(query|out)_stride", name)
     ]
     source = GluonASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in places}
