@@ -14,6 +14,7 @@ import triton
 from interpreted_fp8 import round_fp8_as_gpus_do
 
 from diffsparse.kernels import block_sparse_eager, block_sparse_triton
+from diffsparse.kernels.reorder import in_order
 from diffsparse.kernels.tuning import Tuning
 
 assert triton.knobs.runtime.interpret, "run this file with TRITON_INTERPRET=1"
@@ -162,16 +163,14 @@ def test_it_takes_tokens_in_their_orders(precision):
     # What the batch entry lacks stays last.
     places = torch.rand((2, 50), generator=torch.Generator().manual_seed(1)).argsort(-1)
     key_order = torch.cat([places, torch.arange(50, 70).expand(2, -1)], 1)
-    query_order = torch.arange(70).flip(0)[None]
+    query_order = torch.stack([torch.arange(70).flip(0), torch.arange(70).roll(7)])
     orders = {"query_order": query_order, "key_order": key_order}
     out, lse = block_sparse_triton.attend(**inputs, precision=precision, **orders)
-    inputs["query"] = inputs["query"][:, :, query_order[0]]
-    for name in ("key", "value"):
-        index = key_order[None, :, :, None].expand_as(inputs[name])
-        inputs[name] = inputs[name].gather(2, index)
+    for name, order in (("query", query_order), ("key", key_order), ("value", key_order)):
+        inputs[name] = in_order(inputs[name], order)
     expected, expected_lse = block_sparse_triton.attend(**inputs, precision=precision)
     # Rows go back to where their queries came from.
-    out, lse = out[:, :, query_order[0]], lse[:, :, query_order[0]]
+    out, lse = in_order(out, query_order), in_order(lse[..., None], query_order)[..., 0]
     # The mean of all keys is summed in another order, which may put a key on the other side of a half.
     assert (out.float() - expected.float()).norm() <= 2e-3 * expected.float().norm()
     assert (lse - expected_lse).norm() <= 1e-4 * expected_lse.norm()

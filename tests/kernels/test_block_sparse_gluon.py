@@ -151,12 +151,9 @@ def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
         if not is_there:
             constants |= dict.fromkeys(names)
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    # As at a launch: pointers are aligned, and steps in the output are multiples of the head dim.
-    places = [
-        i
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name][0] == "*" or re.match("(query|out)_stride", name)
-    ]
+    # As at a launch: pointers are aligned, and the strides of query and output are multiples of 16.
+    aligned = [name for name in kernel.arg_names if signature[name][0] == "*" or re.match("(query|out)_stride", name)]
+    places = [kernel.arg_names.index(name) for name in aligned]
     source = GluonASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in places}
     )
