@@ -21,7 +21,8 @@ class Overhead:
 
     Attributes:
         plan: making the plan of a layer, which then serves `replan_every` steps.
-        permute: query, key and value into the order of the plan, and the output back; at each call.
+        permute: key and value into the order of the plan, and where the backend does not do it beside its own work,
+            query too and the output back; at each call.
         replan_every: steps for which a plan is kept by default.
     """
 
@@ -45,6 +46,8 @@ def bench_planning(
 
     from diffsparse.config import SparseAttentionConfig
     from diffsparse.eval.timing import seconds_in_turn
+    from diffsparse.kernels.backends import takes_orders
+    from diffsparse.kernels.block_sparse import backend_taken
     from diffsparse.strategies.adaptive import Adaptive
     from diffsparse.strategies.strategy import AttentionCall
 
@@ -56,11 +59,15 @@ def bench_planning(
     call = AttentionCall(grid)
     plan = strategy.plan(query, key, value, call)
 
+    blocks = plan.mask.query_block_size, plan.mask.key_block_size
+    with_kernel = takes_orders(backend_taken(query.device, query.dtype, head_dim, *blocks))
+
     def permute() -> None:
         assert plan.permutation is not None
-        for x in (query, key, value):
-            ordered = plan.permutation.apply(x)
-        plan.permutation.undo(ordered)
+        for x in (key, value):
+            plan.permutation.apply(x)
+        if not with_kernel:
+            plan.permutation.undo(plan.permutation.apply(query))
 
     def dense() -> None:
         F.scaled_dot_product_attention(query, key, value)

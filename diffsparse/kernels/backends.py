@@ -60,6 +60,11 @@ def left_to(name: str, precision: str, key_block_size: int) -> str | None:
     return other
 
 
+def takes_orders(name: str) -> bool:
+    """Whether this backend, which can run, puts tokens in order itself: only keys and values take a pass for it."""
+    return "query_order" in _options_of(import_module(BACKENDS[name]).attend)
+
+
 def attend_with(
     module: ModuleType,
     query: Tensor,
