@@ -144,12 +144,48 @@ class BlockSums:
         with_tail = (numerator * share + tail_numerator) / (denominator * share + tail.sum(4, keepdim=True))
         return numerator / denominator, with_tail
 
+    def errors(self, rank: Tensor, always: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """What masks cost each head: errors [H, 2, C, N], without and with the pooled tail, and squared sizes [H].
+
+        An error is the squared one on the sampled rows over the squared size of what is exact. A mask shows the key
+        blocks that its rule ranks below its limit.
+
+        Args:
+            rank: [B|1, H|1, R, C, K] int32, the place of each key block by each of C rules.
+            always: [R, K] bool, what every mask shows.
+            limits: [N + 1] int64. The last one shows all blocks, which is exact attention.
+        """
+        if (kernels := _error_kernels(rank.device)) is not None:
+            return self._errors_in(kernels, rank, always, limits)
+        return self._errors(rank, always, limits)
+
+    def _errors(self, rank: Tensor, always: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """The specification of `errors`."""
+        seen = (rank[..., None, :] < limits[:, None]) | always[:, None, None]  # [B|1, H|1, R, C, N + 1, K]
+        outputs = torch.stack(self.masked_each(seen.flatten(3, 4)), dim=3).unflatten(4, seen.shape[3:5])
+        exact = outputs[:, :, :, :1, :, -1:]  # [B, H, R, 1, C, 1, D]
+        return head_errors(outputs[:, :, :, :, :, :-1], exact), squared_sizes(exact)[:, 0, 0, 0]
+
+    def _errors_in(self, kernels: ModuleType, rank: Tensor, always: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """`errors` by the Triton kernel: no tensor is made of all masks and key blocks."""
+        sums = self.numerators, self.denominators, self.peaks, self.tail, self.mean_value
+        squares, sizes = kernels.mask_errors(*sums, rank, always, limits)
+        sizes = sizes.clamp_min(_LEAST_SIZE)
+        return (squares[..., :-1] / sizes[:, None, None, None]).nan_to_num_(nan=torch.inf), sizes
+
     def _sum(self, factors: Tensor) -> tuple[Tensor, Tensor]:
         """Numerators [B, H, R, M, D] and denominators [B, H, R, M, 1] over blocks that count by [B, H, R, M, K]."""
         return factors @ self.numerators, factors @ self.denominators[..., None]
 
 
 _LEAST = torch.finfo(torch.float32).min
+_LEAST_SIZE = 1e-12
+"""So that a head whose output is zero can be divided by its size."""
+
+
+def judged_in_kernels(device: torch.device) -> bool:
+    """Whether Triton kernels sum by block and judge masks there: no tensor is made of all keys or of all masks."""
+    return _kernels(device) is not None and _error_kernels(device) is not None
 
 
 @functools.cache
@@ -169,6 +205,27 @@ def _kernels(device: torch.device) -> ModuleType | None:
     return kernels_on(device, "block_sums_triton", "judging candidate masks", check)
 
 
+@functools.cache
+def _error_kernels(device: torch.device) -> ModuleType | None:
+    """The Triton kernel for `BlockSums.errors`, where it runs and is right on a small input; None elsewhere."""
+
+    def check(kernels: ModuleType) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        # More blocks and a larger head than a program takes at a time; some errors are below 1e-4.
+        query, key, value = (
+            torch.randn(2, 2, tokens, 80, generator=generator, dtype=torch.float32) for tokens in (5, 270, 270)
+        )
+        sums = BlockSums.of(query, key, value, 4)
+        rank = torch.rand(2, 2, 5, 2, 68, generator=generator, dtype=torch.float32).argsort(-1).int()
+        # The first row sees no key at the first limit.
+        masks = rank, torch.arange(68) < torch.arange(5)[:, None], torch.tensor([0, 3, 40, 67, 69])
+        there = BlockSums(*(x.to(device) for x in vars(sums).values()))
+        actual = there._errors_in(kernels, *(x.to(device) for x in masks))
+        return all(torch.allclose(a.cpu(), e, 1e-3, 1e-6) for a, e in zip(actual, sums._errors(*masks), strict=True))
+
+    return kernels_on(device, "mask_errors_triton", "errors of candidate masks", check)
+
+
 def head_errors(output: Tensor, exact: Tensor) -> Tensor:
     """Squared error over squared size of the sampled outputs [B, H, R, ..., D], by head: [H, ...].
 
@@ -180,4 +237,4 @@ def head_errors(output: Tensor, exact: Tensor) -> Tensor:
 
 def squared_sizes(exact: Tensor) -> Tensor:
     """Squared size of the outputs [B, H, R, ..., D], by head: [H, ...], above 0."""
-    return exact.square().sum(dim=(0, 2, -1)).clamp_min(1e-12)
+    return exact.square().sum(dim=(0, 2, -1)).clamp_min(_LEAST_SIZE)

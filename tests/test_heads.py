@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pretended_gpu import GPU, PretendedGPU
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def test_exact_is_dense_attention(case):
 
 def test_mass_is_what_the_weights_of_each_block_sum_to(case):
     rows, key, _, _, sums = case
-    in_block = torch.nn.functional.one_hot(torch.arange(105) // 16).double()  # [S, K]
+    in_block = F.one_hot(torch.arange(105) // 16).double()  # [S, K]
     weights = torch.softmax(rows.double() @ key.double().transpose(-1, -2), -1)
     assert torch.allclose(sums.mass().double(), weights @ in_block, atol=1e-5)
 
@@ -97,6 +98,21 @@ def test_a_row_that_sees_no_key_is_infinitely_wrong_without_the_tail(case):
     without_tail, with_tail = (head_errors(output, sums.exact()) for output in sums.masked(visible))
     assert without_tail.isinf().tolist() == [False, True, False]
     assert with_tail.isfinite().all()
+
+
+def test_errors_are_those_of_each_mask_on_its_own(case):
+    _, _, _, _, sums = case
+    rank = torch.rand(2, 3, 5, 2, 7).argsort(-1).int()
+    always = torch.rand(5, 7) < 0.2
+    limits = [0, 2, 5, 8]
+    errors, sizes = sums.errors(rank, always, torch.tensor(limits))
+    assert errors.shape == (3, 2, 2, 3)
+    assert torch.allclose(sizes, sums.exact().square().sum((0, 2, 3)))
+    for rule in range(2):
+        for number, limit in enumerate(limits[:-1]):
+            outputs = sums.masked((rank[:, :, :, rule] < limit) | always)
+            expected = torch.stack([head_errors(output, sums.exact()) for output in outputs], dim=1)
+            assert torch.allclose(errors[:, :, rule, number], expected, atol=1e-6)
 
 
 def test_an_order_gives_what_keys_and_values_in_it_give(case):
@@ -182,3 +198,63 @@ def test_a_kernel_with_one_wrong_sum_is_left_out(wrong, stand_in, monkeypatch):
     monkeypatch.setattr(stand_in, "block_sums", off)
     with pytest.warns(UserWarning, match="judging candidate masks is left out"):
         assert heads._kernels.__wrapped__(GPU) is None
+
+
+@pytest.fixture
+def errors_stand_in(monkeypatch):
+    """In place of the GPU's kernel for errors, right, and for float32 alone."""
+
+    def mask_errors(numerators, denominators, peaks, tail, mean_value, *masks):
+        assert numerators.dtype == torch.float32
+        errors, sizes = BlockSums(numerators, denominators, peaks, tail, mean_value, mean_value)._errors(*masks)
+        # Of the mask that shows all blocks too; of a row that sees no key the kernel gives NaN.
+        errors = F.pad(errors.masked_fill(errors.isinf(), torch.nan), (0, 1))
+        return errors * sizes[:, None, None, None], sizes
+
+    module = types.SimpleNamespace(mask_errors=mask_errors)
+    monkeypatch.setitem(sys.modules, "diffsparse.kernels.mask_errors_triton", module)
+    with PretendedGPU():
+        yield module
+
+
+def test_trying_the_kernel_for_errors_draws_no_numbers_that_a_video_is_made_of(errors_stand_in):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert heads._error_kernels.__wrapped__(GPU) is errors_stand_in
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_kernel_for_errors_is_tried_in_float32_whatever_the_default_is(errors_stand_in):
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert heads._error_kernels.__wrapped__(GPU) is errors_stand_in
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("wrong", ["without tail", "with tail", "sizes", "a rule", "a limit"])
+def test_a_kernel_with_wrong_errors_is_left_out(wrong, errors_stand_in, monkeypatch):
+    def off(*args, right=errors_stand_in.mask_errors):
+        squares, sizes = right(*args)
+        part = {
+            "without tail": squares[:, 0],
+            "with tail": squares[:, 1],
+            "sizes": sizes,
+            "a rule": squares[:, :, 1],
+            "a limit": squares[..., 2],
+        }[wrong]
+        part.mul_(1.01)
+        return squares, sizes
+
+    monkeypatch.setattr(errors_stand_in, "mask_errors", off)
+    with pytest.warns(UserWarning, match="errors of candidate masks is left out"):
+        assert heads._error_kernels.__wrapped__(GPU) is None
+
+
+@pytest.mark.parametrize("missing", ["_kernels", "_error_kernels"])
+def test_masks_are_judged_in_kernels_where_there_are_both(missing, monkeypatch):
+    for name in ("_kernels", "_error_kernels"):
+        monkeypatch.setattr(heads, name, lambda device: types.ModuleType("kernels"))
+    assert heads.judged_in_kernels(GPU)
+    monkeypatch.setattr(heads, missing, lambda device: None)
+    assert not heads.judged_in_kernels(GPU)

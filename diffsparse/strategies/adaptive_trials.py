@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffsparse.heads import BlockSums, head_errors, squared_sizes
+from diffsparse.heads import BlockSums, judged_in_kernels
 from diffsparse.kernels.pooling import block_means
 from diffsparse.kernels.reorder import gather_tokens
 from diffsparse.strategies.adaptive_geometry import Geometry, ranks
 from diffsparse.strategies.error_budget import on_device
-from diffsparse.strategies.planning_memory import head_slices
+from diffsparse.strategies.planning_memory import head_slices, summed_head_slices
 
 RULES = ("band", "top", "random")
 """By which a query block may choose its key blocks: distance, product of means, chance."""
@@ -61,8 +61,14 @@ class Trial:
     @classmethod
     def of(cls, number: int, rules: list[str], counts: list[int], inputs: Inputs, geometry: Geometry) -> Trial:
         """Of the order of this number, a few heads at a time."""
-        slices = head_slices(inputs.query, inputs.rows.shape[2])
+        query, rows = inputs.query, inputs.rows.shape[2]
+        if judged_in_kernels(query.device):
+            slices = summed_head_slices(query, rows, geometry.key_block_size)
+        else:
+            slices = head_slices(query, rows)
         parts = [cls._of_some(number, rules, counts, inputs.some(heads), geometry) for heads in slices]
+        if len(parts) == 1:
+            return parts[0]
 
         def joined(name: str, axis: int) -> Tensor:
             return torch.cat([getattr(part, name) for part in parts], axis)
@@ -84,11 +90,8 @@ class Trial:
         # The last one shows all blocks, which is exact attention.
         limits = on_device((*counts, geometry.always.shape[1] + 1), rank.device)
         always = geometry.always.index_select(0, blocks)
-        seen = (rank[..., None, :] < limits[:, None]) | always[:, None, None]  # [B|1, H|1, R, C, N + 1, K]
-        outputs = torch.stack(sums.masked_each(seen.flatten(3, 4)), dim=3).unflatten(4, seen.shape[3:5])
-        exact = outputs[:, :, :, :1, :, -1:]  # [B, H, R, 1, C, 1, D]
-        errors = head_errors(outputs[:, :, :, :, :, :-1], exact)
-        return cls(errors, squared_sizes(exact)[:, 0, 0, 0], mean_query, sums.mean_key)
+        errors, sizes = sums.errors(rank, always, limits)
+        return cls(errors, sizes, mean_query, sums.mean_key)
 
 
 def rank_by(

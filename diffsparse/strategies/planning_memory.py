@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from diffsparse.block_mask import num_blocks
+
 PLANNING_BYTES = 1 << 29
 """Memory that planning may take beside query, key and value."""
 TIMES_ON_GPU = 4
-"""How much more on a GPU, which waits for the CPU to start the hundreds of kernels that each slice of heads takes."""
+"""How much more on a GPU, which waits for the CPU to start the kernels that each slice of heads takes."""
 
 
 def head_slices(query: Tensor, sampled_rows: int) -> list[slice]:
@@ -19,6 +21,17 @@ def head_slices(query: Tensor, sampled_rows: int) -> list[slice]:
     # float32 scores of the sampled rows; keys and values in another order and as float32; sums by block.
     bytes_a_head = 4 * batch * tokens * (sampled_rows + 4 * dim)
     return slices(heads, bytes_a_head // (TIMES_ON_GPU if query.device.type == "cuda" else 1))
+
+
+def summed_head_slices(query: Tensor, sampled_rows: int, key_block_size: int) -> list[slice]:
+    """As `head_slices` on a GPU whose kernels sum by key block and judge: then the sums are what takes memory."""
+    batch, heads, tokens, dim = query.shape
+    blocks = num_blocks(tokens, key_block_size)
+    # Of 4 bytes: numerators; 16 for denominators, peaks, tail, scores, ranks and ranking; mean keys and values.
+    sums = 4 * batch * blocks * (sampled_rows * (dim + 16) + 2 * dim)
+    # Queries in another order are gone before there are sums.
+    ordered_queries = query.element_size() * batch * tokens * dim
+    return slices(heads, max(sums, ordered_queries) // TIMES_ON_GPU)
 
 
 def slices(count: int, bytes_each: int) -> list[slice]:
