@@ -10,15 +10,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffsparse.kernels.first_use import kernels_on
+from diffsparse.kernels.reorder import in_order
+
+LARGEST_BLOCK = 1024
+"""Tokens of a block up to which a GPU's kernel takes the mean: larger ones are too few to occupy it, a program each."""
 
 
-def block_means(x: Tensor, block_size: int, key_length: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def block_means(
+    x: Tensor, block_size: int, key_length: Tensor | None = None, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean of every block of x [B, H, S, D] as [B, H, K, D] fp32, and how many tokens it is over, [B|1, K] int64.
 
-    The last block may be ragged. Tokens at or beyond `key_length` [B] are left out, whatever they hold; a block
-    without any token left has mean 0 and count 0. No gradient goes through. Nothing is synchronised with the host.
+    Blocks are of the tokens in the `order` [H|1, S] int64, or in their own. The last one may be ragged. Tokens at or
+    beyond the place `key_length` [B] are left out, whatever they hold; a block without any token left has mean 0 and
+    count 0. No gradient goes through. Nothing is synchronised with the host.
     """
     x = x.detach()
+    if block_size > LARGEST_BLOCK or x.stride(3) != 1 or (kernels := _means_kernels(x.device)) is None:
+        return _block_means(x, block_size, key_length, order)
+    means, token_counts = kernels.block_means(x, block_size, key_length, order)
+    return means, token_counts
+
+
+def _block_means(
+    x: Tensor, block_size: int, key_length: Tensor | None, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The specification of `block_means`."""
+    x = in_order(x, order)
     batch, heads, num_tokens, head_dim = x.shape
     token_counts = block_token_counts(num_tokens, block_size, key_length, x.device)
     if key_length is not None:
@@ -31,6 +49,23 @@ def block_means(x: Tensor, block_size: int, key_length: Tensor | None = None) ->
     if num_whole < sums.shape[2]:
         torch.sum(x[:, :, num_whole * block_size :], dim=2, dtype=torch.float32, out=sums[:, :, num_whole])
     return sums.div_(token_counts.clamp(min=1)[:, None, :, None]), token_counts
+
+
+@functools.cache
+def _means_kernels(device: torch.device) -> ModuleType | None:
+    """The Triton kernel for `block_means`, where it runs and is right on a small input; None elsewhere."""
+
+    def check(kernels: ModuleType) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn((2, 70, 2, 200), generator=generator, dtype=torch.float32).transpose(1, 2)
+        order = torch.stack([torch.randperm(70, generator=generator) for _ in range(2)])
+        # More tokens a block than the kernel takes at a time, the last block ragged; a block without tokens.
+        key_length = torch.tensor([70, 37], dtype=torch.int32)
+        expected = _block_means(x, 40, key_length, order)
+        actual = kernels.block_means(x.to(device), 40, key_length.to(device), order.to(device))
+        return all(torch.allclose(a.cpu(), e, 1e-5, 1e-5) for a, e in zip(actual, expected, strict=True))
+
+    return kernels_on(device, "block_means_triton", "means of blocks", check)
 
 
 def block_token_counts(

@@ -8,14 +8,15 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from diffsparse.block_mask import BlockMask, num_blocks
+from diffsparse.block_mask import num_blocks
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import HeadClass
 from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.adaptive_geometry import ORDERS, Geometry, geometry_of
-from diffsparse.strategies.adaptive_trials import RULES, Inputs, Trial, rank_by
+from diffsparse.strategies.adaptive_trials import RULES, Inputs, Trial
 from diffsparse.strategies.error_budget import on_device, share_out
+from diffsparse.strategies.select_blocks import select_blocks
 from diffsparse.strategies.strategy import AttentionCall
 
 BLOCK_SIZE = 64
@@ -196,8 +197,10 @@ class _Sized(Adaptive):
         counts = share_out(errors * trials[0].sizes[:, None], layout.counts, layout.budget)
         # Where a head's share lies between two that were measured, the tail is that of the smaller.
         share = torch.searchsorted(on_device(tuple(layout.counts), query.device), counts, right=True) - 1
-        mask = BlockMask.from_visible(
-            (self._rank(best, trials, inputs, layout) < counts[:, None, None]) | layout.always,
+        mask = select_blocks(
+            self._scores(best, trials, inputs, layout),
+            counts,
+            layout.always,
             call.grid.num_tokens,
             self.query_block_size,
             self.key_block_size,
@@ -227,23 +230,35 @@ class _Sized(Adaptive):
         """What each head's candidate has of these values, one for each candidate: [H] int64."""
         return on_device(tuple(values), best.device).index_select(0, best)
 
-    def _rank(self, best: Tensor, trials: list[Trial], inputs: Inputs, layout: _Layout) -> Tensor:
-        """The place that each head's candidate gives each key block, [B|1, H|1, Q, K] int32."""
+    def _scores(self, best: Tensor, trials: list[Trial], inputs: Inputs, layout: _Layout) -> Tensor:
+        """How much each head's candidate wants each key block, [B|1, H|1, Q, K] float32."""
         orders = list(dict.fromkeys(candidate.order for candidate in self.candidates))
-        order = self._of(best, [orders.index(candidate.order) for candidate in self.candidates])
-        mean_query, mean_key = (
-            torch.stack(means).take_along_dim(order[None, None, :, None, None], 0)[0]
-            for means in ([trial.mean_query for trial in trials], [trial.mean_key for trial in trials])
-        )
-        rules = [RULES.index(candidate.rule) for candidate in self.candidates]
-        rule_of_head = self._of(best, rules)[:, None, None]
-        blocks = torch.arange(len(layout.always), device=best.device)
-        rank = None
-        for rule in sorted(set(rules)):
-            ranked = rank_by(RULES[rule], mean_query, mean_key, inputs.noise, layout.counts[-1], layout, blocks)
-            rank = ranked if rank is None else torch.where(rule_of_head == rule, ranked, rank)
-        assert rank is not None
-        return rank
+        order_of_head = self._of(best, [orders.index(candidate.order) for candidate in self.candidates])
+        rule_of_head = self._of(best, [RULES.index(candidate.rule) for candidate in self.candidates])
+        first, *others = dict.fromkeys(candidate.rule for candidate in self.candidates)
+        scores = _scores_by(first, order_of_head, trials, inputs, layout)
+        for rule in others:
+            is_of_rule = (rule_of_head == RULES.index(rule))[:, None, None]
+            scores = torch.where(is_of_rule, _scores_by(rule, order_of_head, trials, inputs, layout), scores)
+        return scores
+
+
+def _scores_by(rule: str, order_of_head: Tensor, trials: list[Trial], inputs: Inputs, layout: _Layout) -> Tensor:
+    """How much a rule wants each key block, [B|1, H|1, Q, K] float32; in the order of each head, [H] of the trials."""
+    if rule == "band":
+        return -layout.band_rank[None, None].float()
+    if rule == "random":
+        assert inputs.noise is not None
+        return inputs.noise.float()
+    mean_query = _chosen([trial.mean_query for trial in trials], order_of_head)
+    mean_key = _chosen([trial.mean_key for trial in trials], order_of_head)
+    return mean_query @ mean_key.transpose(-1, -2)
+
+
+def _chosen(tensors: list[Tensor], which: Tensor) -> Tensor:
+    """For each head the one of some tensors [B, H, ...] that `which` [H] names, [B, H, ...]."""
+    index = which[:, None, None].expand(1, *tensors[0].shape)
+    return torch.stack(tensors).gather(0, index)[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from diffsparse.heads import BlockSums, judged_in_kernels
 from diffsparse.kernels.pooling import block_means
-from diffsparse.kernels.reorder import gather_tokens
 from diffsparse.strategies.adaptive_geometry import Geometry, ranks
 from diffsparse.strategies.error_budget import on_device
 from diffsparse.strategies.planning_memory import head_slices, summed_head_slices
@@ -78,9 +77,8 @@ class Trial:
     @classmethod
     def _of_some(cls, number: int, rules: list[str], counts: list[int], inputs: Inputs, geometry: Geometry) -> Trial:
         order = geometry.order(number)
-        mean_query, _ = block_means(
-            inputs.query if order is None else gather_tokens(inputs.query, order[None]), geometry.query_block_size
-        )
+        order_of_all = None if order is None else order[None]
+        mean_query, _ = block_means(inputs.query, geometry.query_block_size, order=order_of_all)
         sums = BlockSums.of(inputs.rows, inputs.key, inputs.value, geometry.key_block_size, order, inputs.key_length)
         blocks = geometry.blocks_of_rows[number]
         chosen = [

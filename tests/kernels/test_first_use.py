@@ -10,6 +10,7 @@ import torch
 from diffsparse import block_mask, heads
 from diffsparse.kernels import pooling, reorder
 from diffsparse.kernels.first_use import is_right, kernels_on
+from diffsparse.strategies import select_blocks
 
 
 def test_a_kernel_that_is_right_says_nothing():
@@ -45,10 +46,20 @@ def test_on_a_gpu_kernels_are_taken_if_they_pass_their_check(kernels):
         assert kernels_on(gpu, "absent_triton", "adding", lambda module: True) is None
 
 
-@pytest.mark.parametrize("user", [block_mask, heads, pooling, reorder])
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        block_mask._kernels,
+        heads._kernels,
+        pooling._kernels,
+        pooling._means_kernels,
+        reorder._kernels,
+        select_blocks._kernels,
+    ],
+)
 @pytest.mark.parametrize(("device", "hip"), [("cpu", None), ("meta", None), ("cuda", "6.4")])
-def test_elsewhere_torch_computes_without_a_word(user, device, hip, monkeypatch):
+def test_elsewhere_torch_computes_without_a_word(kernels, device, hip, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", hip)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert user._kernels.__wrapped__(torch.device(device)) is None
+        assert kernels.__wrapped__(torch.device(device)) is None

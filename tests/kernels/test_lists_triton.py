@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from triton_without_gpu import Launches, Operators, compile_for, passes_in_the_interpreter
 
 from diffsparse import block_mask
 from diffsparse.block_mask import BlockMask
@@ -19,12 +16,7 @@ triton = pytest.importorskip("triton")
 
 
 def test_the_kernels_give_what_torch_gives_in_the_interpreter():
-    file = Path(__file__).with_name("interpreted_lists_triton.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
+    passes_in_the_interpreter(Path(__file__).with_name("interpreted_lists_triton.py"))
 
 
 POINTERS = {
@@ -35,26 +27,6 @@ POINTERS = {
     "key_length_ptr": "*i32",
     "sizes_ptr": "*u8",
 }
-
-
-def compile_for(capability, name, constants, even=()):
-    """Compile without a GPU. As at a launch: numbers that are 1 are constants, pointers are aligned.
-
-    `even` are the numbers that are multiples of 16.
-    """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from diffsparse.kernels import lists_triton
-
-    kernel = getattr(lists_triton, name)
-    constants = {"CHUNK": lists_triton.CHUNK, **constants}
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in kernel.arg_names}
-    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in even]
-    source = ASTSource(
-        fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
 
 
 ONES = dict.fromkeys(("lists_stride_c", "counts_stride_q", "heads", "num_keys", "key_block_size"), 1)
@@ -69,36 +41,16 @@ LAUNCHES = [
 
 @pytest.mark.parametrize(("capability", "name", "constants", "even"), LAUNCHES)
 def test_they_compile_for_every_architecture(capability, name, constants, even):
-    compiled = compile_for(capability, name, constants, even)
+    from diffsparse.kernels import lists_triton
+
+    constants = {"CHUNK": lists_triton.CHUNK, **constants}
+    compiled = compile_for(capability, getattr(lists_triton, name), POINTERS, constants, even)
     assert compiled.metadata.shared <= 48 * 1024
     assert resources(compiled).spilled_bytes == 0
     if name == "tail_sizes_kernel":
         # No zero of a listed block is overtaken by the block's size.
         barriers_and_stores = "".join(x[0] for x in re.findall(r"bar\.sync|st\.global", compiled.asm["ptx"]))
         assert re.fullmatch("b*s+b+s+", barriers_and_stores)
-
-
-class Operators(TorchDispatchMode):
-    """The operators that ran, views aside."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view:
-            self.seen.append(str(function.overloadpacket))
-        return function(*args, **(kwargs or {}))
-
-
-class Launches:
-    """In place of a kernel: counts how often it is launched, and on which grid."""
-
-    def __init__(self):
-        self.grids = []
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: self.grids.append(grid)
 
 
 def test_lists_are_one_launch(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffsparse.kernels import pooling
 from diffsparse.kernels.pooling import block_means, block_token_counts, tail_sizes
 
 
@@ -66,7 +67,19 @@ def test_means_stand_for_the_tokens_of_blocks_that_are_not_listed(num_blocks, nu
         assert sizes[b, h, q].tolist() == tokens
 
 
-def test_everything_is_made_on_the_device_of_the_input():
+@pytest.mark.parametrize("own_orders", [False, True])
+@pytest.mark.parametrize("lengths", [None, [50, 20]])
+def test_blocks_of_an_order_are_those_of_the_tokens_in_it(own_orders, lengths):
+    x = torch.randn(2, 3, 70, 8)
+    order = torch.stack([torch.randperm(70) for _ in range(3 if own_orders else 1)])
+    key_length = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    in_order = torch.stack([x[:, h, order[h if own_orders else 0]] for h in range(3)], dim=1)
+    for actual, expected in zip(block_means(x, 16, key_length, order), block_means(in_order, 16, key_length)):
+        assert torch.equal(actual, expected)
+
+
+def test_everything_is_made_on_the_device_of_the_input(monkeypatch):
+    monkeypatch.setattr(pooling, "_means_kernels", lambda device: None)  # they are tried on a GPU
     # Fake tensors notice a CPU tensor among CUDA ones, on a machine that has no CUDA.
     with FakeTensorMode():
         x = torch.empty(1, 2, 100, 8, device="cuda")
