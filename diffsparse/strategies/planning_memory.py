@@ -29,9 +29,7 @@ def summed_head_slices(query: Tensor, sampled_rows: int, key_block_size: int) ->
     blocks = num_blocks(tokens, key_block_size)
     # Of 4 bytes: numerators; 16 for denominators, peaks, tail, scores, ranks and ranking; mean keys and values.
     sums = 4 * batch * blocks * (sampled_rows * (dim + 16) + 2 * dim)
-    # Queries in another order are gone before there are sums.
-    ordered_queries = query.element_size() * batch * tokens * dim
-    return slices(heads, max(sums, ordered_queries) // TIMES_ON_GPU)
+    return slices(heads, sums // TIMES_ON_GPU)
 
 
 def slices(count: int, bytes_each: int) -> list[slice]:
