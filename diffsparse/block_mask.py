@@ -65,9 +65,9 @@ class BlockMask:
         """K, how many key blocks there are."""
         return num_blocks(self.num_tokens, self.key_block_size)
 
-    @property
+    @functools.cached_property
     def density(self) -> Tensor:
-        """Share of key blocks computed exactly, by head: [H|1] float32, on the mask's device."""
+        """Share of key blocks computed exactly, by head: [H|1] float32, on the mask's device. Kept: each call asks."""
         return self.counts.float().mean(dim=(0, 2)) / self.num_key_blocks
 
     def visible(self) -> Tensor:

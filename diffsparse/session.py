@@ -241,19 +241,7 @@ class Session:
 
     def _grid(self, num_tokens: int) -> TokenGrid | None:
         """Where the tokens of a sequence of this length sit, by the layout of the call."""
-        if self.layout is None:
-            return None
-        *size, text_before, text_after = self.layout
-        grid = TokenGrid(*size)  # type: ignore[arg-type]
-        # Some layers see the grid without its text.
-        if num_tokens == grid.num_video_tokens:
-            return grid
-        left = max(0, num_tokens - grid.num_tokens - (text_before or 0) - (text_after or 0))
-        return replace(
-            grid,
-            text_before=left if text_before is None else text_before,
-            text_after=left if text_after is None else text_after,
-        )
+        return None if self.layout is None else _grid_of(self.layout, num_tokens)
 
     def _policy(self, layer: int, query: Tensor) -> str | None:
         """Why the user's own settings want this call dense."""
@@ -354,6 +342,22 @@ class Session:
 
 
 _STRATEGY_SAYS_DENSE = "the strategy keeps it dense"
+
+
+@functools.lru_cache(maxsize=64)
+def _grid_of(layout: tuple[int | None, ...], num_tokens: int) -> TokenGrid:
+    """The grid of a sequence by the layout that `begin` takes: asked for several times at each call."""
+    *size, text_before, text_after = layout
+    grid = TokenGrid(*size)  # type: ignore[arg-type]
+    # Some layers see the grid without its text.
+    if num_tokens == grid.num_video_tokens:
+        return grid
+    left = max(0, num_tokens - grid.num_tokens - (text_before or 0) - (text_after or 0))
+    return replace(
+        grid,
+        text_before=left if text_before is None else text_before,
+        text_after=left if text_after is None else text_after,
+    )
 
 
 def resolve_dense_layers(layers: tuple[int, ...], count: int, model_name: str) -> frozenset[int]:
