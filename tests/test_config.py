@@ -38,7 +38,7 @@ def test_presets_go_from_quality_to_fast():
         (
             {"quantization": "fp4"},
             ValueError,
-            "`quantization` must be None or one of int8, int8_fp8, fp8, int4, got 'fp4'",
+            "`quantization` must be None or one of int8, int8_int8, int8_fp8, fp8, int4, got 'fp4'",
         ),
         ({"quantization": True}, ValueError, "`quantization`"),
         ({"strategy": "adaptive"}, TypeError, "`strategy` must be a strategy object"),

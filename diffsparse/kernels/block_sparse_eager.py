@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.kernels.pooling import block_token_counts
-from diffsparse.kernels.quantization import PRECISIONS, quantized_operands, round_weights
+from diffsparse.kernels.quantization import PRECISIONS, quantized_operands, round_weights, round_weights_int8
 
 # The most scores held at a time, unless a single query block has more: about what a cache holds.
 MAX_SCORES = 1 << 20
@@ -59,7 +59,7 @@ def attend(
             lse_shift = (query.float() @ operands.key_mean.mT)[..., 0] * scale
         query, key, value = operands.query, operands.key, operands.value
         key_means, value_means = operands.key_means, operands.value_means
-    rounds_weights = PRECISIONS[precision].values == "fp8"
+    weights = PRECISIONS[precision].values
     lse = query.new_empty((batch, heads, num_queries) if return_lse else 0, dtype=torch.float32)
     sizes = block_token_counts(key.shape[2], key_block_size, key_length, key.device).expand(batch, -1)  # [B, K]
     key_blocks, counts = key_blocks.expand(batch, heads, -1, -1), counts.expand(batch, heads, -1)
@@ -76,7 +76,7 @@ def attend(
             )
             for name, x, means in (("keys", key, key_means), ("values", value, value_means))
         )
-        result, result_lse = _attend_head(queries, keys, values, lists, memory, scale, return_lse, rounds_weights)
+        result, result_lse = _attend_head(queries, keys, values, lists, memory, scale, return_lse, weights)
         out[b, h] = result[lists.place].view(-1, head_dim)[:num_queries]
         if return_lse:
             lse[b, h] = result_lse[lists.place].view(-1)[:num_queries]
@@ -91,16 +91,17 @@ def _attend_head(
     memory: _Memory,
     scale: float,
     return_lse: bool,
-    rounds_weights: bool,
+    weights: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [Q, q, D] of one head, and if asked for its logsumexp [Q, q].
 
-    queries [Q, q, D], in the order of `lists`; keys and values [K + M, k, D], all blocks, then their means. Weights of
-    listed keys are rounded to FP8 if `rounds_weights`, after their sum is taken; those of means are not.
+    queries [Q, q, D], in the order of `lists`; keys and values [K + M, k, D], all blocks, then their means. `weights`
+    is what those of listed keys are rounded to: "fp8", after their sum is taken, "int8", before, or "native", not at
+    all. Those of means are not rounded.
     """
     block_size, head_dim = queries.shape[1:]
     out, lse = memory.take("out", queries.shape), memory.take("lse", queries.shape[:2])
-    num_dense = lists.num_complete if queries.device.type == "cpu" and not rounds_weights else 0
+    num_dense = lists.num_complete if queries.device.type == "cpu" and weights == "native" else 0
     if num_dense:
         # What F.scaled_dot_product_attention runs on the CPU, called by name because it returns the logsumexp too.
         result, result_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -119,9 +120,12 @@ def _attend_head(
         if return_lse:
             lse[rows] = scores.logsumexp(-1)
         torch.softmax(scores, dim=-1, out=scores)
-        if rounds_weights:
-            listed = scores[..., : columns - lists.num_means]
+        listed = scores[..., : columns - lists.num_means]
+        if weights == "fp8":
             listed.copy_(round_weights(listed, scores.amax(-1, keepdim=True)))
+        elif weights == "int8":
+            listed.copy_(round_weights_int8(listed, lists.key_block_size))
+            scores.div_(scores.sum(-1, keepdim=True))
         torch.bmm(scores, memory.gather(values, blocks)[:, :columns], out=out[rows])
     # The softmax of nothing is not a number.
     nothing = lists.sees_nothing[:, None]

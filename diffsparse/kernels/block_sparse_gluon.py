@@ -34,6 +34,7 @@ STAGES = {(64, 2, 2): 6, (128, 2, 2): 3, (64, 1, 1): 8, (128, 1, 1): 4, (64, 1, 
 # have died of accesses to memory that is not theirs, and why is not known (docs/benchmarks.md). Until it is, the Triton
 # kernel takes them.
 QUANTIZES = False
+QUANTIZED_HERE = ("int8", "int8_fp8", "fp8")
 
 
 def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision: str = "native") -> str | None:
@@ -58,9 +59,10 @@ def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision
 def left_to(precision: str, key_block_size: int) -> str | None:
     """The backend that computes in a precision for this one; None where this one does.
 
-    Other precisions than "native" go to the Triton kernel unless `QUANTIZES`, and then INT4 and blocks of 64 keys do.
+    Other precisions than "native" go to the Triton kernel unless `QUANTIZES`, and then those that are not in
+    `QUANTIZED_HERE` do, and blocks of 64 keys.
     """
-    takes = precision == "native" or (QUANTIZES and key_block_size == TILE.value and precision != "int4")
+    takes = precision == "native" or (QUANTIZES and key_block_size == TILE.value and precision in QUANTIZED_HERE)
     return None if takes else "triton"
 
 

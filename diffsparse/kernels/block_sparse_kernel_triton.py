@@ -17,8 +17,12 @@ from diffsparse.kernels.rows_triton import load_in_halves, load_packed, load_row
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LIST_CHUNK = tl.constexpr(128)
-# Weights, at most 1, are taken times 2 ** 8 before they are rounded to FP8, whose largest number is 448.
+# Weights, at most 1, are taken times 2 ** 8 before they are rounded to FP8, whose largest number is 448, and times 127
+# before they are rounded to INT8.
 FP8_BOOST = tl.constexpr(8.0)
+INT8_BOOST = tl.constexpr(6.988684686772166)
+# Added and taken away again, it leaves fp32 no bits below 1.
+ROUNDER = tl.constexpr(1.5 * 2.0**23)
 
 
 @triton.jit
@@ -72,7 +76,7 @@ def attention_kernel(
     KEY_TILE: tl.constexpr,
     TAIL_TILE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    FP8_VALUES: tl.constexpr,
+    VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One query block of one head, which one says the schedule. Optional pointers are None where there is nothing.
@@ -80,8 +84,9 @@ def attention_kernel(
     `query_order_ptr` says where the queries come from, unless they are quantized and in order already, and where the
     rows of the output go.
 
-    `keys` and `values` are descriptors or pointers. Values in FP8 lie transposed, [B, H, D, S], as the matrix
-    instructions want them. The scales of query and key are per block, [B, H, blocks]; that of value is [B, H, D].
+    `keys` and `values` are descriptors or pointers. VALUES is "native", "int8" or "fp8": values of 8 bits lie
+    transposed, [B, H, D, S], as the matrix instructions want them. The scales of query and key are per block,
+    [B, H, blocks]; that of value is [B, H, D].
     """
     num_rows = tl.cdiv(num_queries, QUERY_BLOCK)
     row_of_all = tl.load(schedule_ptr + tl.program_id(0))
@@ -116,7 +121,11 @@ def attention_kernel(
         query_scale *= tl.load(query_scale_ptr + row_of_all)
         key_scale_ptr += head_of_batch * num_blocks
     peak = tl.full([QUERY_BLOCK], -float("inf"), tl.float32)
+    # INT8 weights are divided by the sum of what they were rounded to; the logsumexp takes the exact one.
     total = tl.zeros([QUERY_BLOCK], tl.float32)
+    exact_total = tl.zeros([QUERY_BLOCK], tl.float32)
+    EXACT: tl.constexpr = VALUES == "int8" and lse_ptr is not None
+    BOOST: tl.constexpr = FP8_BOOST if VALUES == "fp8" else (INT8_BOOST if VALUES == "int8" else 0.0)
     numerator = tl.zeros([QUERY_BLOCK, PADDED_DIM], tl.float32)
 
     TILES: tl.constexpr = KEY_BLOCK // KEY_TILE
@@ -133,7 +142,7 @@ def attention_kernel(
             if key_scale_ptr is not None:
                 scale *= tl.load(key_scale_ptr + last)
             for tile in range(TILES):
-                peak, total, numerator = _take_tile(
+                peak, total, exact_total, numerator = _take_tile(
                     query,
                     keys,
                     values,
@@ -146,6 +155,7 @@ def attention_kernel(
                     scale,
                     peak,
                     total,
+                    exact_total,
                     numerator,
                     KEY_TILE,
                     HEAD_DIM,
@@ -153,7 +163,8 @@ def attention_kernel(
                     DESCRIPTORS,
                     PACKED,
                     True,
-                    FP8_VALUES,
+                    VALUES,
+                    EXACT,
                     PRECISION,
                 )
     num_others = count - (skipped < count).to(tl.int32)
@@ -163,7 +174,7 @@ def attention_kernel(
         first_key = block * KEY_BLOCK + (i % TILES) * KEY_TILE
         scale = query_scale * key_scale
         block, key_scale = _entry(lists_ptr, lists_stride_c, key_scale_ptr, (i + 1) // TILES, skipped, count)
-        peak, total, numerator = _take_tile(
+        peak, total, exact_total, numerator = _take_tile(
             query,
             keys,
             values,
@@ -176,6 +187,7 @@ def attention_kernel(
             scale,
             peak,
             total,
+            exact_total,
             numerator,
             KEY_TILE,
             HEAD_DIM,
@@ -183,10 +195,11 @@ def attention_kernel(
             DESCRIPTORS,
             PACKED,
             MASKED,
-            FP8_VALUES,
+            VALUES,
+            EXACT,
             PRECISION,
         )
-    if FP8_VALUES:
+    if VALUES != "native":
         dims = tl.arange(0, PADDED_DIM)
         value_scale = tl.load(value_scale_ptr + head_of_batch * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
         numerator *= value_scale[None, :]
@@ -212,8 +225,10 @@ def attention_kernel(
             size = tl.load(tail_sizes_ptr + means, mask=means < num_blocks, other=0).to(tl.float32)
             logits = tl.dot(query, key.T, input_precision=PRECISION) * logit_scale + tl.log2(size)[None, :]
             logits = tl.where((size > 0)[None, :], logits, -float("inf"))
-            peak, fade, weights = _online_softmax(peak, logits, 1.0, True, FP8_VALUES)
+            peak, fade, weights = _online_softmax(peak, logits, 1.0, True, BOOST)
             total = total * fade + tl.sum(weights, 1)
+            if EXACT:
+                exact_total = exact_total * fade + tl.sum(weights, 1)
             numerator = tl.dot(weights.to(value.dtype), value, numerator * fade[:, None], input_precision=PRECISION)
 
     sees_some = total > 0
@@ -225,8 +240,9 @@ def attention_kernel(
     )
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None:
-        boost: tl.constexpr = FP8_BOOST if FP8_VALUES else 0.0
-        lse = tl.where(sees_some, (peak + tl.log2(total) - boost) * LN_2, -float("inf"))
+        if EXACT:
+            total = tl.where(sees_some, exact_total, 1.0)
+        lse = tl.where(sees_some, (peak + tl.log2(total) - BOOST) * LN_2, -float("inf"))
         exists, places = _places_of_queries(first_query, num_queries, query_order_ptr, QUERY_BLOCK)
         tl.store(lse_ptr + head_of_batch * num_queries + places, lse, mask=exists)
 
@@ -271,6 +287,7 @@ def _take_tile(
     scale,
     peak,
     total,
+    exact_total,
     numerator,
     KEY_TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -278,7 +295,8 @@ def _take_tile(
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     MASKED: tl.constexpr,
-    FP8_VALUES: tl.constexpr,
+    VALUES: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Take KEY_TILE keys from `first_key` on into the sums of a softmax; with MASKED only those before `length`."""
@@ -302,10 +320,23 @@ def _take_tile(
         logits = tl.dot(query, key.T, input_precision=PRECISION)
     if MASKED:
         logits = tl.where(exists[None, :], logits, -float("inf"))
-    peak, fade, weights = _online_softmax(peak, logits, scale, MASKED, FP8_VALUES)
-    total = total * fade + tl.sum(weights, 1)
+    if VALUES == "int8":
+        # Relative to the largest of the tile, not of the row so far: many tiles would be all zeros.
+        tile_peak, _, weights = _online_softmax(-float("inf"), logits, scale, MASKED, INT8_BOOST)
+        new_peak = tl.maximum(peak, tile_peak)
+        shift = _finite(new_peak, MASKED)
+        fade, share, peak = tl.exp2(peak - shift), tl.exp2(tile_peak - shift), new_peak
+        if EXACT:
+            exact_total = exact_total * fade + tl.sum(weights, 1) * share
+        # Of very large logits the difference may be a little above 0.
+        weights = (tl.minimum(weights, 127.0) + ROUNDER) - ROUNDER
+        total = total * fade + tl.sum(weights, 1) * share
+    else:
+        boost: tl.constexpr = FP8_BOOST if VALUES == "fp8" else 0.0
+        peak, fade, weights = _online_softmax(peak, logits, scale, MASKED, boost)
+        total = total * fade + tl.sum(weights, 1)
     numerator *= fade[:, None]
-    if FP8_VALUES:
+    if VALUES != "native":
         # [PADDED_DIM, KEY_TILE]; what lies beyond the length is zero.
         if DESCRIPTORS:
             value = values.load([b.to(tl.int32), h.to(tl.int32), 0, first_key]).reshape(PADDED_DIM, KEY_TILE)
@@ -313,8 +344,11 @@ def _take_tile(
             dims = tl.arange(0, PADDED_DIM)[:, None]
             value_ptr = values + first_key + dims * value_stride + tl.arange(0, KEY_TILE)[None, :]
             value = tl.load(value_ptr, mask=(dims < HEAD_DIM) & exists[None, :], other=0.0)
-        # The tensor cores of Hopper keep sums of FP8 products to 14 bits: they go into fp32 after every tile.
-        numerator = tl.dot(weights.to(value.dtype), value.T, numerator, max_num_imprecise_acc=KEY_TILE)
+        if VALUES == "int8":
+            numerator += tl.dot(weights.to(tl.int8), value.T).to(tl.float32) * share[:, None]
+        else:
+            # The tensor cores of Hopper keep sums of FP8 products to 14 bits: they go into fp32 after every tile.
+            numerator = tl.dot(weights.to(value.dtype), value.T, numerator, max_num_imprecise_acc=KEY_TILE)
     else:
         if DESCRIPTORS:
             value = values.load([b.to(tl.int32), h.to(tl.int32), first_key, 0]).reshape(KEY_TILE, PADDED_DIM)
@@ -325,21 +359,26 @@ def _take_tile(
             remaining = length - first_key if MASKED else KEY_TILE
             value = load_rows(tile_ptr, remaining, value_stride, KEY_TILE, HEAD_DIM, PADDED_DIM, MASKED)
         numerator = tl.dot(weights.to(value.dtype), value, numerator, input_precision=PRECISION)
-    return peak, total, numerator
+    return peak, total, exact_total, numerator
 
 
 @triton.jit
-def _online_softmax(peak, logits, scale, MASKED: tl.constexpr, FP8_VALUES: tl.constexpr):
-    """The new peak of `scale` x logits [n, k], in base 2, what older sums shrink by, and the weights [n, k]."""
+def _online_softmax(peak, logits, scale, MASKED: tl.constexpr, BOOST: tl.constexpr):
+    """The new peak of `scale` x logits [n, k], in base 2, what older sums shrink by, and 2 ** BOOST x the weights."""
     new_peak = tl.maximum(peak, tl.max(logits, 1) * scale)
-    shift = new_peak
-    if MASKED:
-        # Before anything is seen the peak is -inf, and -inf - -inf is not a number.
-        shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    shift = _finite(new_peak, MASKED)
     fade = tl.exp2(peak - shift)
-    if FP8_VALUES:
-        shift -= FP8_BOOST
+    if BOOST != 0.0:
+        shift -= BOOST
     return new_peak, fade, tl.exp2(logits * scale - shift[:, None])
+
+
+@triton.jit
+def _finite(peak, MASKED: tl.constexpr):
+    """What to take off logits: before anything is seen the peak is -inf, and -inf - -inf is not a number."""
+    if MASKED:
+        peak = tl.where(peak == -float("inf"), 0.0, peak)
+    return peak
 
 
 @triton.jit

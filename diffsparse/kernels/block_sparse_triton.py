@@ -23,7 +23,7 @@ from diffsparse.kernels.tuning import Tuning, tuning
 LOG2_E = 1.4426950408889634
 BLOCK_SIZES = (16, 32, 64, 128)
 TAIL_COLUMNS = 64
-FEWEST_FP8_KEYS = 32
+FEWEST_KEYS_OF_8_BITS = 32
 SMALLEST_SCALE = 1e-30
 
 
@@ -43,8 +43,8 @@ def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision
     formats = quantization.PRECISIONS[precision]
     if "fp8" in (formats.scores, formats.values) and torch.cuda.get_device_capability(query.device) < (8, 9):
         return f"{precision} needs compute capability 8.9 (Ada) or newer, which multiplies FP8"
-    if formats.values == "fp8" and key_block_size < FEWEST_FP8_KEYS:
-        return f"FP8 products take {FEWEST_FP8_KEYS} keys at a time, and a key block has {key_block_size}"
+    if formats.values != "native" and key_block_size < FEWEST_KEYS_OF_8_BITS:
+        return f"products of 8 bits take {FEWEST_KEYS_OF_8_BITS} keys at a time, and a key block has {key_block_size}"
     return None
 
 
@@ -135,7 +135,7 @@ def attend(
             KEY_TILE=chosen.key_tile,
             TAIL_TILE=min(chosen.key_tile, TAIL_COLUMNS),
             DESCRIPTORS=descriptors,
-            FP8_VALUES=operands.value_scale is not None,
+            VALUES=quantization.PRECISIONS[precision].values,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,

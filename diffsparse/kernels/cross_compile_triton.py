@@ -57,8 +57,8 @@ def compile_attention(
     kernel = block_sparse_triton.attention_kernel
     formats = PRECISIONS[precision]
     scores = {"native": dtype, "int8": "i8", "int4": "u8", "fp8": "fp8e4nv"}[formats.scores]
-    fp8_values = formats.values == "fp8"
-    values = "fp8e4nv" if fp8_values else dtype
+    quantizes_values = formats.values != "native"
+    values = {"native": dtype, "int8": "i8", "fp8": "fp8e4nv"}[formats.values]
     padded_dim = block_sparse_triton.padded(head_dim, precision)
     element_size = 4 if dtype == "fp32" else 2
     chosen = tuning(divmod(capability, 10), SHARED_MEMORY[capability], *blocks, padded_dim, precision, element_size)
@@ -74,7 +74,7 @@ def compile_attention(
     if chosen.descriptors:
         width = padded_dim // (2 if formats.scores == "int4" else 1)
         inputs["keys"] = f"tensordesc<{scores}[1, 1, {chosen.key_tile}, {width}]>"
-        tile = (padded_dim, chosen.key_tile) if fp8_values else (chosen.key_tile, padded_dim)
+        tile = (padded_dim, chosen.key_tile) if quantizes_values else (chosen.key_tile, padded_dim)
         inputs["values"] = f"tensordesc<{values}[1, 1, {tile[0]}, {tile[1]}]>"
     if "lse" in options:
         inputs["lse_ptr"] = "*fp32"
@@ -87,7 +87,7 @@ def compile_attention(
         inputs |= dict.fromkeys(("pooled_key_ptr", "pooled_value_ptr"), f"*{dtype}")
     if precision != "native":
         inputs |= dict.fromkeys(("query_scale_ptr", "key_scale_ptr"), "*fp32")
-    if fp8_values:
+    if quantizes_values:
         inputs["value_scale_ptr"] = "*fp32"
     constants = {
         "HEAD_DIM": head_dim,
@@ -97,7 +97,7 @@ def compile_attention(
         "KEY_TILE": chosen.key_tile,
         "TAIL_TILE": min(chosen.key_tile, block_sparse_triton.TAIL_COLUMNS),
         "DESCRIPTORS": chosen.descriptors,
-        "FP8_VALUES": fp8_values,
+        "VALUES": formats.values,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     }
     constants |= dict.fromkeys(name for name in kernel.arg_names if name.endswith("_ptr") and name not in inputs)

@@ -16,8 +16,8 @@ from diffsparse.kernels.reorder import in_order
 class Operands:
     """What a kernel multiplies: query and key [B, H, S, D], in INT4 [B, H, S, ceil(D / 2)] as `pack_int4` packs them.
 
-    Value is [B, H, S, D], or in FP8 [B, H, D, S']. Keys and values are in the order asked for, and queries where they
-    are quantized: others the kernels gather themselves.
+    Value is [B, H, S, D], or quantized [B, H, D, S']. Keys and values are in the order asked for, and so are queries
+    that are quantized: others the kernels gather themselves.
 
     The scales and `key_mean` are those of `quantization.py`, None where nothing is quantized. The means of the blocks
     [B, H, K, D], in the dtype of the inputs and without `key_mean`, are None unless asked for.
@@ -62,9 +62,9 @@ def prepared(
         key, key_scale, key_means = quantize_blocks(
             key, key_block_size, formats.scores, order=key_order, mean=mean, key_length=key_length, pool=pool
         )
-    if formats.values == "fp8":
+    if formats.values != "native":
         value, value_scale, value_means = quantize_values(
-            value, key_block_size, order=key_order, key_length=key_length, pool=pool
+            value, key_block_size, formats.values, order=key_order, key_length=key_length, pool=pool
         )
     else:
         value = in_order(value, key_order)

@@ -23,7 +23,7 @@ class Precision:
     Attributes:
         scores: of queries and keys: "native" (the inputs' dtype), "int8", "int4" (stored in half a byte, computed as
             INT8) or "fp8" (e4m3).
-        values: of weights and values: "native" or "fp8".
+        values: of weights and values: "native", "int8" or "fp8".
     """
 
     scores: str
@@ -33,12 +33,14 @@ class Precision:
 PRECISIONS = {
     "native": Precision("native", "native"),
     "int8": Precision("int8", "native"),
+    "int8_int8": Precision("int8", "int8"),
     "int8_fp8": Precision("int8", "fp8"),
     "fp8": Precision("fp8", "fp8"),
     "int4": Precision("int4", "native"),
 }
 QUANTIZED = tuple(name for name in PRECISIONS if name != "native")
 E4M3_MAX = 448.0
+INT8_MAX = 127.0
 # What weights in [0, 1] are multiplied by before they become e4m3: a power of two, which costs nothing within exp2.
 WEIGHT_SCALE = 256.0
 # A block or channel of smaller values is taken for zeros: one over its scale would overflow.
@@ -80,8 +82,8 @@ def quantized_operands(
     formats = PRECISIONS[precision]
     mean = key_mean(key, key_length)
     smooth = key.float() - mean
-    if formats.values == "fp8":
-        channels, scales = quantize_values(value, key_length)
+    if formats.values != "native":
+        channels, scales = quantize_values(value, formats.values, key_length)
         values = (channels.float() * scales[..., None]).mT[:, :, : value.shape[2]]
     else:
         values = _existing(value.float(), key_length)
@@ -117,17 +119,19 @@ def quantize_blocks_fp8(x: Tensor, block_size: int, key_length: Tensor | None = 
     return scaled.to(torch.float8_e4m3fn), scales
 
 
-def quantize_values(value: Tensor, key_length: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Values [B, H, S, D] in e4m3, [B, H, D, S'] contiguous, and the scale of each channel, [B, H, D] fp32.
+def quantize_values(value: Tensor, number: str, key_length: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Values [B, H, S, D] in "int8" or "fp8", [B, H, D, S'] contiguous, and the scale of each channel, [B, H, D] fp32.
 
-    FP8 matrix products read values along the tokens. S' is S rounded up to a multiple of 16, as copies by TMA want it.
-    What is beyond S or `key_length` [B] is 0.
+    Matrix products of 8 bits read values along the tokens. S' is S rounded up to a multiple of 16, as copies by TMA
+    want it. What is beyond S or `key_length` [B] is 0.
     """
+    largest = INT8_MAX if number == "int8" else E4M3_MAX
     value = _existing(value.float(), key_length)
     absmax = value.abs().amax(dim=2).clamp(min=LEAST_ABSMAX)
-    scaled = (value * (E4M3_MAX / absmax)[:, :, None]).mT
+    scaled = (value * (largest / absmax)[:, :, None]).mT
     padded = F.pad(scaled, (0, -value.shape[2] % 16))
-    return padded.to(torch.float8_e4m3fn).contiguous(), absmax / E4M3_MAX
+    rounded = padded.round().to(torch.int8) if number == "int8" else padded.to(torch.float8_e4m3fn)
+    return rounded.contiguous(), absmax / largest
 
 
 def round_weights(weights: Tensor, peak: Tensor) -> Tensor:
@@ -136,6 +140,16 @@ def round_weights(weights: Tensor, peak: Tensor) -> Tensor:
     A kernel only knows the largest so far, so its roundings are others of the same size.
     """
     return (weights * (WEIGHT_SCALE / peak)).to(torch.float8_e4m3fn).float() * (peak / WEIGHT_SCALE)
+
+
+def round_weights_int8(weights: Tensor, key_block_size: int) -> Tensor:
+    """Softmax weights [..., n] as they enter an INT8 product: 127 steps to the largest of their row in their key block.
+
+    A step relative to the whole row would make zeros of the many small weights of which long sequences consist.
+    """
+    blocks = F.pad(weights, (0, -weights.shape[-1] % key_block_size)).unflatten(-1, (-1, key_block_size))
+    step = blocks.amax(-1, keepdim=True).clamp(min=LEAST_ABSMAX) / INT8_MAX
+    return ((blocks / step).round() * step).flatten(-2)[..., : weights.shape[-1]]
 
 
 def pack_int4(values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffsparse.kernels.launch import launch_on, step_of_heads
-from diffsparse.kernels.quantization import E4M3_MAX, LEAST_ABSMAX
+from diffsparse.kernels.quantization import E4M3_MAX, INT8_MAX, LEAST_ABSMAX
 
 LEAST = tl.constexpr(LEAST_ABSMAX)
 # Added and taken away again, it leaves fp32 no bits below 1: rounded to nearest, halves to even. Compiled code may add
@@ -25,7 +25,7 @@ LEAST = tl.constexpr(LEAST_ABSMAX)
 ROUNDER = tl.constexpr(1.5 * 2.0**23)
 # Channels of values that a program takes, at most: more, transposed, do not fit into its registers.
 MAX_CHANNELS = 128
-LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": E4M3_MAX}
+LARGEST = {"int8": INT8_MAX, "int4": 7.0, "fp8": E4M3_MAX}
 DTYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 
 
@@ -38,7 +38,7 @@ class QuantizedBlocks(NamedTuple):
 
 
 class QuantizedValues(NamedTuple):
-    """Values [B, H, D, S'] e4m3 in their order, scales [B, H, D] fp32, block means [B, H, K, D] or None."""
+    """Values [B, H, D, S'] in their order, scales [B, H, D] fp32, block means [B, H, K, D] or None."""
 
     values: Tensor
     scales: Tensor
@@ -99,21 +99,23 @@ def quantize_blocks(
 def quantize_values(
     value: Tensor,
     block_size: int,
+    number: str,
     *,
     order: Tensor | None = None,
     key_length: Tensor | None = None,
     pool: bool = False,
 ) -> QuantizedValues:
-    """Values [B, H, S, D], whose last stride must be 1, as e4m3 [B, H, D, S']; arguments as in `quantize_blocks`.
+    """Values [B, H, S, D], whose last stride must be 1, as "int8" or "fp8" [B, H, D, S'].
 
-    `block_size` is a multiple of 16. Whatever the order, what is at or beyond `key_length` stays there.
+    Arguments as in `quantize_blocks`. `block_size` is a multiple of 16. Whatever the order, what is at or beyond
+    `key_length` stays there.
     """
     batch, heads, num_tokens, head_dim = value.shape
     num_blocks, channels = triton.cdiv(num_tokens, block_size), min(triton.next_power_of_2(head_dim), MAX_CHANNELS)
     padded_tokens = triton.cdiv(num_tokens, 16) * 16
     absmax = torch.zeros((batch, heads, head_dim), dtype=torch.float32, device=value.device)
     shape = batch, heads, head_dim, padded_tokens
-    values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=value.device)
+    values = torch.empty(shape, dtype=DTYPES[number], device=value.device)
     means = value.new_empty((batch, heads, num_blocks, head_dim)) if pool else None
     grid = num_blocks, batch * heads, triton.cdiv(head_dim, channels)
     shapes = {"HEAD_DIM": head_dim, "CHANNELS": channels, "BLOCK": block_size}
@@ -127,7 +129,7 @@ def quantize_values(
             value,
             order,
             key_length,
-            E4M3_MAX / absmax,
+            LARGEST[number] / absmax,
             values,
             means,
             *value.stride()[:3],
@@ -138,7 +140,7 @@ def quantize_values(
             **shapes,
             num_warps=warps,
         )
-    return QuantizedValues(values, absmax / E4M3_MAX, means)
+    return QuantizedValues(values, absmax / LARGEST[number], means)
 
 
 def num_warps(num_elements: int) -> int:
@@ -273,8 +275,11 @@ def quantize_values_kernel(
         means_ptr += (head_of_batch * tl.num_programs(0) + block) * HEAD_DIM
         _store_mean(means_ptr, value, exists, dims, in_head)
     stretch = tl.load(stretch_ptr + head_of_batch * HEAD_DIM + dims, mask=in_head, other=0.0)
+    value *= stretch[None, :]
+    if values_ptr.dtype.element_ty == tl.int8:
+        value = _rounded(value)
     # [CHANNELS, BLOCK]
-    values = (value * stretch[None, :]).to(values_ptr.dtype.element_ty).T
+    values = value.to(values_ptr.dtype.element_ty).T
     # A head's values may be more than 32 bits count.
     channel_ptrs = values_ptr + (head_of_batch * HEAD_DIM + dims) * padded_tokens
     tl.store(channel_ptrs[:, None] + places[None, :], values, mask=in_head[:, None] & (places < padded_tokens)[None, :])

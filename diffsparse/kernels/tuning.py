@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffsparse.kernels.quantization import PRECISIONS
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -70,5 +72,8 @@ def tuning(
         # The query block, and a key and a value tile for every stage.
         if (query_block_size + 2 * num_stages * key_tile) * row <= 0.8 * shared_memory:
             break
+    # Products of 8 bits take 32 keys at least, and their operands half the room.
+    if PRECISIONS[precision].values != "native":
+        key_tile = max(key_tile, 32)
     # On consumer Blackwell (12.x) pointers are faster than descriptors.
     return Tuning(min(key_tile, key_block_size), num_warps, num_stages, capability[0] in (9, 10))

@@ -105,7 +105,7 @@ def test_halves_are_rounded_to_even():
 def test_means_are_left_out_unless_asked_for():
     x = torch.ones(1, 1, 32, 16)
     assert quantization_triton.quantize_blocks(x, 16, "int8").means is None
-    assert quantization_triton.quantize_values(x, 16).means is None
+    assert quantization_triton.quantize_values(x, 16, "fp8").means is None
 
 
 @pytest.mark.parametrize("number", ["int8", "int4", "fp8"])
@@ -122,15 +122,15 @@ def test_nan_is_in_the_scale_and_stays_in_its_block(number):
     x[0, 0, 20, -1] = torch.nan
     scales = quantization_triton.quantize_blocks(x, 16, number).scales
     assert scales.isnan().tolist() == [[[False, True, False, False]]]
-    channels = quantization_triton.quantize_values(x, 16).scales
+    channels = quantization_triton.quantize_values(x, 16, "int8" if number == "int8" else "fp8").scales
     assert channels.isnan().tolist() == [[[False] * 7 + [True]]]
 
 
-def check_values(inputs, block_size):
+def check_values(inputs, block_size, number="fp8"):
     x, order, in_order, key_length = inputs
-    actual = quantization_triton.quantize_values(x, block_size, order=order, key_length=key_length, pool=True)
-    values, scales = quantization.quantize_values(in_order, key_length)
-    assert (actual.values.dtype, actual.values.is_contiguous()) == (torch.float8_e4m3fn, True)
+    actual = quantization_triton.quantize_values(x, block_size, number, order=order, key_length=key_length, pool=True)
+    values, scales = quantization.quantize_values(in_order, number, key_length)
+    assert (actual.values.dtype, actual.values.is_contiguous()) == (values.dtype, True)
     assert torch.equal(actual.values.float(), values.float())
     assert torch.equal(actual.scales, scales)
     check_means(actual.means, in_order, block_size, key_length, x)
@@ -141,8 +141,9 @@ def test_values_keep_to_the_specification(lengths, ordered):
     check_values(make_inputs(lengths=lengths, ordered=ordered), 16)
 
 
-def test_values_of_half_precision():
-    check_values(make_inputs(batch=1, dtype=torch.float16, ordered="by head"), 32)
+@pytest.mark.parametrize("number", ["fp8", "int8"])
+def test_values_of_half_precision(number):
+    check_values(make_inputs(batch=1, dtype=torch.float16, ordered="by head"), 32, number)
 
 
 @pytest.mark.parametrize(("head_dim", "block_size"), [(72, 64), (256, 128)])

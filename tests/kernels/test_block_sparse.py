@@ -146,7 +146,7 @@ def test_queries_and_keys_may_differ_in_number():
         (
             {"precision": "fp4"},
             ValueError,
-            "`precision` must be one of native, int8, int8_fp8, fp8, int4, got 'fp4'. Leave",
+            "`precision` must be one of native, int8, int8_int8, int8_fp8, fp8, int4, got 'fp4'. Leave",
         ),
     ],
 )

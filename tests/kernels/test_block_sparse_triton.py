@@ -61,7 +61,9 @@ CONFIGURATIONS = [
     (128, "bf16", (128, 128), ("lse", "tail"), "int8"),
     (128, "bf16", (128, 64), ("lse", "tail"), "int4"),
     (128, "bf16", (128, 128), (), "int8_fp8"),
+    (128, "bf16", (128, 128), ("lse", "tail"), "int8_int8"),
     (64, "bf16", (128, 64), (), "fp8"),
+    (256, "bf16", (64, 64), (), "int8_int8"),
 ]
 # What the matrix instructions that a precision promises are called in PTX, on Hopper and elsewhere.
 INTEGER_PRODUCTS = re.compile(r"(wgmma\.mma_async|mma)\.sync\.aligned\.\w+(\.row\.col)?(\.satfinite)?\.s32\.s8\.s8")
@@ -81,6 +83,9 @@ def test_it_compiles_for_every_architecture(capability, configuration):
         assert touched_while_running(machine_code(compiled)) == []
     if capability in (80, 90) and formats.scores in ("int8", "int4"):
         assert INTEGER_PRODUCTS.search(compiled.asm["ptx"])
+    if capability in (80, 90) and formats.values == "int8":
+        # Means alone are not multiplied as integers.
+        assert ("bf16.bf16" in compiled.asm["ptx"]) == ("tail" in options)
     if capability in (89, 90) and formats.values == "fp8":
         assert FP8_PRODUCTS.search(compiled.asm["ptx"])
     # A few registers may be spilled, a tile may not.

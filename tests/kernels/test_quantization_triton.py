@@ -164,8 +164,8 @@ def test_a_gpu_rounds_as_the_specification_does(number, head_dim):
     order = torch.cat([places, torch.arange(700, 1000, device="cuda").expand(3, -1)], dim=1)
     in_order = x.gather(2, order[None, :, :, None].expand(2, -1, -1, head_dim))
     if number == "values":
-        actual = quantization_triton.quantize_values(x, 64, order=order, key_length=length, pool=True)
-        values, scales = quantization.quantize_values(in_order, length)
+        actual = quantization_triton.quantize_values(x, 64, "fp8", order=order, key_length=length, pool=True)
+        values, scales = quantization.quantize_values(in_order, "fp8", length)
         means = block_means(in_order, 64, length)[0]
     else:
         mean = quantization.key_mean(x, length)
