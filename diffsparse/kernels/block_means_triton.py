@@ -44,7 +44,8 @@ def block_means(x: Tensor, block_size: int, key_length: Tensor | None, order: Te
     return means, token_counts
 
 
-@triton.jit
+# How many tokens there are is not compiled in: another resolution compiles nothing.
+@triton.jit(do_not_specialize=["order_stride_h", "num_tokens"])
 def block_means_kernel(
     x_ptr,
     order_ptr,
