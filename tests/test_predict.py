@@ -72,8 +72,8 @@ def test_amdahl_by_hand(wan, size, num_tokens, listed, of_key_blocks, part):
     assert found.speed_up == pytest.approx(50 * dense_step / (10 * dense_step + sparse_steps))
     assert found.overall_density == pytest.approx(0.2 + 0.8 * density)
     assert found.sparse_flops == pytest.approx(found.other_flops + found.attention_flops * density)
-    # Of each query block a bit for each key block, in whole bytes, and their number in four bytes.
-    assert found.plan_bytes == 4 * 40 * of_key_blocks // 2 * (-(-of_key_blocks // 8) + 4)
+    # Of each query block a bit for each key block, in whole bytes, and two numbers of four bytes.
+    assert found.plan_bytes == 4 * 40 * of_key_blocks // 2 * (-(-of_key_blocks // 8) + 8)
 
 
 def test_less_density_is_never_slower(wan):

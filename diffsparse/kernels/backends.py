@@ -84,14 +84,17 @@ def attend_with(
     A backend may take tokens in an order and put them back itself, which saves passes over them, and may ask for a
     schedule. None has to.
     """
+    # Kernels step through these by one, those of `in_order` and `scatter_tokens` too.
+    query_order, key_order, schedule = (
+        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query_order, key_order, schedule)
+    )
     taken = _options_of(module.attend)
     if precision != "native":
         options["precision"] = precision
     if "schedule" in taken:
         options["schedule"] = schedule
     if "query_order" in taken:
-        orders = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query_order, key_order))
-        options["query_order"], options["key_order"] = orders
+        options["query_order"], options["key_order"] = query_order, key_order
     else:
         query, key, value = in_order(query, query_order), in_order(key, key_order), in_order(value, key_order)
     out, lse = module.attend(query, key, value, key_blocks, counts, **options)

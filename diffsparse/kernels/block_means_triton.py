@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffsparse.kernels.launch import launch_on
+from diffsparse.kernels.launch import launch_on, step_of_heads
 
 # Numbers taken at a time: as many tokens as have them. The size of a block is no constant.
 NUMBERS = 4096
@@ -34,7 +34,7 @@ def block_means(x: Tensor, block_size: int, key_length: Tensor | None, order: Te
             means,
             token_counts,
             *x.stride()[:3],
-            0 if order is None or len(order) == 1 else order.stride(0),
+            step_of_heads(order),
             num_tokens,
             block_size,
             HEAD_DIM=head_dim,
@@ -44,7 +44,8 @@ def block_means(x: Tensor, block_size: int, key_length: Tensor | None, order: Te
     return means, token_counts
 
 
-@triton.jit
+# How many tokens there are is not compiled in: another resolution compiles nothing.
+@triton.jit(do_not_specialize=["order_stride_h", "num_tokens"])
 def block_means_kernel(
     x_ptr,
     order_ptr,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffsparse.kernels.launch import launch_on
 
-# Blocks taken at a time. The number of blocks is no constant: another resolution compiles nothing.
+# Blocks taken at a time.
 CHUNK = 512
 INFINITE = tl.constexpr(0x7F800000)
 ALWAYS = tl.constexpr(0x7F800001)
@@ -48,7 +48,8 @@ def select_blocks(scores: Tensor, counts: Tensor, always: Tensor) -> tuple[Tenso
     return bits, num_seen
 
 
-@triton.jit
+# How many blocks there are, and where their scores lie, is not compiled in: another resolution compiles nothing.
+@triton.jit(do_not_specialize=["scores_stride_b", "scores_stride_h", "num_blocks"])
 def select_kernel(
     scores_ptr,
     counts_ptr,

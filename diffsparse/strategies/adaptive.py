@@ -152,12 +152,12 @@ class Adaptive:
         return float(((layout.band_rank < layout.budget) | layout.always).float().mean())
 
     def plan_bytes(self, grid: TokenGrid, num_heads: int) -> int:
-        """Bytes of the block mask that a layer's plan keeps for a batch of one."""
+        """Bytes of the block mask and its schedule that a layer's plan keeps for a batch of one."""
         sized = self._sized(grid)
         query_blocks, key_blocks = (
             num_blocks(grid.num_tokens, size) for size in (sized.query_block_size, sized.key_block_size)
         )
-        return num_heads * query_blocks * (num_blocks(key_blocks, 8) + 4)
+        return num_heads * query_blocks * (num_blocks(key_blocks, 8) + 8)
 
     def _sized(self, grid: TokenGrid, progress: float | None = None) -> _Sized:
         """These options with the block sizes for a grid, and the density for this part of the sparse steps."""

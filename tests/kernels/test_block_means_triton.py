@@ -21,9 +21,9 @@ NEITHER = {"order_ptr": None, "key_length_ptr": None}
 STRIDES = ("x_stride_b", "x_stride_h", "x_stride_s")
 LAUNCHES = [
     *((capability, "bf16", 128, {}, STRIDES) for capability in SHARED_MEMORY),
-    *((capability, "bf16", 64, NEITHER, (*STRIDES, "block_size", "num_tokens")) for capability in SHARED_MEMORY),
+    *((capability, "bf16", 64, NEITHER, (*STRIDES, "block_size")) for capability in SHARED_MEMORY),
     *((90, dtype, dim, {}, ()) for dtype in ("fp16", "fp32") for dim in (20, 256)),
-    (90, "bf16", 128, {"num_tokens": 1, "block_size": 1, "order_stride_h": 1}, STRIDES),
+    (90, "bf16", 128, {"block_size": 1}, STRIDES),
 ]
 
 
@@ -44,6 +44,14 @@ def test_it_compiles_for_every_architecture(capability, dtype, dim, constants, e
     compiled = compile_for(capability, block_means_triton.block_means_kernel, pointers, constants, even)
     assert compiled.metadata.shared <= 48 * 1024
     assert resources(compiled).spilled_bytes == 0
+
+
+def test_another_resolution_compiles_nothing():
+    from diffsparse.kernels import block_means_triton
+
+    numbers = {x.name: x for x in block_means_triton.block_means_kernel.params}
+    assert all(numbers[name].do_not_specialize for name in ("num_tokens", "order_stride_h"))
+    assert not any(numbers[name].is_constexpr for name in ("num_tokens", "block_size"))
 
 
 @pytest.fixture

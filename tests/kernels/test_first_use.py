@@ -51,6 +51,7 @@ def test_on_a_gpu_kernels_are_taken_if_they_pass_their_check(kernels):
     [
         block_mask._kernels,
         heads._kernels,
+        heads._error_kernels,
         pooling._kernels,
         pooling._means_kernels,
         reorder._kernels,

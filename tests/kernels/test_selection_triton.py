@@ -24,22 +24,25 @@ POINTERS = {
     "bits_ptr": "*u8",
     "num_seen_ptr": "*i32",
 }
-ONES = {"num_blocks": 1, "scores_stride_b": 1, "scores_stride_h": 1}
-LAUNCHES = [
-    *((capability, {}, ()) for capability in SHARED_MEMORY),
-    *((capability, {}, ("num_blocks", "scores_stride_b", "scores_stride_h")) for capability in SHARED_MEMORY),
-    (90, ONES, ()),
-]
 
 
-@pytest.mark.parametrize(("capability", "constants", "even"), LAUNCHES)
-def test_it_compiles_for_every_architecture(capability, constants, even):
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_it_compiles_for_every_architecture(capability):
     from diffsparse.kernels import selection_triton
 
-    constants = {"CHUNK": selection_triton.CHUNK, **constants}
-    compiled = compile_for(capability, selection_triton.select_kernel, POINTERS, constants, even)
+    constants = {"CHUNK": selection_triton.CHUNK}
+    compiled = compile_for(capability, selection_triton.select_kernel, POINTERS, constants)
     assert compiled.metadata.shared <= 48 * 1024
     assert resources(compiled).spilled_bytes == 0
+
+
+def test_another_resolution_compiles_nothing():
+    from diffsparse.kernels import selection_triton
+
+    numbers = {x.name: x for x in selection_triton.select_kernel.params if x.name not in POINTERS}
+    assert numbers.pop("CHUNK").is_constexpr
+    assert len(numbers) == 3
+    assert all(x.do_not_specialize for x in numbers.values())
 
 
 @pytest.mark.parametrize("heads", [1, 3])

@@ -77,7 +77,8 @@ def test_density_and_size_of_a_plan_are_known_beforehand(grid, density):
     mask = adaptive.plan(*random_qkv(grid), AttentionCall(grid)).mask
     assert adaptive.executed_density(grid) == pytest.approx(mask.density.mean().item())
     first = adaptive.plan(*random_qkv(grid), AttentionCall(grid, progress=0.0)).mask
-    assert adaptive.plan_bytes(grid, 3) == first.bits.nbytes + first.counts.nbytes
+    kept = first.bits, first.counts, first.schedule(1, 3)
+    assert adaptive.plan_bytes(grid, 3) == sum(x.nbytes for x in kept)
 
 
 def test_heads_that_gain_from_more_blocks_get_them_and_the_layer_is_closer_to_dense():
@@ -96,8 +97,9 @@ def test_heads_that_gain_from_more_blocks_get_them_and_the_layer_is_closer_to_de
 
 
 def test_the_plan_of_a_real_model_is_small():
-    # HunyuanVideo at 720p: 119,056 tokens in 931 query blocks and 1,861 key blocks, a bit for each pair.
-    assert Adaptive().plan_bytes(TokenGrid(33, 45, 80, text_after=256), 24) == 24 * 931 * (233 + 4)
+    # HunyuanVideo at 720p: 119,056 tokens in 931 query blocks and 1,861 key blocks, a bit for each pair. Of each query
+    # block also how many it sees, and its place in the schedule.
+    assert Adaptive().plan_bytes(TokenGrid(33, 45, 80, text_after=256), 24) == 24 * 931 * (233 + 8)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.25, 0.6, 1.0])
