@@ -21,6 +21,8 @@ LIST_CHUNK = tl.constexpr(128)
 # before they are rounded to INT8.
 FP8_BOOST = tl.constexpr(8.0)
 INT8_BOOST = tl.constexpr(6.988684686772166)
+# Blocks of nothing have a scale of nearly 0, and two of them one of 0: that times -inf is not a number.
+LEAST_SCALE = tl.constexpr(1e-37)
 # Added and taken away again, it leaves fp32 no bits below 1.
 ROUNDER = tl.constexpr(1.5 * 2.0**23)
 
@@ -140,7 +142,7 @@ def attention_kernel(
         if skipped < count:
             scale = query_scale
             if key_scale_ptr is not None:
-                scale *= tl.load(key_scale_ptr + last)
+                scale = tl.maximum(scale * tl.load(key_scale_ptr + last), LEAST_SCALE)
             for tile in range(TILES):
                 peak, total, exact_total, numerator = _take_tile(
                     query,
@@ -172,7 +174,9 @@ def attention_kernel(
     block, key_scale = _entry(lists_ptr, lists_stride_c, key_scale_ptr, 0, skipped, count)
     for i in range(num_others * TILES):
         first_key = block * KEY_BLOCK + (i % TILES) * KEY_TILE
-        scale = query_scale * key_scale
+        scale = query_scale
+        if key_scale_ptr is not None:
+            scale = tl.maximum(scale * key_scale, LEAST_SCALE)
         block, key_scale = _entry(lists_ptr, lists_stride_c, key_scale_ptr, (i + 1) // TILES, skipped, count)
         peak, total, exact_total, numerator = _take_tile(
             query,

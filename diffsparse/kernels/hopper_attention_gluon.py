@@ -32,6 +32,8 @@ from diffsparse.kernels.hopper_tiles_gluon import row_layout
 LN_2 = gl.constexpr(0.6931471805599453)
 # The least a row's largest logit is taken for, in base 2: -inf - -inf, where nothing is seen, is not a number.
 NO_PEAK = gl.constexpr(-1e30)
+# Blocks of nothing have a scale of nearly 0, and two of them one of 0: that times -inf is not a number.
+LEAST_SCALE = gl.constexpr(1e-37)
 # FP8 weights are taken times 2 ** 8: `quantization.py`, WEIGHT_SCALE.
 FP8_BOOST = gl.constexpr(8.0)
 
@@ -98,7 +100,7 @@ def attend_half(
     mbarrier.arrive(key_free.index(0), count=1)
     exists = existing(columns, first_size, gl.where(num_missing == 0, second_size, 0), KEY_BLOCK)
     logits = gl.where(exists[None, :], as_float(logits), -float("inf"))
-    first_scale = scale * first_key_scale if QUANTIZED else scale
+    first_scale = gl.maximum(scale * first_key_scale, LEAST_SCALE) if QUANTIZED else scale
     peak, fade, weights, total = online_softmax(logits, first_scale, peak, total, OFFSET, BOOST)
     weights = as_operand(weights, value_tiles.dtype, out_layout)
     mbarrier.wait(value_ready.index(0), 0)
@@ -241,7 +243,7 @@ def _take_tile(
     stage, phase, last_stage = tile % STAGES, (tile // STAGES) & 1, (tile - 1) % STAGES
     mbarrier.wait(key_ready.index(stage), phase)
     if key_scales is not None:
-        scale *= key_scale_of(stage, key_scales)
+        scale = gl.maximum(scale * key_scale_of(stage, key_scales), LEAST_SCALE)
     logits = start_logits(query, key_tiles.index(stage))
     product = start_product(weights, value_tiles.index(last_stage), numerator)
     if means_ptr is not None:

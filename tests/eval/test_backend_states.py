@@ -4,6 +4,7 @@ import torch
 
 from diffsparse.eval.backend_states import backend_state
 from diffsparse.kernels import block_sparse_eager
+from diffsparse.kernels.quantization import QUANTIZED
 
 
 def test_the_eager_backend_is_right_on_the_cpu_in_every_dtype():
@@ -24,7 +25,7 @@ def test_a_backend_of_halves_alone_is_tested_in_halves(only_backends):
     tested = [(test.dtype, test.reason) for test in state.self_tests if test.precision == "native"]
     assert tested == [(torch.bfloat16, None), (torch.float16, None)]
     reasons = [test.reason for test in state.self_tests if test.precision != "native"]
-    assert reasons == [f"it does not compute in {name}" for name in ("int8", "int8_fp8", "fp8", "int4")]
+    assert reasons == [f"it does not compute in {name}" for name in QUANTIZED]
 
 
 def test_a_backend_that_takes_a_precision_but_not_native_does_not_work(only_backends):

@@ -140,12 +140,12 @@ def test_on_hopper_the_default_backend_passes_and_leaves_8_bits_to_triton(gpus, 
     shown = capsys.readouterr().out
     here = "cuda:0, sm_90"
     assert [row[2] for row in rows_of(shown, "gluon", here, "passed")] == ["bfloat16", "float16"]
-    for precision in ("int8", "int8_fp8", "fp8", "int4"):
+    for precision in ("int8", "int8_int8", "int8_fp8", "fp8", "int4"):
         (row,) = rows_of(shown, "gluon", here, precision)
         assert row[4:] == ["", "", "left to triton"]
         assert ("gluon", "cuda:0", torch.bfloat16, precision) not in tried.calls
         assert len(rows_of(shown, "triton", here, "bfloat16", precision, "passed")) == 1
-    assert "│ int8, int8_fp8, fp8, int4: computed by triton " in shown
+    assert "│ int8, int8_int8, int8_fp8, fp8, int4: computed by triton " in shown
     assert f"{here}: bfloat16 of head dim 128 runs in gluon in blocks of 128 x 64, in triton in blocks of 64 x 64." in (
         shown
     )

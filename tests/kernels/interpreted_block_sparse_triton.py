@@ -214,3 +214,13 @@ def test_int8_weights_of_huge_logits_do_not_overflow():
     out, _ = block_sparse_triton.attend(**inputs, precision="int8_int8")
     # An average of positive numbers: a weight of 128 would be one of -128.
     assert (out > 0.9).all()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8_int8", "int4", "int8_fp8", "fp8"])
+@pytest.mark.parametrize("scale", [0.125, 0.0])
+def test_queries_of_nothing_see_as_much_of_each_key_that_exists(precision, scale):
+    # Of nothing and of a block without a key the scales are so small that their product would be nothing too.
+    inputs = make_inputs(tokens=70, lengths=[50], key_block_size=32, dtype=torch.float16) | {"scale": scale}
+    inputs["query"][:] = 0.0
+    inputs |= {"key_blocks": torch.tensor([2, 0, 1]).int().expand(1, 2, 3, 3), "counts": torch.full((1, 2, 3), 3).int()}
+    check_precision(inputs, precision)

@@ -61,7 +61,7 @@ def test_it_says_what_it_leaves_to_the_triton_kernel(gluon, monkeypatch, quantiz
     monkeypatch.setattr(gluon, "prepared", lambda *args, **options: Operands(x, x, x))
     given = gluon.attend(x, x, x, *lists, key_block_size=key_block_size, precision=precision, **options)
     assert backends.left_to("gluon", precision, key_block_size) == ("triton" if given == "triton" else None)
-    is_quantized_here = quantizes and key_block_size == 128 and precision != "int4"
+    is_quantized_here = quantizes and key_block_size == 128 and precision not in ("int8_int8", "int4")
     assert (given == "triton") == (precision != "native" and not is_quantized_here)
 
 
