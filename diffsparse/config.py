@@ -32,8 +32,9 @@ class SparseAttentionConfig:
         strict: raise at the first dense fallback, instead of counting it in the report. Early steps, dense layers,
             short sequences and what is hardly faster are policy, not fallbacks.
         backend: the kernel's implementation, one of those that `diffsparse doctor` lists; None for the best one.
-        quantization: what sparse attention computes in, "int8", "int8_fp8", "fp8" or "int4" (docs/quantization.md);
-            None for the dtype of the model. Where the backend cannot, the first attention call raises ValueError.
+        quantization: what sparse attention computes in, "int8", "int8_int8", "int8_fp8", "fp8" or "int4"
+            (docs/quantization.md); None for the dtype of the model. Where the backend cannot, the first attention call
+            raises ValueError.
 
     Raises:
         TypeError, ValueError: a wrong type or range, with what was expected.

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 DENSITIES = {"auto": 0.25, "quality": 0.4, "balanced": 0.25, "fast": 0.15}
 """What each preset keeps; "custom" goes by the number below it."""
 
-QUANTIZE = ("off", "int8", "int8_fp8", "fp8")
+QUANTIZE = ("off", "int8", "int8_int8", "int8_fp8", "fp8")
 CUSTOM_DENSITY = 0.25
 AUTO_MIN_TOKENS = -1
 """None of `SparseAttentionConfig.min_tokens`: it is timed."""
@@ -147,9 +147,9 @@ class DiffSparseAttention:
                         "default": "off",
                         "advanced": True,
                         "tooltip": (
-                            "Compute sparse attention in 8 bits, which is faster and a little less exact. int8: any "
-                            "GPU of the RTX 30 series or newer. int8_fp8 and fp8: RTX 40 series or newer, an error "
-                            "elsewhere."
+                            "Compute sparse attention in 8 bits, which is faster and a little less exact. int8, and "
+                            "int8_int8, which takes the values in 8 bits too: any GPU of the RTX 30 series or newer. "
+                            "int8_fp8 and fp8: RTX 40 series or newer, an error elsewhere."
                         ),
                     },
                 ),

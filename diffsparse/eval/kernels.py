@@ -9,7 +9,7 @@ CONFIGURATIONS = [
     (head_dim, blocks, precision)
     for head_dim in (64, 128)
     for blocks in ((128, 64), (128, 128))
-    for precision in ("native", "int8", "int8_fp8", "fp8", "int4")
+    for precision in ("native", "int8", "int8_int8", "int8_fp8", "fp8", "int4")
 ]
 
 

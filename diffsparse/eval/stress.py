@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsparse.eval.bench_suite import BLOCK_SIZE, LARGEST_ERRORS
+from diffsparse.eval.bench_suite import BLOCK_SIZE
 from diffsparse.eval.output_file import check_output_file
 from diffsparse.eval.stress_load import busy_device
 from diffsparse.eval.stress_trial import CALLS, DENSE, RIGHT, SIZES, Outcome, Subject, try_subject
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+PRECISIONS = ("native", "int8", "int8_fp8")
+"""Those that the Hopper kernel has in 8 bits, where it is switched on."""
 PROCESSES_ON_GPU, PROCESSES_ELSEWHERE = 20, 2
 SECONDS_TO_START = 15
 """About what a process takes until its first call; longer where kernels are still to be compiled."""
@@ -52,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precisions",
         nargs="+",
-        choices=tuple(LARGEST_ERRORS),
-        default=list(LARGEST_ERRORS),
+        choices=PRECISIONS,
+        default=list(PRECISIONS),
         help="what kernels compute in (default: %(default)s)",
     )
     parser.add_argument(
