@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.kernels.first_use import kernels_on
+from diffsparse.kernels.launch import is_captured
 from diffsparse.kernels.schedule import heavy_first
 from diffsparse.packed_bits import pack_bits, unpack_bits
 
@@ -87,10 +88,13 @@ class BlockMask:
 
     def schedule(self, batch: int, heads: int) -> Tensor:
         """In which order to start the query blocks of so many heads, [B * H * Q] int32. Made once and kept."""
-        kept = self._schedules.get((batch, heads))
-        if kept is None:
-            kept = self._schedules[batch, heads] = heavy_first(self.counts.expand(batch, heads, -1))
-        return kept
+        schedule = self._schedules.get((batch, heads))
+        if schedule is None:
+            schedule = heavy_first(self.counts.expand(batch, heads, -1))
+            # What a graph that is being captured makes is there only while it is replayed.
+            if not is_captured(self.counts.device):
+                self._schedules[batch, heads] = schedule
+        return schedule
 
 
 def num_blocks(num_tokens: int, block_size: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.config import SparseAttentionConfig
+from diffsparse.kernels.launch import is_captured
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.strategy import Strategy
 
@@ -118,7 +119,7 @@ def _wait_for(device: torch.device) -> None:
 
 def _cannot_wait(query: Tensor) -> bool:
     """Whether a graph is being captured, or nothing is computed at all."""
-    return query.is_meta or (query.is_cuda and torch.cuda.is_current_stream_capturing())
+    return query.is_meta or is_captured(query.device)
 
 
 def _mark_of(strategy: Strategy) -> Hashable:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffsparse import block_mask
 from diffsparse.block_mask import BlockMask
 from diffsparse.kernels.block_sparse import check_lists
 
@@ -63,3 +64,12 @@ def test_a_schedule_is_made_once_for_all_heads():
     assert schedule.dtype == torch.int32
     assert mask.schedule(2, 2) is schedule
     assert len(mask.schedule(1, 2)) == 6
+
+
+def test_no_schedule_is_kept_of_a_graph_that_is_being_captured(monkeypatch):
+    mask = BlockMask.from_visible(torch.ones(1, 2, 3, 9, dtype=torch.bool), 9, 3, 1)
+    monkeypatch.setattr(block_mask, "is_captured", lambda device: True)
+    captured = mask.schedule(1, 2)
+    monkeypatch.undo()
+    assert mask.schedule(1, 2) is not captured
+    assert mask.schedule(1, 2) is mask.schedule(1, 2)

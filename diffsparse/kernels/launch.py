@@ -11,6 +11,11 @@ def launch_on(device: torch.device) -> torch.cuda.device:
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether what is launched there becomes part of a CUDA graph: it computes nothing until that is replayed."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def step_of_heads(order: Tensor | None) -> int:
     """From one head of an order [H|1, S] to the next, in numbers."""
     return 0 if order is None or order.shape[0] == 1 else order.stride(0)
