@@ -27,7 +27,22 @@ LEAST_SCALE = tl.constexpr(1e-37)
 ROUNDER = tl.constexpr(1.5 * 2.0**23)
 
 
-@triton.jit
+# Another resolution, batch or number of heads compiles nothing anew.
+@triton.jit(
+    do_not_specialize=[
+        "query_order_stride_h",
+        "lists_stride_b",
+        "lists_stride_h",
+        "lists_stride_q",
+        "counts_stride_b",
+        "counts_stride_h",
+        "counts_stride_q",
+        "heads",
+        "num_queries",
+        "num_keys",
+        "num_blocks",
+    ]
+)
 def attention_kernel(
     query_ptr,
     keys,

@@ -90,3 +90,13 @@ def test_it_compiles_for_every_architecture(capability, configuration):
         assert FP8_PRODUCTS.search(compiled.asm["ptx"])
     # A few registers may be spilled, a tile may not.
     assert resources(compiled).spilled_bytes <= 256
+
+
+def test_another_resolution_compiles_nothing():
+    from diffsparse.kernels.block_sparse_kernel_triton import attention_kernel
+
+    specialized = {p.name for p in attention_kernel.params if not (p.is_constexpr or p.do_not_specialize)}
+    # At any resolution these are multiples of 16, and the last one 1.
+    strides = {f"{x}_stride_{axis}" for x in ("query", "key", "value", "out") for axis in "bhs"} - {"value_stride_s"}
+    numbers = {name for name in specialized if not name.endswith("_ptr")} - {"keys", "values", "logit_scale"}
+    assert numbers == strides | {"value_stride", "lists_stride_c"}
