@@ -142,7 +142,7 @@ def attention_kernel(
         if skipped < count:
             scale = query_scale
             if key_scale_ptr is not None:
-                scale = tl.maximum(scale * tl.load(key_scale_ptr + last), LEAST_SCALE)
+                scale = _at_least(LEAST_SCALE, scale * tl.load(key_scale_ptr + last))
             for tile in range(TILES):
                 peak, total, exact_total, numerator = _take_tile(
                     query,
@@ -176,7 +176,7 @@ def attention_kernel(
         first_key = block * KEY_BLOCK + (i % TILES) * KEY_TILE
         scale = query_scale
         if key_scale_ptr is not None:
-            scale = tl.maximum(scale * key_scale, LEAST_SCALE)
+            scale = _at_least(LEAST_SCALE, scale * key_scale)
         block, key_scale = _entry(lists_ptr, lists_stride_c, key_scale_ptr, (i + 1) // TILES, skipped, count)
         peak, total, exact_total, numerator = _take_tile(
             query,
@@ -235,7 +235,8 @@ def attention_kernel(
                 exact_total = exact_total * fade + tl.sum(weights, 1)
             numerator = tl.dot(weights.to(value.dtype), value, numerator * fade[:, None], input_precision=PRECISION)
 
-    sees_some = total > 0
+    # What is not a number stays so.
+    sees_some = total != 0
     total = tl.where(sees_some, total, 1.0)
     out = tl.where(sees_some[:, None], numerator / total[:, None], 0.0)
     out_ptr += b * out_stride_b + h * out_stride_h
@@ -333,7 +334,7 @@ def _take_tile(
         if EXACT:
             exact_total = exact_total * fade + tl.sum(weights, 1) * share
         # Of very large logits the difference may be a little above 0.
-        weights = (tl.minimum(weights, 127.0) + ROUNDER) - ROUNDER
+        weights = (tl.minimum(weights, 127.0, propagate_nan=tl.PropagateNan.ALL) + ROUNDER) - ROUNDER
         total = total * fade + tl.sum(weights, 1) * share
     else:
         boost: tl.constexpr = FP8_BOOST if VALUES == "fp8" else 0.0
@@ -375,6 +376,12 @@ def _online_softmax(peak, logits, scale, MASKED: tl.constexpr, BOOST: tl.constex
     if BOOST != 0.0:
         shift -= BOOST
     return new_peak, fade, tl.exp2(logits * scale - shift[:, None])
+
+
+@triton.jit
+def _at_least(least, x):
+    """The larger of the two, or NaN where x is."""
+    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
