@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffsparse.kernels.quantization_triton import rounded
 from diffsparse.kernels.rows_triton import load_in_halves, load_packed, load_rows, unpacked
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -23,8 +24,6 @@ FP8_BOOST = tl.constexpr(8.0)
 INT8_BOOST = tl.constexpr(6.988684686772166)
 # Blocks of nothing have a scale of nearly 0, and two of them one of 0: that times -inf is not a number.
 LEAST_SCALE = tl.constexpr(1e-37)
-# Added and taken away again, it leaves fp32 no bits below 1.
-ROUNDER = tl.constexpr(1.5 * 2.0**23)
 
 
 @triton.jit
@@ -334,7 +333,7 @@ def _take_tile(
         if EXACT:
             exact_total = exact_total * fade + tl.sum(weights, 1) * share
         # Of very large logits the difference may be a little above 0.
-        weights = (tl.minimum(weights, 127.0, propagate_nan=tl.PropagateNan.ALL) + ROUNDER) - ROUNDER
+        weights = rounded(tl.minimum(weights, 127.0, propagate_nan=tl.PropagateNan.ALL))
         total = total * fade + tl.sum(weights, 1) * share
     else:
         boost: tl.constexpr = FP8_BOOST if VALUES == "fp8" else 0.0
