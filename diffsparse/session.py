@@ -241,7 +241,7 @@ class Session:
 
     def _grid(self, num_tokens: int) -> TokenGrid | None:
         """Where the tokens of a sequence of this length sit, by the layout of the call."""
-        return None if self.layout is None else _grid_of(self.layout, num_tokens)
+        return None if self.layout is None else grid_of(self.layout, num_tokens)
 
     def _policy(self, layer: int, query: Tensor) -> str | None:
         """Why the user's own settings want this call dense."""
@@ -345,8 +345,12 @@ _STRATEGY_SAYS_DENSE = "the strategy keeps it dense"
 
 
 @functools.lru_cache(maxsize=64)
-def _grid_of(layout: tuple[int | None, ...], num_tokens: int) -> TokenGrid:
-    """The grid of a sequence by the layout that `begin` takes: asked for several times at each call."""
+def grid_of(layout: tuple[int | None, ...], num_tokens: int) -> TokenGrid:
+    """The grid of a sequence by the layout that `begin` takes: asked for several times at each call.
+
+    Raises:
+        TypeError, ValueError: the layout is none.
+    """
     *size, text_before, text_after = layout
     grid = TokenGrid(*size)  # type: ignore[arg-type]
     # Some layers see the grid without its text.

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from diffsparse import session
 from diffsparse.config import SparseAttentionConfig
-from diffsparse.grid import TokenGrid
-from diffsparse.session import Session
+from diffsparse.session import Session, grid_of
 from diffsparse.steps import StepClock
 
 
@@ -80,7 +79,8 @@ class TransformerSession(Session):
         try:
             layout = self.family.layout(transformer, call)
             if layout is not None:
-                TokenGrid(*layout[:4])  # type: ignore[arg-type]
+                layout = tuple(layout)
+                grid_of(layout, 0)
         except Exception as error:
             self.why_no_layout = f"the layout of its family raises {type(error).__name__}: {error}"
             return None

@@ -38,6 +38,9 @@ class Value(torch.Tensor):
         return self.view(dtype) if bitcast else super().to(dtype)
 
     def __mul__(self, other):
+        if self.is_floating_point() and isinstance(other, Value) and self.ndim == other.ndim == 0:
+            # Scales of scales are kept as they are in a register.
+            return super().__mul__(other).float()
         # A GPU adds to the exact product, which the kernel relies on.
         return super().__mul__(other) if self.dtype != torch.float32 else torch.mul(self.double(), other)
 

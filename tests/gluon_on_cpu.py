@@ -38,6 +38,8 @@ from gluon_machine import (
     value_of,
 )
 
+from diffsparse import kernels
+
 KERNEL_FILES = ("tiles", "lists", "products", "attention", "copies", "kernel")
 
 
@@ -186,8 +188,9 @@ def _fakes():
         where=number(torch.where),
         exp2=number(torch.exp2),
         log2=number(torch.log2),
-        minimum=number(torch.minimum),
-        maximum=number(torch.maximum),
+        # As on a GPU, a number is taken before what is none.
+        minimum=number(torch.fmin),
+        maximum=number(torch.fmax),
         max=lambda x, axis: x.amax(axis),
         sum=lambda x, axis: x.sum(axis),
         split=lambda x: x.unbind(-1),
@@ -264,6 +267,9 @@ def block_sparse_gluon_on_cpu():
         for name in [*fakes, *ours]:
             sys.modules.pop(name, None)
         sys.modules.update(before)
+        for name in ours:
+            # What `from diffsparse.kernels import` finds first.
+            vars(kernels).pop(name.rpartition(".")[2], None)
         if attribute is None:
             del triton.experimental.gluon
         else:

@@ -133,11 +133,20 @@ def test_a_layout_of_another_number_of_tokens_is_counted_or_raised(model, call):
         model(**call)
 
 
+@pytest.mark.parametrize("form", [[1, HEIGHT, WIDTH, TEXT, 0], Layout(1, HEIGHT, WIDTH, None, 0)], ids=str)
+def test_a_layout_may_be_a_list_and_leave_a_number_of_text_tokens_to_the_sequence(model, call, form):
+    family = Family("mine", ("Mine",), MINE.layers, lambda transformer, call: form)
+    diffsparse.enable_sparse_attention(model, SPARSE, family=family)
+    model(**call)
+    assert (report_of(model).sparse_calls, report_of(model).dense_calls) == (2, 0)
+
+
 @pytest.mark.parametrize(
     ("layout", "reason"),
     [
         (lambda transformer, call: call["nothing"], "KeyError: 'nothing'"),
         (lambda transformer, call: Layout(1, 0, WIDTH), "ValueError: `height` of a token grid must be"),
+        (lambda transformer, call: Layout(1, HEIGHT, WIDTH, 0, -1), "ValueError: `text_after` of a token grid must be"),
         (lambda transformer, call: (1, WIDTH), "TypeError"),
     ],
 )

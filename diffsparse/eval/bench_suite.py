@@ -36,7 +36,7 @@ DENSITY_WITH_TAIL = 0.25
 ROUNDS = 5
 TRANSFORMER_PRESETS = ("balanced",)
 SAMPLED_ROWS = 64
-# Relative error of sampled rows against float64: rounding of bf16, of INT8 scores, of FP8 weights and values.
+# Relative error of sampled rows against float64: rounding of bf16, of INT8 scores, of INT8 or FP8 weights and values.
 LARGEST_ERRORS = {"native": 1e-2, "int8": 2e-2, "int8_int8": 2.5e-2, "int8_fp8": 6e-2}
 
 

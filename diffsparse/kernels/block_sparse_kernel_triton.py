@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffsparse.kernels.quantization_triton import rounded
 from diffsparse.kernels.rows_triton import load_in_halves, load_packed, load_rows, unpacked
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -23,8 +24,6 @@ FP8_BOOST = tl.constexpr(8.0)
 INT8_BOOST = tl.constexpr(6.988684686772166)
 # Blocks of nothing have a scale of nearly 0, and two of them one of 0: that times -inf is not a number.
 LEAST_SCALE = tl.constexpr(1e-37)
-# Added and taken away again, it leaves fp32 no bits below 1.
-ROUNDER = tl.constexpr(1.5 * 2.0**23)
 
 
 # Another resolution, batch or number of heads compiles nothing anew.
@@ -157,7 +156,7 @@ def attention_kernel(
         if skipped < count:
             scale = query_scale
             if key_scale_ptr is not None:
-                scale = tl.maximum(scale * tl.load(key_scale_ptr + last), LEAST_SCALE)
+                scale = _at_least(LEAST_SCALE, scale * tl.load(key_scale_ptr + last))
             for tile in range(TILES):
                 peak, total, exact_total, numerator = _take_tile(
                     query,
@@ -191,7 +190,7 @@ def attention_kernel(
         first_key = block * KEY_BLOCK + (i % TILES) * KEY_TILE
         scale = query_scale
         if key_scale_ptr is not None:
-            scale = tl.maximum(scale * key_scale, LEAST_SCALE)
+            scale = _at_least(LEAST_SCALE, scale * key_scale)
         block, key_scale = _entry(lists_ptr, lists_stride_c, key_scale_ptr, (i + 1) // TILES, skipped, count)
         peak, total, exact_total, numerator = _take_tile(
             query,
@@ -250,7 +249,8 @@ def attention_kernel(
                 exact_total = exact_total * fade + tl.sum(weights, 1)
             numerator = tl.dot(weights.to(value.dtype), value, numerator * fade[:, None], input_precision=PRECISION)
 
-    sees_some = total > 0
+    # What is not a number stays so.
+    sees_some = total != 0
     total = tl.where(sees_some, total, 1.0)
     out = tl.where(sees_some[:, None], numerator / total[:, None], 0.0)
     out_ptr += b * out_stride_b + h * out_stride_h
@@ -348,7 +348,7 @@ def _take_tile(
         if EXACT:
             exact_total = exact_total * fade + tl.sum(weights, 1) * share
         # Of very large logits the difference may be a little above 0.
-        weights = (tl.minimum(weights, 127.0) + ROUNDER) - ROUNDER
+        weights = rounded(tl.minimum(weights, 127.0, propagate_nan=tl.PropagateNan.ALL))
         total = total * fade + tl.sum(weights, 1) * share
     else:
         boost: tl.constexpr = FP8_BOOST if VALUES == "fp8" else 0.0
@@ -390,6 +390,12 @@ def _online_softmax(peak, logits, scale, MASKED: tl.constexpr, BOOST: tl.constex
     if BOOST != 0.0:
         shift -= BOOST
     return new_peak, fade, tl.exp2(logits * scale - shift[:, None])
+
+
+@triton.jit
+def _at_least(least, x):
+    """The larger of the two, or NaN where x is."""
+    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

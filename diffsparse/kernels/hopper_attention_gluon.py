@@ -100,7 +100,7 @@ def attend_half(
     mbarrier.arrive(key_free.index(0), count=1)
     exists = existing(columns, first_size, gl.where(num_missing == 0, second_size, 0), KEY_BLOCK)
     logits = gl.where(exists[None, :], as_float(logits), -float("inf"))
-    first_scale = gl.maximum(scale * first_key_scale, LEAST_SCALE) if QUANTIZED else scale
+    first_scale = _at_least(LEAST_SCALE, scale * first_key_scale) if QUANTIZED else scale
     peak, fade, weights, total = online_softmax(logits, first_scale, peak, total, OFFSET, BOOST)
     weights = as_operand(weights, value_tiles.dtype, out_layout)
     mbarrier.wait(value_ready.index(0), 0)
@@ -243,7 +243,7 @@ def _take_tile(
     stage, phase, last_stage = tile % STAGES, (tile // STAGES) & 1, (tile - 1) % STAGES
     mbarrier.wait(key_ready.index(stage), phase)
     if key_scales is not None:
-        scale = gl.maximum(scale * key_scale_of(stage, key_scales), LEAST_SCALE)
+        scale = _at_least(LEAST_SCALE, scale * key_scale_of(stage, key_scales))
     logits = start_logits(query, key_tiles.index(stage))
     product = start_product(weights, value_tiles.index(last_stage), numerator)
     if means_ptr is not None:
@@ -268,6 +268,12 @@ def _take_tile(
     else:
         numerator = product * gl.convert_layout(new_fade, gl.SliceLayout(1, out_layout))[:, None]
     return weights, numerator, new_fade, peak, total
+
+
+@gluon.jit
+def _at_least(least, x):
+    """The larger of the two, or NaN where x is."""
+    return gl.where(x < least, least, x)
 
 
 @gluon.jit

@@ -174,8 +174,9 @@ def incoherence(x: Tensor, block_size: int, key_length: Tensor | None = None) ->
 
     1 is the least; lower is easier to quantize. Tokens at or beyond `key_length` [B] count in no block's mean, and a
     block of such tokens alone in no number. PAROAttention (arXiv:2506.16054) takes it of blocks of the attention map,
-    since it quantizes that by blocks. Here weights are rounded relative to the largest of their row, in any order of
-    the tokens; what shares a scale by blocks, and so depends on the order, is queries and keys: it is for these.
+    since it quantizes that by blocks. Here weights are rounded relative to the largest of their row, in INT8 of its
+    part in a block; what shares a scale by blocks, and so depends on the order most, is queries and keys: it is for
+    these.
     """
     sizes = block_token_counts(x.shape[2], block_size, key_length, x.device)[:, None]  # [B|1, 1, K]
     magnitudes = _in_blocks(_existing(x.float(), key_length).abs(), block_size).flatten(3)

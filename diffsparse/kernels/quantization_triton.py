@@ -202,10 +202,10 @@ def quantize_blocks_kernel(
     tl.store(scales_ptr + block_of_all, tl.div_rn(absmax, LARGEST))
     stretch = tl.div_rn(LARGEST, absmax)
     if PACKED:
-        lower, upper = _rounded(low * stretch).to(tl.int32), _rounded(high * stretch).to(tl.int32)
+        lower, upper = rounded(low * stretch).to(tl.int32), rounded(high * stretch).to(tl.int32)
         values = ((lower & 15) | ((upper & 15) << 4)).to(tl.uint8)
     elif values_ptr.dtype.element_ty == tl.int8:
-        values = _rounded(low * stretch).to(tl.int8)
+        values = rounded(low * stretch).to(tl.int8)
     else:
         values = (low * stretch).to(values_ptr.dtype.element_ty)
     first_row = head_of_batch * num_tokens + block * BLOCK
@@ -277,7 +277,7 @@ def quantize_values_kernel(
     stretch = tl.load(stretch_ptr + head_of_batch * HEAD_DIM + dims, mask=in_head, other=0.0)
     value *= stretch[None, :]
     if values_ptr.dtype.element_ty == tl.int8:
-        value = _rounded(value)
+        value = rounded(value)
     # [CHANNELS, BLOCK]
     values = value.to(values_ptr.dtype.element_ty).T
     # A head's values may be more than 32 bits count.
@@ -334,6 +334,6 @@ def _larger(x, y):
 
 
 @triton.jit
-def _rounded(x):
+def rounded(x):
     """To the nearest whole number, halves to even."""
     return (x + ROUNDER) - ROUNDER

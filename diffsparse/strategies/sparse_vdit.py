@@ -94,7 +94,8 @@ class SparseVDiT:
             exact = pairs[Mode.DENSE][1]
             pairs[Mode.SKIP] = (torch.zeros_like(exact), exact)
             errors.append(torch.stack([self._error(*pair) for pair in pairs]))
-        density = masks.mask.density
+        # The mask keeps its own, and the masks of a grid are kept.
+        density = masks.mask.density.clone()
         density[Mode.SKIP] = 0.0
         losses = torch.cat(errors, dim=1) + self.weight * density[:, None]  # [modes, H]
         smallest, mode = losses[Mode.SKIP :].min(0)

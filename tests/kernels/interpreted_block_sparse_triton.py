@@ -224,3 +224,14 @@ def test_queries_of_nothing_see_as_much_of_each_key_that_exists(precision, scale
     inputs["query"][:] = 0.0
     inputs |= {"key_blocks": torch.tensor([2, 0, 1]).int().expand(1, 2, 3, 3), "counts": torch.full((1, 2, 3), 3).int()}
     check_precision(inputs, precision)
+
+
+@pytest.mark.parametrize("precision", ["native", "int8", "int8_int8", "int4", "int8_fp8", "fp8"])
+@pytest.mark.parametrize("name", ["query", "key"])
+def test_what_is_not_a_number_stays_so(precision, name):
+    inputs = make_inputs(heads=1, tokens=96, key_block_size=32, dtype=torch.float16)
+    inputs |= {"key_blocks": torch.tensor([[[[0, 1], [0, 2], [2, 0]]]]).int(), "counts": torch.full((1, 1, 3), 2).int()}
+    inputs[name][0, 0, 40, 3] = math.nan
+    actual = block_sparse_triton.attend(**inputs, precision=precision)
+    expected = block_sparse_eager.attend(**inputs, precision=precision)
+    assert all(torch.equal(x.isnan(), y.isnan()) for x, y in zip(actual, expected))

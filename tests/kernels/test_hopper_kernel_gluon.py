@@ -114,6 +114,33 @@ def test_precisions(gluon, precision, head_dim, lengths, tail):
     check(gluon, make_inputs(dtype=torch.float16, head_dim=head_dim, lengths=lengths, tail=tail), precision)
 
 
+def sees_all_of(inputs):
+    """Every query sees every key block, in an order in which neither the first nor the last comes first."""
+    num_rows = inputs["counts"].shape[2]
+    key_blocks = torch.tensor([1, 3, 0, 2]).int().expand(2, 2, num_rows, 4)
+    return inputs | {"key_blocks": key_blocks, "counts": torch.full((2, 2, num_rows), 4).int()}
+
+
+@pytest.mark.usefixtures("quantizes")
+@pytest.mark.parametrize("precision", ["int8", "int8_fp8", "fp8"])
+def test_queries_of_nothing_see_as_much_of_each_key_that_exists(gluon, precision):
+    # Of nothing and of a block without a key the scales are so small that their product would be nothing too.
+    inputs = sees_all_of(make_inputs(lengths=[200, 100]))
+    inputs["query"][:] = 0.0
+    check(gluon, inputs, precision)
+
+
+@pytest.mark.usefixtures("quantizes")
+@pytest.mark.parametrize("precision", ["native", "int8", "int8_fp8", "fp8"])
+@pytest.mark.parametrize("name", ["query", "key"])
+def test_what_is_not_a_number_stays_so(gluon, precision, name):
+    inputs = sees_all_of(make_inputs())
+    inputs[name][0, 0, 200, 3] = math.nan
+    actual = gluon.attend(**inputs, precision=precision)
+    expected = block_sparse_eager.attend(**inputs, precision=precision)
+    assert all(torch.equal(x.isnan(), y.isnan()) for x, y in zip(actual, expected))
+
+
 @pytest.mark.usefixtures("quantizes")
 @pytest.mark.parametrize("precision", ["native", "int8", "int8_fp8"])
 def test_tokens_are_taken_in_their_orders(gluon, precision):

@@ -95,6 +95,17 @@ def test_the_mode_follows_from_errors_and_densities(relative, weight, largest):
         assert torch.equal(plan.mask.visible()[0, head], masks.visible[mode])
 
 
+def test_plans_leave_the_masks_of_their_grid_as_they_are():
+    grid = TokenGrid(8, 8, 8)
+    strategy = SparseVDiT(0.3, **SMALL)
+    # What is made in inference mode must not be written to outside it.
+    with torch.inference_mode():
+        strategy.plan(*planted(grid), AttentionCall(grid))
+    strategy.plan(*planted(grid), AttentionCall(grid))
+    mask = strategy.masks(grid).mask
+    assert torch.equal(mask.density, mask.visible().float().mean((0, 2, 3)))
+
+
 @pytest.mark.parametrize("wrong", [{"density": 0}, {"weight": -1}, {"largest": "1"}, {"relative": 1}])
 def test_options_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
