@@ -113,7 +113,7 @@ class Session:
         self._rows.clear()
         if step.is_first_of_generation:
             self.forget_plans()
-        self.step, self.layout = step, layout
+        self.step, self.layout = step, None if layout is None else tuple(layout)
 
     def forget_plans(self) -> None:
         """Plan every layer anew at its next call."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PRECISIONS = ("native", "int8", "int8_fp8")
-"""Those that the Hopper kernel has in 8 bits, where it is switched on."""
+"""Of 8 bits those that the Hopper kernel has and the benchmark times."""
 PROCESSES_ON_GPU, PROCESSES_ELSEWHERE = 20, 2
 SECONDS_TO_START = 15
 """About what a process takes until its first call; longer where kernels are still to be compiled."""

@@ -345,10 +345,11 @@ def _take_tile(
         new_peak = tl.maximum(peak, tile_peak)
         shift = _finite(new_peak, MASKED)
         fade, share, peak = tl.exp2(peak - shift), tl.exp2(tile_peak - shift), new_peak
+        # Of very large logits the difference may be a little above 0.
+        weights = tl.minimum(weights, 127.0, propagate_nan=tl.PropagateNan.ALL)
         if EXACT:
             exact_total = exact_total * fade + tl.sum(weights, 1) * share
-        # Of very large logits the difference may be a little above 0.
-        weights = rounded(tl.minimum(weights, 127.0, propagate_nan=tl.PropagateNan.ALL))
+        weights = rounded(weights)
         total = total * fade + tl.sum(weights, 1) * share
     else:
         boost: tl.constexpr = FP8_BOOST if VALUES == "fp8" else 0.0

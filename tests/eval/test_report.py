@@ -57,12 +57,17 @@ def open_report(browser_page, fake_run, monkeypatch):
         report.run(parser.parse_args([str(run.path)]))
         page.goto((run.path / "report.html").as_uri())
         until = time.monotonic() + 20
-        # Black until the video has loaded.
-        while max(seen(page)) == 0 and time.monotonic() < until:
+        while not both_videos_are_there(page) and time.monotonic() < until:
             time.sleep(0.02)
         return page
 
     return show
+
+
+def both_videos_are_there(page):
+    """Each of the two is black until it has loaded."""
+    row = seen(page)
+    return len(row) >= 2 * WIDTH and min(row[WIDTH // 4], row[WIDTH + WIDTH // 4]) > 0
 
 
 def seen(page):
