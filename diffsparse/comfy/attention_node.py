@@ -147,7 +147,7 @@ class DiffSparseAttention:
                         "default": "off",
                         "advanced": True,
                         "tooltip": (
-                            "Compute sparse attention in 8 bits, which is faster and a little less exact. int8, and "
+                            "Compute sparse attention in 8 bits, which may be faster and is less exact. int8, and "
                             "int8_int8, which takes the values in 8 bits too: any GPU of the RTX 30 series or newer. "
                             "int8_fp8 and fp8: RTX 40 series or newer, an error elsewhere."
                         ),
