@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,7 +15,7 @@ from diffsparse.heads import HeadClass
 from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.adaptive_geometry import ORDERS, Geometry, geometry_of
-from diffsparse.strategies.adaptive_trials import RULES, Inputs, Trial
+from diffsparse.strategies.adaptive_trials import RULES, Inputs, Means, Trial, wanted_by_impact
 from diffsparse.strategies.error_budget import on_device, share_out
 from diffsparse.strategies.select_blocks import select_blocks
 from diffsparse.strategies.strategy import AttentionCall
@@ -35,8 +36,8 @@ class Candidate:
     Attributes:
         head_class: what a head is called for which this is best.
         order: "frame-major", "token-major" (the same place of all frames side by side) or "tiles".
-        rule: "band" (the nearest blocks), "top" (the highest scores between mean query and mean key) or "random"
-            (a baseline to beat).
+        rule: "band" (the nearest blocks), "top" (those whose skipping would move the output of the mean query most) or
+            "random" (a baseline to beat).
 
     Raises:
         ValueError: an unknown order or rule.
@@ -182,7 +183,7 @@ class _Sized(Adaptive):
         layout = _layout(call.grid, self, query.device)
         scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
         rows = query.index_select(2, layout.rows).float() * scale
-        inputs = Inputs(query, key, value, rows, call.key_length, self._noise(query, layout))
+        inputs = Inputs(query, key, value, rows, scale, self.tail, call.key_length, self._noise(query, layout))
         by_order = itertools.groupby(self.candidates, key=lambda candidate: candidate.order)
         trials = [
             Trial.of(ORDERS.index(order), [each.rule for each in candidates], layout.counts, inputs, layout)
@@ -197,17 +198,18 @@ class _Sized(Adaptive):
         counts = share_out(errors * trials[0].sizes[:, None], layout.counts, layout.budget)
         # Where a head's share lies between two that were measured, the tail is that of the smaller.
         share = torch.searchsorted(on_device(tuple(layout.counts), query.device), counts, right=True) - 1
+        order = self._of(best, [ORDERS.index(candidate.order) for candidate in self.candidates])
+        permutation = Permutation(layout.orders, layout.inverse, choice=order)
         mask = select_blocks(
-            self._scores(best, trials, inputs, layout),
+            self._scores(best, trials, inputs, layout, permutation),
             counts,
             layout.always,
             call.grid.num_tokens,
             self.query_block_size,
             self.key_block_size,
         )
-        order = self._of(best, [ORDERS.index(candidate.order) for candidate in self.candidates])
         return AttentionPlan(
-            Permutation(layout.orders, layout.inverse, choice=order),
+            permutation,
             mask,
             tail.gather(1, share[:, None]).T if self.tail else None,
             self._of(best, [candidate.head_class for candidate in self.candidates]),
@@ -230,35 +232,36 @@ class _Sized(Adaptive):
         """What each head's candidate has of these values, one for each candidate: [H] int64."""
         return on_device(tuple(values), best.device).index_select(0, best)
 
-    def _scores(self, best: Tensor, trials: list[Trial], inputs: Inputs, layout: _Layout) -> Tensor:
+    def _scores(
+        self, best: Tensor, trials: list[Trial], inputs: Inputs, layout: _Layout, permutation: Permutation
+    ) -> Tensor:
         """How much each head's candidate wants each key block, [B|1, H|1, Q, K] float32."""
-        orders = list(dict.fromkeys(candidate.order for candidate in self.candidates))
-        order_of_head = self._of(best, [orders.index(candidate.order) for candidate in self.candidates])
         rule_of_head = self._of(best, [RULES.index(candidate.rule) for candidate in self.candidates])
+
+        def by(rule: str) -> Tensor:
+            if rule == "band":
+                return -layout.band_rank[None, None].float()
+            if rule == "random":
+                assert inputs.noise is not None
+                return inputs.noise.float()
+            orders = list(dict.fromkeys(candidate.order for candidate in self.candidates))
+            order_of_head = self._of(best, [orders.index(candidate.order) for candidate in self.candidates])
+            tensors = zip(*(vars(trial.means).values() for trial in trials))
+            means = Means(*(_chosen(of_orders, order_of_head) for of_orders in tensors))
+            return wanted_by_impact(means, inputs, layout, permutation.order)
+
         first, *others = dict.fromkeys(candidate.rule for candidate in self.candidates)
-        scores = _scores_by(first, order_of_head, trials, inputs, layout)
+        scores = by(first)
         for rule in others:
             is_of_rule = (rule_of_head == RULES.index(rule))[:, None, None]
-            scores = torch.where(is_of_rule, _scores_by(rule, order_of_head, trials, inputs, layout), scores)
+            scores = torch.where(is_of_rule, by(rule), scores)
         return scores
 
 
-def _scores_by(rule: str, order_of_head: Tensor, trials: list[Trial], inputs: Inputs, layout: _Layout) -> Tensor:
-    """How much a rule wants each key block, [B|1, H|1, Q, K] float32; in the order of each head, [H] of the trials."""
-    if rule == "band":
-        return -layout.band_rank[None, None].float()
-    if rule == "random":
-        assert inputs.noise is not None
-        return inputs.noise.float()
-    mean_query = _chosen([trial.mean_query for trial in trials], order_of_head)
-    mean_key = _chosen([trial.mean_key for trial in trials], order_of_head)
-    return mean_query @ mean_key.transpose(-1, -2)
-
-
-def _chosen(tensors: list[Tensor], which: Tensor) -> Tensor:
+def _chosen(tensors: Sequence[Tensor], which: Tensor) -> Tensor:
     """For each head the one of some tensors [B, H, ...] that `which` [H] names, [B, H, ...]."""
     index = which[:, None, None].expand(1, *tensors[0].shape)
-    return torch.stack(tensors).gather(0, index)[0]
+    return torch.stack(tuple(tensors)).gather(0, index)[0]
 
 
 @dataclass(frozen=True, eq=False)

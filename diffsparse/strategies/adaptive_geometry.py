@@ -11,6 +11,7 @@ from torch import Tensor
 from diffsparse.block_mask import num_blocks
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import sample_rows
+from diffsparse.kernels.pooling import block_token_counts
 from diffsparse.permutation import axis_order, tile_order
 from diffsparse.strategies.always_exact import block_distance, exact_blocks
 
@@ -27,6 +28,8 @@ class Geometry:
         blocks_of_rows: the query block that each of them lies in, by order, [3, R].
         always: what every query block of every order sees, [Q, K] bool: text, and itself.
         band_rank: the place of each block by its distance from the diagonal, [Q, K] int32, `always` first.
+        always_of_rows, band_rank_of_rows: those of the query blocks of the sampled rows, by order, [3, R, K].
+        log_key_block_sizes: the logarithm of the number of tokens of each key block, [K] float32.
         seen_by_all: the most key blocks in `always` of a query block without text.
         starts_with_video: whether the frame-major order is the tokens' own.
         query_block_size, key_block_size: tokens a block.
@@ -38,6 +41,9 @@ class Geometry:
     blocks_of_rows: Tensor
     always: Tensor
     band_rank: Tensor
+    always_of_rows: Tensor
+    band_rank_of_rows: Tensor
+    log_key_block_sizes: Tensor
     seen_by_all: int
     starts_with_video: bool
     query_block_size: int
@@ -73,13 +79,19 @@ def geometry_of(
     first_text_query = grid.num_video_tokens // query_block_size
     always = exact_blocks(grid, query_block_size, key_block_size)
     distance = block_distance(query_blocks, key_blocks, query_block_size, key_block_size)
+    band_rank = ranks(-distance.masked_fill(always, -1.0), key_blocks)
+    blocks_of_rows = inverse[:, rows] // query_block_size
+    sizes = block_token_counts(grid.num_tokens, key_block_size, device=rows.device)[0]
     return Geometry(
         orders=orders.to(device),
         inverse=inverse.to(device),
         rows=rows.to(device),
-        blocks_of_rows=(inverse[:, rows] // query_block_size).to(device),
+        blocks_of_rows=blocks_of_rows.to(device),
         always=always.to(device),
-        band_rank=ranks(-distance.masked_fill(always, -1.0), key_blocks).to(device),
+        band_rank=band_rank.to(device),
+        always_of_rows=always[blocks_of_rows].to(device),
+        band_rank_of_rows=band_rank[blocks_of_rows].to(device),
+        log_key_block_sizes=sizes.float().log().to(device),
         seen_by_all=int(always[:first_text_query].sum(-1).max()) if first_text_query else 0,
         starts_with_video=grid.text_before == 0,
         query_block_size=query_block_size,

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.heads import BlockSums, judged_in_kernels
 from diffsparse.kernels.pooling import block_means
 from diffsparse.strategies.adaptive_geometry import Geometry, ranks
+from diffsparse.strategies.block_impacts import block_impacts
 from diffsparse.strategies.error_budget import on_device
-from diffsparse.strategies.planning_memory import head_slices, summed_head_slices
+from diffsparse.strategies.planning_memory import blockwise_head_slices, summed_head_slices
 
 RULES = ("band", "top", "random")
-"""By which a query block may choose its key blocks: distance, product of means, chance."""
+"""By which a query block may choose its key blocks: distance, what skipping a block would do, chance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,8 @@ class Inputs:
     Attributes:
         query, key, value: [B, H, S, D].
         rows: [B, H, R, D] float32, the sampled rows of query, scaled.
+        scale: factor on the products of queries and keys.
+        tail: whether what is skipped may enter as its mean.
         key_length: [B], keys at or beyond this place of every order do not exist.
         noise: [B, H, Q, K], what the rule "random" takes for scores; None where it is not asked for.
     """
@@ -32,6 +36,8 @@ class Inputs:
     key: Tensor
     value: Tensor
     rows: Tensor
+    scale: float
+    tail: bool
     key_length: Tensor | None
     noise: Tensor | None
 
@@ -42,6 +48,19 @@ class Inputs:
 
 
 @dataclass(frozen=True, eq=False)
+class Means:
+    """The means of blocks of tokens in an order: query [B, H, Q, D], key and value [B, H, K, D], float32."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    def of_queries(self, blocks: Tensor) -> Means:
+        """Those of some query blocks [n], and of all key blocks."""
+        return replace(self, query=self.query.index_select(2, blocks))
+
+
+@dataclass(frozen=True, eq=False)
 class Trial:
     """What each head would lose in one order, by each of C rules at each of N numbers of key blocks.
 
@@ -49,30 +68,28 @@ class Trial:
         errors: [H, 2, C, N], squared error on the sampled rows over their squared size, without and with the pooled
             tail.
         sizes: [H], the squared size.
-        mean_query, mean_key: [B, H, Q|K, D] float32, the means of the blocks.
+        means: of the blocks.
     """
 
     errors: Tensor
     sizes: Tensor
-    mean_query: Tensor
-    mean_key: Tensor
+    means: Means
 
     @classmethod
     def of(cls, number: int, rules: list[str], counts: list[int], inputs: Inputs, geometry: Geometry) -> Trial:
         """Of the order of this number, a few heads at a time."""
         query, rows = inputs.query, inputs.rows.shape[2]
-        if judged_in_kernels(query.device):
-            slices = summed_head_slices(query, rows, geometry.key_block_size)
-        else:
-            slices = head_slices(query, rows)
+        slices_of = summed_head_slices if judged_in_kernels(query.device) else blockwise_head_slices
+        slices = slices_of(query, rows, geometry.key_block_size)
         parts = [cls._of_some(number, rules, counts, inputs.some(heads), geometry) for heads in slices]
         if len(parts) == 1:
             return parts[0]
 
-        def joined(name: str, axis: int) -> Tensor:
-            return torch.cat([getattr(part, name) for part in parts], axis)
-
-        return cls(joined("errors", 0), joined("sizes", 0), joined("mean_query", 1), joined("mean_key", 1))
+        return cls(
+            torch.cat([part.errors for part in parts]),
+            torch.cat([part.sizes for part in parts]),
+            Means(*(torch.cat(tensors, 1) for tensors in zip(*(vars(part.means).values() for part in parts)))),
+        )
 
     @classmethod
     def _of_some(cls, number: int, rules: list[str], counts: list[int], inputs: Inputs, geometry: Geometry) -> Trial:
@@ -80,44 +97,49 @@ class Trial:
         order_of_all = None if order is None else order[None]
         mean_query, _ = block_means(inputs.query, geometry.query_block_size, order=order_of_all)
         sums = BlockSums.of(inputs.rows, inputs.key, inputs.value, geometry.key_block_size, order, inputs.key_length)
-        blocks = geometry.blocks_of_rows[number]
-        chosen = [
-            rank_by(rule, mean_query, sums.mean_key, inputs.noise, counts[-1], geometry, blocks) for rule in rules
-        ]
-        rank = torch.stack(torch.broadcast_tensors(*chosen), dim=3)  # [B|1, H|1, R, C, K]
+        means = Means(mean_query, sums.mean_key, sums.mean_value)
+        blocks, always = geometry.blocks_of_rows[number], geometry.always_of_rows[number]
+
+        def rank_by(rule: str) -> Tensor:
+            if rule == "band":
+                return geometry.band_rank_of_rows[number][None, None]
+            if rule == "top":
+                scores = wanted_by_impact(means.of_queries(blocks), inputs, geometry, order_of_all)
+            else:
+                assert inputs.noise is not None
+                scores = inputs.noise.index_select(2, blocks)
+            return ranks(scores.masked_fill_(always, torch.inf), counts[-1])
+
+        rank = torch.stack(torch.broadcast_tensors(*map(rank_by, rules)), dim=3)  # [B|1, H|1, R, C, K]
         # The last one shows all blocks, which is exact attention.
-        limits = on_device((*counts, geometry.always.shape[1] + 1), rank.device)
-        always = geometry.always.index_select(0, blocks)
+        limits = on_device((*counts, always.shape[1] + 1), rank.device)
         errors, sizes = sums.errors(rank, always, limits)
-        return cls(errors, sizes, mean_query, sums.mean_key)
+        return cls(errors, sizes, means)
 
 
-def rank_by(
-    rule: str,
-    mean_query: Tensor,
-    mean_key: Tensor,
-    noise: Tensor | None,
-    count: int,
-    geometry: Geometry,
-    blocks: Tensor,
-) -> Tensor:
-    """The place of each key block in the order in which a rule wants them, [B|1, H|1, n, K] int32.
+def wanted_by_impact(means: Means, inputs: Inputs, geometry: Geometry, order: Tensor | None) -> Tensor:
+    """How much a query block wants each key block, [B, H, n, K] float32: by what skipping it does to its mean query.
 
-    What is always seen comes first. Behind the first `count` scores all have the same place, K.
+    About what attention gives the mean query, it gives it of the means of all key blocks.
 
     Args:
-        rule: one of `RULES`.
-        mean_query, mean_key: [B, H, Q|K, D].
-        noise: [B, H, Q, K] for "random".
-        count: at least as many as are always seen.
+        means: of the query blocks, and of all key blocks.
+        inputs: of the layer.
         geometry: of the grid.
-        blocks: [n] the query blocks.
+        order: [H|1, S] the tokens' order; None for their own.
     """
-    if rule == "band":
-        return geometry.band_rank.index_select(0, blocks)[None, None]
-    if rule == "top":
-        scores = mean_query.index_select(2, blocks) @ mean_key.transpose(-1, -2)
-    else:
-        assert noise is not None
-        scores = noise.index_select(2, blocks)
-    return ranks(scores.masked_fill_(geometry.always.index_select(0, blocks), torch.inf), count)
+    sizes = geometry.log_key_block_sizes
+    output = F.scaled_dot_product_attention(
+        means.query, means.key, means.value, sizes.expand(means.query.shape[2], -1), scale=inputs.scale
+    )
+    return block_impacts(
+        means.query,
+        output,
+        inputs.key,
+        inputs.value,
+        geometry.key_block_size,
+        scale=inputs.scale,
+        tail=inputs.tail,
+        order=order,
+        key_length=inputs.key_length,
+    )

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffsparse.block_mask import num_blocks
 from diffsparse.kernels.first_use import kernels_on
+from diffsparse.kernels.pooling import block_token_counts
 from diffsparse.kernels.reorder import in_order
-from diffsparse.strategies.planning_memory import slices
+from diffsparse.strategies.planning_memory import blockwise_head_slices
 
 
 def block_impacts(
@@ -61,16 +61,22 @@ def _block_impacts(
     key_length: Tensor | None,
 ) -> Tensor:
     """The specification of `block_impacts`, a few heads at a time."""
-    batch, heads, tokens, dim = key.shape
-    rows = query.shape[2]
-    # float32 scores and weights; keys and values in another order and as float32; what each block moves.
-    bytes_a_head = 4 * batch * (tokens * (2 * rows + 4 * dim) + 2 * num_blocks(tokens, block_size) * rows * dim)
+    is_beyond = _is_beyond(key.shape[2], block_size, key_length, key.device)
+    query = query * scale
     parts = []
-    for some in slices(heads, bytes_a_head):
+    for some in blockwise_head_slices(key, query.shape[2], block_size):
         of_some = order if order is None or len(order) == 1 else order[some]
         keys, values = (in_order(x[:, some], of_some) for x in (key, value))
-        parts.append(_of_some(query[:, some], output[:, some], keys, values, block_size, scale, tail, key_length))
+        parts.append(_of_some(query[:, some], output[:, some], keys, values, block_size, is_beyond, tail))
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _is_beyond(tokens: int, block_size: int, key_length: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which places of each block have no key, [B|1, 1, K, block_size, 1]; None where all have one."""
+    if key_length is None and tokens % block_size == 0:
+        return None
+    counts = block_token_counts(tokens, block_size, key_length, device)  # [B|1, K]
+    return torch.arange(block_size, device=device)[:, None] >= counts[:, None, :, None, None]
 
 
 def _of_some(
@@ -79,27 +85,27 @@ def _of_some(
     key: Tensor,
     value: Tensor,
     block_size: int,
-    scale: float,
+    is_beyond: Tensor | None,
     tail: bool,
-    key_length: Tensor | None,
 ) -> Tensor:
-    tokens = key.shape[2]
-    blocks = num_blocks(tokens, block_size)
-    places = torch.arange(blocks * block_size, device=key.device).view(blocks, block_size)
-    end = torch.full_like(places[:1, 0], tokens) if key_length is None else key_length.clamp(max=tokens)
-    exists = (places < end[:, None, None])[:, None, :, :, None]  # [B|1, 1, K, block_size, 1]
-    padding = (0, 0, 0, blocks * block_size - tokens)
-    values = F.pad(value.float(), padding).unflatten(2, (blocks, block_size))
-    scores = F.pad(key.float() @ (query * scale).mT, padding).unflatten(2, (blocks, block_size))  # [B, H, K, size, R]
-    sizes = exists.sum(3, keepdim=True).clamp_min(1)
-    means = (scores * exists).sum(3, keepdim=True) / sizes  # [B, H, K, 1, R], of the mean key
-    scores = scores.masked_fill(~exists, -torch.inf)
-    peaks = scores.amax(3, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
-    weights = (scores - peaks).exp_()
+    keys, values = key.float(), value.float()
+    if (missing := -keys.shape[2] % block_size) > 0:
+        keys, values = (F.pad(x, (0, 0, 0, missing)) for x in (keys, values))
+    scores = (keys @ query.mT).unflatten(2, (-1, block_size))  # [B, H, K, block_size, R]
+    keys, values = (x.unflatten(2, (-1, block_size)) for x in (keys, values))
+    if is_beyond is not None:
+        scores.masked_fill_(is_beyond, -torch.inf)
+        keys = keys.masked_fill(is_beyond, 0.0)
+    peaks = scores.amax(3, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
+    weights = scores.sub_(peaks).exp_()
     if tail:
-        weights -= torch.where(exists, (means - peaks).exp_(), 0.0)
-    moves = weights.mT @ values - weights.sum(3)[..., None] * output[:, :, None]  # [B, H, K, R, D]
-    return (2 * peaks[:, :, :, 0] + moves.square().sum(-1).log()).mT
+        counts = block_size if is_beyond is None else (block_size - is_beyond.sum(3)).clamp_min_(1)
+        mean_scores = (keys.sum(3) / counts) @ query.mT  # [B, H, K, R]
+        of_mean = (mean_scores[:, :, :, None] - peaks).exp_()
+        weights -= of_mean if is_beyond is None else of_mean.where(~is_beyond, 0.0)
+    moves = weights.mT @ values  # [B, H, K, R, D]
+    moves.addcmul_(weights.sum(3)[..., None], output[:, :, None], value=-1.0)
+    return (2 * (peaks[:, :, :, 0] + torch.linalg.vector_norm(moves, dim=-1).log_())).mT
 
 
 @functools.cache

@@ -23,6 +23,14 @@ def head_slices(query: Tensor, sampled_rows: int) -> list[slice]:
     return slices(heads, bytes_a_head // (TIMES_ON_GPU if query.device.type == "cuda" else 1))
 
 
+def blockwise_head_slices(query: Tensor, rows: int, key_block_size: int) -> list[slice]:
+    """As `head_slices`, where each of the rows of each head keeps a sum of values for each key block."""
+    batch, heads, tokens, dim = query.shape
+    # float32 scores of the rows; keys and values in another order and as float32; sums by block.
+    numbers = tokens * (rows + 4 * dim) + num_blocks(tokens, key_block_size) * rows * dim
+    return slices(heads, 4 * batch * numbers // (TIMES_ON_GPU if query.device.type == "cuda" else 1))
+
+
 def summed_head_slices(query: Tensor, sampled_rows: int, key_block_size: int) -> list[slice]:
     """As `head_slices` on a GPU whose kernels sum by key block and judge: then the sums are what takes memory."""
     batch, heads, tokens, dim = query.shape

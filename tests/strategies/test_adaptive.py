@@ -225,7 +225,7 @@ class _Operations(TorchDispatchMode):
         return result
 
 
-def test_a_plan_of_wan_at_720p_takes_at_most_1300_operators(monkeypatch):
+def test_a_plan_of_wan_at_720p_takes_at_most_2400_operators(monkeypatch):
     # With a GPU's memory for planning, without its kernels. Tensors without numbers: whatever looks at one fails.
     monkeypatch.setattr(
         planning_memory, "PLANNING_BYTES", planning_memory.PLANNING_BYTES * planning_memory.TIMES_ON_GPU
@@ -236,7 +236,7 @@ def test_a_plan_of_wan_at_720p_takes_at_most_1300_operators(monkeypatch):
     Adaptive().plan(*qkv, call)
     with _Operations() as operations:
         Adaptive().plan(*qkv, call)
-    assert operations.count <= 1300
+    assert operations.count <= 2400
 
 
 def test_plans_of_all_densities_share_what_depends_on_the_grid_alone():

@@ -10,7 +10,7 @@ from uncomputed_planning import FLUX, HUNYUAN_VIDEO, WAN, Launches, query_of
 from diffsparse.grid import TokenGrid
 from diffsparse.strategies import adaptive_trials, planning_memory
 from diffsparse.strategies.adaptive import Adaptive
-from diffsparse.strategies.planning_memory import head_slices, summed_head_slices
+from diffsparse.strategies.planning_memory import blockwise_head_slices, head_slices, summed_head_slices
 from diffsparse.strategies.strategy import AttentionCall
 
 
@@ -18,7 +18,7 @@ def test_slices_are_all_heads_in_their_order(monkeypatch):
     query = query_of(TokenGrid(1, 8, 8), 5)
     for bytes_of_all in (1, 1 << 20, 1 << 30):
         monkeypatch.setattr(planning_memory, "PLANNING_BYTES", bytes_of_all)
-        for slices in (head_slices(query, 9), summed_head_slices(query, 9, 16)):
+        for slices in (head_slices(query, 9), blockwise_head_slices(query, 9, 16), summed_head_slices(query, 9, 16)):
             assert [head for each in slices for head in range(5)[each]] == list(range(5))
 
 
@@ -35,7 +35,9 @@ def test_where_kernels_judge_too_many_heads_are_judged_a_few_at_a_time():
 
 def test_a_plan_on_a_gpu_without_a_kernel_is_made_in_the_slices_of_the_cpu(monkeypatch):
     asked = []
-    monkeypatch.setattr(adaptive_trials, "head_slices", lambda *args: asked.append(args) or head_slices(*args))
+    monkeypatch.setattr(
+        adaptive_trials, "blockwise_head_slices", lambda *args: asked.append(args) or blockwise_head_slices(*args)
+    )
     grid, num_heads = FLUX
     query = query_of(grid, num_heads)
     Adaptive().plan(query, query, query, AttentionCall(grid))
