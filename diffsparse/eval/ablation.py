@@ -2,8 +2,9 @@
 
 Each fixed rule is the adaptive strategy with a single candidate and the same density in every head and at every step,
 so that all run on the same kernel, at the same density, with the same dense steps. Then come its parts: the choice
-among all candidates, with it blocks shared among heads, or more of them for the first sparse steps, and both. Videos of
-the same prompt and seed are compared with the dense one by PSNR.
+among all candidates, with it blocks shared among heads, or more of them for the first sparse steps, and both; and all
+of it with pooled scores in place of impacts. Videos of the same prompt and seed are compared with the dense one by
+PSNR.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from diffsparse.eval import sweep
@@ -18,22 +20,23 @@ from diffsparse.eval.sweep_results import SweepResults, Variant
 from diffsparse.heads import HeadClass
 from diffsparse.strategies.adaptive import CANDIDATES, Adaptive, Candidate
 
-SPATIAL_BAND, TEMPORAL_BAND, TOP_FRAME_MAJOR, TOP_TOKEN_MAJOR, TOP_TILES = CANDIDATES
+SPATIAL_BAND, TEMPORAL_BAND, *BY_IMPACT = CANDIDATES
+BY_MEANS = [replace(candidate, rule="top") for candidate in BY_IMPACT]
 EVEN: dict[str, Any] = {"equal_heads": True, "front_load": 0.0}
 FIXED_RULES: dict[str, tuple[Candidate, ...]] = {
     "random blocks": (Candidate(HeadClass.TEXTURAL, "frame-major", "random"),),
     "spatial band": (SPATIAL_BAND,),
     "temporal band": (TEMPORAL_BAND,),
     "better of the two bands": (SPATIAL_BAND, TEMPORAL_BAND),
-    "top pooled scores, frame-major": (TOP_FRAME_MAJOR,),
-    "top pooled scores, token-major": (TOP_TOKEN_MAJOR,),
-    "top pooled scores, tiles": (TOP_TILES,),
+    **{f"top pooled scores, {candidate.order}": (candidate,) for candidate in BY_MEANS},
+    **{f"largest impacts, {candidate.order}": (candidate,) for candidate in BY_IMPACT},
 }
 RULES: dict[str, dict[str, Any]] = {
     **{name: EVEN | {"candidates": candidates} for name, candidates in FIXED_RULES.items()},
     "choice of each head": EVEN,
     "choice, blocks shared among heads": {"front_load": 0.0},
     "choice, more in the first steps": {"equal_heads": True},
+    "adaptive by pooled scores": {"candidates": (SPATIAL_BAND, TEMPORAL_BAND, *BY_MEANS)},
     "adaptive": {},
 }
 """Options of `Adaptive`, by what they stand for."""

@@ -15,7 +15,7 @@ from diffsparse.heads import HeadClass
 from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.adaptive_geometry import ORDERS, Geometry, geometry_of
-from diffsparse.strategies.adaptive_trials import RULES, Inputs, Means, Trial, wanted_by_impact
+from diffsparse.strategies.adaptive_trials import RULES, Inputs, Means, Trial, scores_by
 from diffsparse.strategies.error_budget import on_device, share_out
 from diffsparse.strategies.select_blocks import select_blocks
 from diffsparse.strategies.strategy import AttentionCall
@@ -36,8 +36,8 @@ class Candidate:
     Attributes:
         head_class: what a head is called for which this is best.
         order: "frame-major", "token-major" (the same place of all frames side by side) or "tiles".
-        rule: "band" (the nearest blocks), "top" (those whose skipping would move the output of the mean query most) or
-            "random" (a baseline to beat).
+        rule: "band" (the nearest blocks), "impact" (those whose skipping would move the output of the mean query most),
+            "top" (the highest products of mean query and mean key) or "random" (a baseline to beat).
 
     Raises:
         ValueError: an unknown order or rule.
@@ -56,9 +56,9 @@ class Candidate:
 CANDIDATES = (
     Candidate(HeadClass.SPATIAL, "frame-major", "band"),
     Candidate(HeadClass.TEMPORAL, "token-major", "band"),
-    Candidate(HeadClass.TEXTURAL, "frame-major", "top"),
-    Candidate(HeadClass.TEXTURAL, "token-major", "top"),
-    Candidate(HeadClass.TEXTURAL, "tiles", "top"),
+    Candidate(HeadClass.TEXTURAL, "frame-major", "impact"),
+    Candidate(HeadClass.TEXTURAL, "token-major", "impact"),
+    Candidate(HeadClass.TEXTURAL, "tiles", "impact"),
 )
 
 
@@ -248,7 +248,7 @@ class _Sized(Adaptive):
             order_of_head = self._of(best, [orders.index(candidate.order) for candidate in self.candidates])
             tensors = zip(*(vars(trial.means).values() for trial in trials))
             means = Means(*(_chosen(of_orders, order_of_head) for of_orders in tensors))
-            return wanted_by_impact(means, inputs, layout, permutation.order)
+            return scores_by(rule, means, inputs, layout, permutation.order)
 
         first, *others = dict.fromkeys(candidate.rule for candidate in self.candidates)
         scores = by(first)

@@ -15,8 +15,8 @@ from diffsparse.strategies.block_impacts import block_impacts
 from diffsparse.strategies.error_budget import on_device
 from diffsparse.strategies.planning_memory import blockwise_head_slices, summed_head_slices
 
-RULES = ("band", "top", "random")
-"""By which a query block may choose its key blocks: distance, what skipping a block would do, chance."""
+RULES = ("band", "impact", "top", "random")
+"""By which a query block may choose its key blocks: distance, what skipping one would do, product of means, chance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +103,11 @@ class Trial:
         def rank_by(rule: str) -> Tensor:
             if rule == "band":
                 return geometry.band_rank_of_rows[number][None, None]
-            if rule == "top":
-                scores = wanted_by_impact(means.of_queries(blocks), inputs, geometry, order_of_all)
-            else:
+            if rule == "random":
                 assert inputs.noise is not None
                 scores = inputs.noise.index_select(2, blocks)
+            else:
+                scores = scores_by(rule, means.of_queries(blocks), inputs, geometry, order_of_all)
             return ranks(scores.masked_fill_(always, torch.inf), counts[-1])
 
         rank = torch.stack(torch.broadcast_tensors(*map(rank_by, rules)), dim=3)  # [B|1, H|1, R, C, K]
@@ -117,17 +117,20 @@ class Trial:
         return cls(errors, sizes, means)
 
 
-def wanted_by_impact(means: Means, inputs: Inputs, geometry: Geometry, order: Tensor | None) -> Tensor:
-    """How much a query block wants each key block, [B, H, n, K] float32: by what skipping it does to its mean query.
-
-    About what attention gives the mean query, it gives it of the means of all key blocks.
+def scores_by(rule: str, means: Means, inputs: Inputs, geometry: Geometry, order: Tensor | None) -> Tensor:
+    """How much query blocks want each key block by "impact" or "top", [B, H, n, K] float32.
 
     Args:
-        means: of the query blocks, and of all key blocks.
+        rule: "impact", what skipping a key block would do to the output of the mean query, or "top", the product of
+            mean query and mean key.
+        means: of the n query blocks, and of all key blocks.
         inputs: of the layer.
         geometry: of the grid.
-        order: [H|1, S] the tokens' order; None for their own.
+        order: [H|1, S] of the tokens; None for their own.
     """
+    if rule == "top":
+        return means.query @ means.key.mT
+    # About what attention gives the mean query: what it gives it of the means of all key blocks.
     sizes = geometry.log_key_block_sizes
     output = F.scaled_dot_product_attention(
         means.query, means.key, means.value, sizes.expand(means.query.shape[2], -1), scale=inputs.scale

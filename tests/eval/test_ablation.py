@@ -61,10 +61,12 @@ def test_where_lpips_was_at_hand_it_has_a_table_of_its_own(tmp_path, capsys):
 def test_each_part_of_the_default_is_taken_alone():
     parts = {name: Adaptive(**options) for name, options in RULES.items() if name not in FIXED_RULES}
     default = Adaptive()
+    by_pooled_scores = tuple(replace(x, rule="top") if x.rule == "impact" else x for x in default.candidates)
     assert parts == {
         "choice of each head": replace(default, equal_heads=True, front_load=0.0),
         "choice, blocks shared among heads": replace(default, front_load=0.0),
         "choice, more in the first steps": replace(default, equal_heads=True),
+        "adaptive by pooled scores": replace(default, candidates=by_pooled_scores),
         "adaptive": default,
     }
 

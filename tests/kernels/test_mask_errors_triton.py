@@ -39,8 +39,8 @@ def compile_for(capability, dim, num_masks):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=mask_errors_triton.OPTIONS)
 
 
-# Of the default candidates an order has two rules at five numbers of blocks and all; there are three rules.
-CASES = [*((capability, 128, 12) for capability in SHARED_MEMORY), (90, 32, 12), (90, 80, 12), (89, 128, 18)]
+# Of the default candidates an order has two rules at five numbers of blocks and all; there are four rules.
+CASES = [*((capability, 128, 12) for capability in SHARED_MEMORY), (90, 32, 12), (90, 80, 12), (89, 128, 24)]
 
 
 @pytest.mark.parametrize(("capability", "dim", "num_masks"), CASES)

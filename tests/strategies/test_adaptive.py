@@ -17,6 +17,10 @@ GRID = TokenGrid(12, 6, 8)
 SMALL = {"query_block_size": 16, "key_block_size": 16, "tile": (2, 2, 4), "sampled_rows": 32}
 
 
+def candidate(order: str, rule: str) -> Candidate:
+    return Candidate(HeadClass.TEXTURAL, order, rule)
+
+
 def planted_head(cls: HeadClass, grid: TokenGrid, generator: torch.Generator) -> list[Tensor]:
     """q, k, v [S, D] of a head that attends by frame, by place, or by a content of patches in space and time."""
     frames, height, width = grid.frames, grid.height, grid.width
@@ -120,6 +124,39 @@ def test_every_query_block_sees_itself():
     assert visible.diagonal(dim1=-2, dim2=-1).all()
 
 
+def blocks_chosen(key, value, rule, tail):
+    """Of a head in which all queries want the first direction: two blocks of 16 tokens, one of them its own."""
+    query = torch.zeros_like(key)
+    query[..., 0] = 10.0
+    strategy = Adaptive(density=2 / 36, candidates=(candidate("frame-major", rule),), tail=tail, **SMALL)
+    visible = strategy.plan(query, key, value, AttentionCall(GRID)).mask.visible()[0, 0]
+    assert (visible.sum(-1) == 2).all()
+    visible.fill_diagonal_(False)
+    return set(visible.nonzero()[:, 1].tolist())
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_few_keys_that_matter_are_found_among_others_that_do_not(tail):
+    # Block 20 has one key that all queries want, and others that make up for it in the mean; all of block 8 is wanted
+    # a little.
+    key, value = torch.zeros(1, 1, GRID.num_tokens, 16), torch.randn(1, 1, GRID.num_tokens, 16)
+    key[0, 0, 330, 0] = 4.0
+    key[0, 0, 320:330, 0] = -4.0
+    key[0, 0, 128:144, 0] = 0.1
+    assert 20 in blocks_chosen(key, value, "impact", tail)
+    assert 20 not in blocks_chosen(key, value, "top", tail)
+
+
+def test_a_block_that_its_mean_stands_for_is_left_to_the_tail():
+    # All queries want block 8 most, whose keys are the same; those of block 20 differ.
+    key, value = torch.zeros(1, 1, GRID.num_tokens, 16), torch.randn(1, 1, GRID.num_tokens, 16)
+    key[0, 0, 128:144, 0] = 1.0
+    key[0, 0, 320:336, 0] = torch.linspace(-1.0, 0.9, 16)
+    assert 8 in blocks_chosen(key, value, "impact", tail=False)
+    assert 20 in blocks_chosen(key, value, "impact", tail=True)
+    assert 8 not in blocks_chosen(key, value, "impact", tail=True)
+
+
 @pytest.mark.parametrize("grid", [GRID, TokenGrid(3, 5, 7, 2, 9)])
 def test_full_density_is_dense_attention(grid):
     query, key, value = random_qkv(grid, batch=2)
@@ -172,7 +209,7 @@ def test_half_precision_plans_like_single():
     assert torch.equal(single.classes, half.classes)
 
 
-@pytest.mark.parametrize("candidates", [CANDIDATES, (Candidate(HeadClass.TEXTURAL, "tiles", "random"),)])
+@pytest.mark.parametrize("candidates", [CANDIDATES, *((candidate("tiles", rule),) for rule in ("top", "random"))])
 def test_heads_judged_a_few_at_a_time_get_the_same_plan(candidates, monkeypatch):
     qkv = random_qkv(GRID, batch=2)
     together = Adaptive(candidates=candidates, **SMALL).plan(*qkv, AttentionCall(GRID))
