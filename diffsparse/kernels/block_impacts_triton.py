@@ -1,0 +1,187 @@
+"""What skipping each key block would do to the output of each query, in Triton: both products and the sum in one pass.
+
+It is held to PyTorch, in `strategies/block_impacts.py`.
+"""
+
+# mypy: allow-untyped-defs
+# (what Triton compiles has no Python types)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffsparse.kernels.launch import launch_on, step_of_heads
+
+LEAST = tl.constexpr(torch.finfo(torch.float32).min)
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+# Key blocks that a program takes one after the other: its queries and their outputs are larger than one of them.
+BLOCKS = 16
+
+
+def block_impacts(
+    query: Tensor,
+    output: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int,
+    *,
+    scale: float,
+    tail: bool,
+    order: Tensor | None = None,
+    key_length: Tensor | None = None,
+) -> Tensor:
+    """What `block_impacts.block_impacts` gives, [B, H, R, K] float32; products are in key's dtype.
+
+    Keys and values are read in the `order` [H|1, S] without a copy of them.
+    """
+    batch, heads, rows, dim = query.shape
+    tokens = key.shape[2]
+    blocks = triton.cdiv(tokens, block_size)
+    key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
+    order = None if order is None else order.contiguous()
+    impacts = torch.empty((batch, heads, rows, blocks), dtype=torch.float32, device=key.device)
+    chosen = constants(rows, dim, block_size, key.element_size())
+    programs = triton.cdiv(rows, chosen["ROWS"]) * triton.cdiv(blocks, BLOCKS)
+    with launch_on(key.device):
+        block_impacts_kernel[(programs, batch * heads)](
+            query.contiguous(),
+            output.contiguous(),
+            key,
+            value,
+            order,
+            None if key_length is None else key_length.contiguous(),
+            impacts,
+            *key.stride()[:3],
+            *value.stride()[:3],
+            step_of_heads(order),
+            scale * LOG2_E,
+            heads,
+            rows,
+            tokens,
+            TAIL=tail,
+            **chosen,
+            **options(chosen, key.element_size()),
+        )
+    return impacts
+
+
+def constants(rows: int, dim: int, block_size: int, element_size: int) -> dict[str, int | str]:
+    """What the kernel is compiled for."""
+    padded_block = triton.next_power_of_2(max(block_size, 16))
+    return {
+        "HEAD_DIM": dim,
+        "PADDED_DIM": triton.next_power_of_2(max(dim, 16)),
+        "ROWS": 64 if rows <= 64 else 128,
+        "BLOCK": block_size,
+        "PADDED_BLOCK": padded_block,
+        "BLOCKS": BLOCKS,
+        "PRECISION": "ieee" if element_size == 4 else "tf32",
+    }
+
+
+def options(constants: dict[str, int | str], element_size: int) -> dict[str, int]:
+    """How it is compiled for these constants."""
+    return {"num_warps": 4 if constants["ROWS"] == 64 else 8, "num_stages": 2}
+
+
+# How many tokens, queries and heads there are is not compiled in: another resolution compiles nothing.
+@triton.jit(
+    do_not_specialize=["order_stride_h", "logit_scale", "heads", "num_rows", "num_tokens"],
+    do_not_specialize_on_alignment=["order_ptr"],
+)
+def block_impacts_kernel(
+    query_ptr,
+    output_ptr,
+    key_ptr,
+    value_ptr,
+    order_ptr,
+    key_length_ptr,
+    impacts_ptr,
+    key_stride_b,
+    key_stride_h,
+    key_stride_s,
+    value_stride_b,
+    value_stride_h,
+    value_stride_s,
+    order_stride_h,
+    logit_scale,
+    heads,
+    num_rows,
+    num_tokens,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PADDED_BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Some queries of one head against some key blocks. `order_ptr` and `key_length_ptr` may be None."""
+    # Programs side by side take the same key blocks, which all but the first find in the L2 cache.
+    tiles = tl.cdiv(num_rows, ROWS)
+    tile, first_block = tl.program_id(0) % tiles, tl.program_id(0) // tiles * BLOCKS
+    num_blocks = tl.cdiv(num_tokens, BLOCK)
+    head_of_batch = tl.program_id(1).to(tl.int64)
+    b, h = head_of_batch // heads, head_of_batch % heads
+    key_ptr += b * key_stride_b + h * key_stride_h
+    value_ptr += b * value_stride_b + h * value_stride_h
+    end = num_tokens
+    if key_length_ptr is not None:
+        end = tl.minimum(end, tl.load(key_length_ptr + b)).to(tl.int32)
+
+    dims = tl.arange(0, PADDED_DIM)
+    in_head = dims < HEAD_DIM
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    # 64 bits: all rows together may have more blocks than 32 count, keys more numbers.
+    row_of_all = head_of_batch * num_rows + rows
+    offsets = row_of_all[:, None] * HEAD_DIM + dims[None, :]
+    is_number = is_row[:, None] & in_head[None, :]
+    # [ROWS, PADDED_DIM]
+    query = tl.load(query_ptr + offsets, mask=is_number, other=0.0).to(tl.float32) * logit_scale
+    query = query.to(key_ptr.dtype.element_ty)
+    output = tl.load(output_ptr + offsets, mask=is_number, other=0.0).to(tl.float32)
+    # [ROWS]
+    impact_ptrs = impacts_ptr + row_of_all * num_blocks
+
+    within = tl.arange(0, PADDED_BLOCK)
+    for block in range(first_block, tl.minimum(first_block + BLOCKS, num_blocks)):
+        # [PADDED_BLOCK]
+        places = block * BLOCK + within
+        exists = (within < BLOCK) & (places < end)
+        tokens = places.to(tl.int64)
+        if order_ptr is not None:
+            tokens = tl.load(order_ptr + h * order_stride_h + places, mask=exists, other=0)
+        mask = exists[:, None] & in_head[None, :]
+        # [PADDED_BLOCK, PADDED_DIM]
+        key = tl.load(key_ptr + tokens[:, None] * key_stride_s + dims[None, :], mask=mask, other=0.0)
+        value = tl.load(value_ptr + tokens[:, None] * value_stride_s + dims[None, :], mask=mask, other=0.0)
+
+        # [ROWS, PADDED_BLOCK], in base 2
+        logits = tl.dot(query, key.T, input_precision=PRECISION)
+        weights, peaks = weights_of(logits, exists, TAIL)
+        # As the product takes them: what all values have in common is what the output has.
+        weights = weights.to(value.dtype)
+        # [ROWS, PADDED_DIM]
+        moves = tl.dot(weights, value, input_precision=PRECISION)
+        moves -= tl.sum(weights.to(tl.float32), 1)[:, None] * output
+        impacts = (2 * peaks + tl.log2(tl.sum(moves * moves, 1))) * LN_2
+        tl.store(impact_ptrs + block, impacts, mask=is_row)
+
+
+@triton.jit
+def weights_of(logits, exists, TAIL: tl.constexpr):
+    """Weights [ROWS, PADDED_BLOCK] over that of the largest logit, less the mean key's where TAIL; and that logit."""
+    # [ROWS]
+    peaks = tl.maximum(tl.max(tl.where(exists[None, :], logits, -float("inf")), 1), LEAST)
+    weights = tl.where(exists[None, :], tl.exp2(logits - peaks[:, None]), 0.0)
+    if TAIL:
+        # The logits of keys that do not exist are zero.
+        means = tl.sum(logits, 1) / tl.maximum(tl.sum(exists.to(tl.float32), 0), 1.0)
+        weights = tl.where(exists[None, :], weights - tl.exp2(means - peaks)[:, None], 0.0)
+    return weights, peaks
