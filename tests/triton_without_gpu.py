@@ -19,21 +19,26 @@ def passes_in_the_interpreter(file: Path) -> None:
     assert "skipped" not in run.stdout
 
 
-def compile_for(capability, kernel, pointers, constants, even=()):
+def compile_for(capability, kernel, pointers, constants, even=(), options=None):
     """Compile as at a launch: pointers are aligned, and numbers that are 1 are constants.
 
-    `pointers` are the types of those arguments that are no numbers, `even` the numbers that are multiples of 16.
+    `pointers` are the types of those arguments that are no int32, `even` the numbers that are multiples of 16.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
-    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in even]
+    aligned = [
+        i
+        for i, parameter in enumerate(kernel.params)
+        if (signature[parameter.name].startswith("*") and not parameter.do_not_specialize_on_alignment)
+        or parameter.name in even
+    ]
     source = ASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 class Operators(TorchDispatchMode):

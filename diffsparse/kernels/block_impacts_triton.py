@@ -18,8 +18,8 @@ from diffsparse.kernels.launch import launch_on, step_of_heads
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-# Key blocks that a program takes one after the other: its queries and their outputs are larger than one of them.
 BLOCKS = 16
+"""Key blocks that a program takes one after the other, since to read its queries and outputs takes longer than one."""
 
 
 def block_impacts(
@@ -44,7 +44,14 @@ def block_impacts(
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
     order = None if order is None else order.contiguous()
     impacts = torch.empty((batch, heads, rows, blocks), dtype=torch.float32, device=key.device)
-    chosen = constants(rows, dim, block_size, key.element_size())
+    chosen = compiled_for(
+        rows,
+        dim,
+        block_size,
+        key.element_size(),
+        is_ordered=order is not None,
+        takes_large_tiles=_takes_large_tiles(key.device),
+    )
     programs = triton.cdiv(rows, chosen["ROWS"]) * triton.cdiv(blocks, BLOCKS)
     with launch_on(key.device):
         block_impacts_kernel[(programs, batch * heads)](
@@ -64,33 +71,50 @@ def block_impacts(
             tokens,
             TAIL=tail,
             **chosen,
-            **options(chosen, key.element_size()),
         )
     return impacts
 
 
-def constants(rows: int, dim: int, block_size: int, element_size: int) -> dict[str, int | str]:
-    """What the kernel is compiled for."""
-    padded_block = triton.next_power_of_2(max(block_size, 16))
+def compiled_for(
+    rows: int, dim: int, block_size: int, element_size: int, *, is_ordered: bool, takes_large_tiles: bool
+) -> dict[str, int]:
+    """What is compiled in, and `num_warps` and `num_stages`: the same whatever the number of tokens.
+
+    All that a program holds in registers fits there, wherever it runs; a test compiles for all architectures.
+    """
+    padded_dim, padded_block = (triton.next_power_of_2(max(size, 16)) for size in (dim, block_size))
+    tile = padded_dim * padded_block
+    if element_size == 4:
+        query_tile, num_warps, num_stages = 32 if tile <= 64 * 128 else 16, 8, 1
+    elif tile <= 64 * 128:
+        query_tile, num_warps = (128, 8) if rows > 64 and takes_large_tiles else (64, 4)
+        # Two blocks are on their way while one is taken; their places in the order are read as much further ahead, or
+        # what waits for them would stop the copies.
+        num_stages = 5 if is_ordered else 3
+    elif tile <= 128 * 128 and takes_large_tiles:
+        query_tile, num_warps, num_stages = 64, 8, 2
+    else:
+        query_tile, num_warps, num_stages = 32, 8, 1
     return {
         "HEAD_DIM": dim,
-        "PADDED_DIM": triton.next_power_of_2(max(dim, 16)),
-        "ROWS": 64 if rows <= 64 else 128,
+        "PADDED_DIM": padded_dim,
+        "ROWS": query_tile,
         "BLOCK": block_size,
         "PADDED_BLOCK": padded_block,
         "BLOCKS": BLOCKS,
-        "PRECISION": "ieee" if element_size == 4 else "tf32",
+        "num_warps": num_warps,
+        "num_stages": num_stages,
     }
 
 
-def options(constants: dict[str, int | str], element_size: int) -> dict[str, int]:
-    """How it is compiled for these constants."""
-    return {"num_warps": 4 if constants["ROWS"] == 64 else 8, "num_stages": 2}
+def _takes_large_tiles(device: torch.device) -> bool:
+    """Whether it is a Hopper or data center Blackwell, which have shared memory and products for them."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 # How many tokens, queries and heads there are is not compiled in: another resolution compiles nothing.
 @triton.jit(
-    do_not_specialize=["order_stride_h", "logit_scale", "heads", "num_rows", "num_tokens"],
+    do_not_specialize=["order_stride_h", "heads", "num_rows", "num_tokens"],
     do_not_specialize_on_alignment=["order_ptr"],
 )
 def block_impacts_kernel(
@@ -119,7 +143,6 @@ def block_impacts_kernel(
     PADDED_BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Some queries of one head against some key blocks. `order_ptr` and `key_length_ptr` may be None."""
     # Programs side by side take the same key blocks, which all but the first find in the L2 cache.
@@ -162,13 +185,13 @@ def block_impacts_kernel(
         key = tl.load(key_ptr + tokens[:, None] * key_stride_s + dims[None, :], mask=mask, other=0.0)
         value = tl.load(value_ptr + tokens[:, None] * value_stride_s + dims[None, :], mask=mask, other=0.0)
 
-        # [ROWS, PADDED_BLOCK], in base 2
-        logits = tl.dot(query, key.T, input_precision=PRECISION)
+        # [ROWS, PADDED_BLOCK], in base 2. Where keys are float32, products are three of tensor cores, nearly as exact.
+        logits = tl.dot(query, key.T, input_precision="tf32x3")
         weights, peaks = weights_of(logits, exists, TAIL)
         # As the product takes them: what all values have in common is what the output has.
         weights = weights.to(value.dtype)
         # [ROWS, PADDED_DIM]
-        moves = tl.dot(weights, value, input_precision=PRECISION)
+        moves = tl.dot(weights, value, input_precision="tf32x3")
         moves -= tl.sum(weights.to(tl.float32), 1)[:, None] * output
         impacts = (2 * peaks + tl.log2(tl.sum(moves * moves, 1))) * LN_2
         tl.store(impact_ptrs + block, impacts, mask=is_row)
