@@ -158,9 +158,7 @@ def test_a_key_that_is_its_own_mean_moves_nothing():
 def test_it_is_what_torch_gives(tail, lengths):
     tensors, order = inputs(), orders(3)
     length = None if lengths is None else torch.tensor(lengths)
-    actual = block_impacts_triton.block_impacts(
-        *tensors, 16, scale=SCALE, tail=tail, order=order, key_length=length
-    )
+    actual = block_impacts_triton.block_impacts(*tensors, 16, scale=SCALE, tail=tail, order=order, key_length=length)
     expected = judging._block_impacts(*tensors, 16, SCALE, tail, order, length)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
