@@ -224,23 +224,22 @@ class _Sized(Adaptive):
 
     def _best(self, errors: Tensor) -> Tensor:
         """Which candidate each head takes, of the errors [H, C]: the first of those that cost it least, [H] int64."""
-        classes = on_device(tuple(candidate.head_class for candidate in self.candidates), errors.device)
         of_content = errors * self.band_margin + NEGLIGIBLE_ERROR
-        return torch.where(classes == HeadClass.TEXTURAL, of_content, errors).argmin(1)
+        is_textural = tuple(candidate.head_class == HeadClass.TEXTURAL for candidate in self.candidates)
+        return torch.where(on_device(is_textural, errors.device, torch.bool), of_content, errors).argmin(1)
 
-    def _of(self, best: Tensor, values: list[int]) -> Tensor:
-        """What each head's candidate has of these values, one for each candidate: [H] int64."""
-        return on_device(tuple(values), best.device).index_select(0, best)
+    def _of(self, best: Tensor, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        """What each head's candidate has of these values, one for each candidate, [H]."""
+        return on_device(tuple(values), best.device, dtype).index_select(0, best)
 
     def _scores(
         self, best: Tensor, trials: list[Trial], inputs: Inputs, layout: _Layout, permutation: Permutation
     ) -> Tensor:
         """How much each head's candidate wants each key block, [B|1, H|1, Q, K] float32."""
-        rule_of_head = self._of(best, [RULES.index(candidate.rule) for candidate in self.candidates])
 
         def by(rule: str) -> Tensor:
             if rule == "band":
-                return -layout.band_rank[None, None].float()
+                return layout.band_scores[None, None]
             if rule == "random":
                 assert inputs.noise is not None
                 return inputs.noise.float()
@@ -253,8 +252,8 @@ class _Sized(Adaptive):
         first, *others = dict.fromkeys(candidate.rule for candidate in self.candidates)
         scores = by(first)
         for rule in others:
-            is_of_rule = (rule_of_head == RULES.index(rule))[:, None, None]
-            scores = torch.where(is_of_rule, by(rule), scores)
+            is_of_rule = self._of(best, [candidate.rule == rule for candidate in self.candidates], torch.bool)
+            scores = torch.where(is_of_rule[:, None, None], by(rule), scores)
         return scores
 
 

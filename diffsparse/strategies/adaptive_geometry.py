@@ -28,6 +28,7 @@ class Geometry:
         blocks_of_rows: the query block that each of them lies in, by order, [3, R].
         always: what every query block of every order sees, [Q, K] bool: text, and itself.
         band_rank: the place of each block by its distance from the diagonal, [Q, K] int32, `always` first.
+        band_scores: the nearest highest, [Q, K] float32.
         always_of_rows, band_rank_of_rows: those of the query blocks of the sampled rows, by order, [3, R, K].
         log_key_block_sizes: the logarithm of the number of tokens of each key block, [K] float32.
         seen_by_all: the most key blocks in `always` of a query block without text.
@@ -41,6 +42,7 @@ class Geometry:
     blocks_of_rows: Tensor
     always: Tensor
     band_rank: Tensor
+    band_scores: Tensor
     always_of_rows: Tensor
     band_rank_of_rows: Tensor
     log_key_block_sizes: Tensor
@@ -89,6 +91,7 @@ def geometry_of(
         blocks_of_rows=blocks_of_rows.to(device),
         always=always.to(device),
         band_rank=band_rank.to(device),
+        band_scores=-band_rank.to(device, torch.float32),
         always_of_rows=always[blocks_of_rows].to(device),
         band_rank_of_rows=band_rank[blocks_of_rows].to(device),
         log_key_block_sizes=sizes.float().log().to(device),

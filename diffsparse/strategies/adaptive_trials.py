@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.heads import BlockSums, judged_in_kernels
@@ -131,10 +130,10 @@ def scores_by(rule: str, means: Means, inputs: Inputs, geometry: Geometry, order
     if rule == "top":
         return means.query @ means.key.mT
     # About what attention gives the mean query: what it gives it of the means of all key blocks.
-    sizes = geometry.log_key_block_sizes
-    output = F.scaled_dot_product_attention(
-        means.query, means.key, means.value, sizes.expand(means.query.shape[2], -1), scale=inputs.scale
-    )
+    batch, heads, rows, _ = means.query.shape
+    query, key, value = (x.flatten(0, 1) for x in (means.query, means.key, means.value))
+    logits = torch.baddbmm(geometry.log_key_block_sizes, query, key.mT, alpha=inputs.scale)
+    output = (logits.softmax(-1) @ value).view(batch, heads, rows, -1)
     return block_impacts(
         means.query,
         output,

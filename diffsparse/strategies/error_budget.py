@@ -39,9 +39,9 @@ def share_out(errors: Tensor, counts: list[int], mean: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """The numbers as a tensor, int64. Kept, since copying them waits for the device."""
-    return torch.tensor(numbers, device=device)
+def on_device(numbers: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """The numbers as a tensor. Kept, since copying them waits for the device."""
+    return torch.tensor(numbers, device=device, dtype=dtype)
 
 
 def _convex(errors: Tensor, counts: list[int]) -> Tensor:
