@@ -15,7 +15,6 @@ from torch import Tensor
 
 from diffsparse.kernels.launch import launch_on, step_of_heads
 
-LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 BLOCKS = 16
@@ -201,7 +200,7 @@ def block_impacts_kernel(
 def weights_of(logits, exists, TAIL: tl.constexpr):
     """Weights [ROWS, PADDED_BLOCK] over that of the largest logit, less the mean key's where TAIL; and that logit."""
     # [ROWS]
-    peaks = tl.maximum(tl.max(tl.where(exists[None, :], logits, -float("inf")), 1), LEAST)
+    peaks = tl.max(tl.where(exists[None, :], logits, -float("inf")), 1)
     weights = tl.where(exists[None, :], tl.exp2(logits - peaks[:, None]), 0.0)
     if TAIL:
         # The logits of keys that do not exist are zero.

@@ -149,6 +149,17 @@ def test_large_logits_do_not_overflow(height, dtype, tail):
     assert check(tensors, 16, tail).isfinite().all()
 
 
+@pytest.mark.parametrize("tail", [False, True])
+def test_what_all_values_and_the_output_have_in_common_moves_nothing(tail):
+    query, output, key, value = inputs(dtype=torch.float16)
+    value = (value * 8).round() / 8  # so that the sums are exact
+    impacts, same = (
+        block_impacts_triton.block_impacts(query, output + x, key, value + x, 16, scale=SCALE, tail=tail)
+        for x in (0, 64)
+    )
+    torch.testing.assert_close(same, impacts, rtol=0, atol=1e-3)
+
+
 def test_a_key_that_is_its_own_mean_moves_nothing():
     tensors = inputs(tokens=65)
     assert check(tensors, 16, True)[..., -1].isneginf().all()
