@@ -19,6 +19,14 @@ LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 BLOCKS = 16
 """Key blocks that a program takes one after the other, since to read its queries and outputs takes longer than one."""
+LARGEST_BLOCK = 1 << 15
+"""Bytes of a key block, of which every GPU has room for what a program holds."""
+
+
+def fits(dim: int, block_size: int, element_size: int) -> bool:
+    """Whether the kernel takes keys of that many numbers, in blocks of that many tokens, and bytes a number."""
+    padded_dim, padded_block = (triton.next_power_of_2(max(size, 16)) for size in (dim, block_size))
+    return padded_dim * padded_block * element_size <= LARGEST_BLOCK
 
 
 def block_impacts(
@@ -90,7 +98,7 @@ def compiled_for(
         # Two blocks are on their way while one is taken; their places in the order are read as much further ahead, or
         # what waits for them would stop the copies.
         num_stages = 5 if is_ordered else 3
-    elif tile <= 128 * 128 and takes_large_tiles:
+    elif tile <= 128 * 128 and padded_block <= 128 and takes_large_tiles:
         query_tile, num_warps, num_stages = 64, 8, 2
     else:
         query_tile, num_warps, num_stages = 32, 8, 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from types import ModuleType
 
 import torch
@@ -42,7 +43,8 @@ def block_impacts(
         order: [H|1, S] int64, the order of keys and values that is cut into blocks; None for their own.
         key_length: [B], keys at or beyond this place of the order do not exist.
     """
-    if (kernels := _kernels(key.device)) is not None:
+    kernels = _kernels(key.device)
+    if kernels is not None and kernels.fits(key.shape[3], block_size, key.element_size()):
         options = {"scale": scale, "tail": tail, "order": order, "key_length": key_length}
         impacts: Tensor = kernels.block_impacts(query, output, key, value, block_size, **options)
         return impacts
@@ -119,13 +121,15 @@ def _kernels(device: torch.device) -> ModuleType | None:
             torch.randn(1, 2, tokens, 32, generator=generator, dtype=torch.float32) for tokens in (70, 70, 150, 150)
         )
         order = torch.stack([torch.randperm(150, generator=generator) for _ in range(2)])
-        tensors = query, output, key, value
-        for tail in (False, True):
+        # Queries and weights are rounded to the dtype of the keys, and logits are as large as 10.
+        for tail, (dtype, tolerance) in itertools.product(
+            (False, True), ((torch.float32, 1e-2), (torch.float16, 1e-1))
+        ):
+            tensors = query, output, key.to(dtype), value.to(dtype)
             expected = _block_impacts(*tensors, 32, 0.5, tail, order, None)
-            actual = kernels.block_impacts(
-                *(x.to(device) for x in tensors), 32, scale=0.5, tail=tail, order=order.to(device)
-            )
-            if not torch.allclose(actual.cpu(), expected, 1e-2, 1e-1):
+            options = {"scale": 0.5, "tail": tail, "order": order.to(device)}
+            actual = kernels.block_impacts(*(x.to(device) for x in tensors), 32, **options)
+            if not torch.allclose(actual.cpu(), expected, 0.0, tolerance):
                 return False
         return True
 

@@ -54,6 +54,7 @@ CASES = [
     (591, 64, 64, "fp16"),
     (591, 128, 128, "bf16"),
     (591, 256, 64, "bf16"),
+    (591, 64, 256, "bf16"),
     (591, 128, 64, "fp32"),
 ]
 
@@ -61,6 +62,9 @@ CASES = [
 @pytest.mark.parametrize(("rows", "dim", "block_size", "dtype"), CASES)
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_it_compiles_for_every_architecture(capability, rows, dim, block_size, dtype):
+    from diffsparse.kernels import block_impacts_triton
+
+    assert block_impacts_triton.fits(dim, block_size, 4 if dtype == "fp32" else 2)
     taken = resources(compiled(capability, rows, dim, block_size, dtype))
     assert taken.spilled_bytes == 0
     assert taken.shared_bytes <= SHARED_MEMORY[capability]
@@ -124,3 +128,10 @@ def test_all_impacts_are_one_launch(has_lengths, ordered, launches):
     # Two tiles of queries, two times up to 16 of the 19 key blocks; six heads.
     assert launches.grids == [(4, 6)]
     assert impacts.shape == (2, 3, 70, 19)
+
+
+def test_torch_takes_blocks_that_do_not_fit(launches):
+    x = torch.randn(1, 1, 150, 256)
+    impacts = block_impacts(x, x, x, x, 64, scale=0.5, tail=True)
+    assert not impacts.isnan().any()
+    assert launches.grids == []
