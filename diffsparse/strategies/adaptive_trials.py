@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.heads import BlockSums, judged_in_kernels
-from diffsparse.kernels.pooling import block_means
+from diffsparse.kernels.pooling import block_means, block_token_counts
 from diffsparse.strategies.adaptive_geometry import Geometry, ranks
 from diffsparse.strategies.block_impacts import block_impacts
 from diffsparse.strategies.error_budget import on_device
@@ -48,7 +48,10 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Means:
-    """The means of blocks of tokens in an order: query [B, H, Q, D], key and value [B, H, K, D], float32."""
+    """The means of blocks of tokens in an order: query [B, H, Q, D], key and value [B, H, K, D], float32.
+
+    Of keys and values those that exist; zero where there is none.
+    """
 
     query: Tensor
     key: Tensor
@@ -97,6 +100,11 @@ class Trial:
         mean_query, _ = block_means(inputs.query, geometry.query_block_size, order=order_of_all)
         sums = BlockSums.of(inputs.rows, inputs.key, inputs.value, geometry.key_block_size, order, inputs.key_length)
         means = Means(mean_query, sums.mean_key, sums.mean_value)
+        if inputs.key_length is not None:
+            # Those of the sums are also of keys that do not exist. No mask leaves such blocks to the tail.
+            options = {"key_length": inputs.key_length, "order": order_of_all}
+            existing = (block_means(x, geometry.key_block_size, **options)[0] for x in (inputs.key, inputs.value))
+            means = Means(mean_query, *existing)
         blocks, always = geometry.blocks_of_rows[number], geometry.always_of_rows[number]
 
         def rank_by(rule: str) -> Tensor:
@@ -132,7 +140,11 @@ def scores_by(rule: str, means: Means, inputs: Inputs, geometry: Geometry, order
     # About what attention gives the mean query: what it gives it of the means of all key blocks.
     batch, heads, rows, _ = means.query.shape
     query, key, value = (x.flatten(0, 1) for x in (means.query, means.key, means.value))
-    logits = torch.baddbmm(geometry.log_key_block_sizes, query, key.mT, alpha=inputs.scale)
+    log_sizes = geometry.log_key_block_sizes
+    if inputs.key_length is not None:
+        sizes = block_token_counts(inputs.key.shape[2], geometry.key_block_size, inputs.key_length)  # [B, K]
+        log_sizes = sizes.float().log()[:, None, None].expand(-1, heads, -1, -1).flatten(0, 1)  # [B * H, 1, K]
+    logits = torch.baddbmm(log_sizes, query, key.mT, alpha=inputs.scale)
     output = (logits.softmax(-1) @ value).view(batch, heads, rows, -1)
     return block_impacts(
         means.query,

@@ -188,6 +188,21 @@ def test_the_tail_is_taken_only_where_it_helps_and_can_be_turned_off():
     assert Adaptive(density=0.1, tail=False, **SMALL).plan(query, key, value, AttentionCall(GRID)).tail is None
 
 
+@pytest.mark.parametrize("rule", ["impact", "top"])
+@pytest.mark.parametrize("tail", [False, True])
+def test_padded_text_does_not_matter_to_the_choice_of_blocks(rule, tail):
+    grid = TokenGrid(3, 5, 7, text_after=40)
+    query, key, value = random_qkv(grid, batch=2)
+    # Of the first element one block holds keys that exist and keys that don't.
+    length = torch.tensor([115, 145], dtype=torch.int32)
+    candidates = tuple(candidate(order, rule) for order in ("frame-major", "tiles"))
+    options = Adaptive(density=0.3, candidates=candidates, tail=tail, **SMALL)
+    mask = options.plan(query, key, value, AttentionCall(grid, key_length=length)).mask
+    key[0, :, 115:], value[0, :, 115:] = 50.0, -50.0
+    changed = options.plan(query, key, value, AttentionCall(grid, key_length=length)).mask
+    assert torch.equal(mask.bits, changed.bits)
+
+
 def test_padded_text_does_not_matter():
     grid = TokenGrid(3, 5, 7, text_after=20)
     query, key, value = random_qkv(grid, batch=2)

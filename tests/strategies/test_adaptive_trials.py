@@ -43,13 +43,15 @@ def test_what_is_judged_is_what_the_plan_executes(order, rule, tail, monkeypatch
     torch.testing.assert_close(judged, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_for_the_output_goes_what_attention_gives_of_the_means():
-    inputs = inputs_of(GEOMETRY.rows)
+@pytest.mark.parametrize("key_length", [None, LENGTH])
+def test_for_the_output_goes_what_attention_gives_of_the_means_of_keys_that_exist(key_length):
+    inputs = inputs_of(GEOMETRY.rows, key_length=key_length)
     means = Means(*(torch.randn(2, 3, blocks, 16) for blocks in (5, 14, 14)))
     sizes = torch.tensor([16.0] * 13 + [3.0])
     every_token = (x.repeat_interleave(sizes.long(), 2) for x in (means.key, means.value))
-    output = F.scaled_dot_product_attention(means.query, *every_token, scale=0.3)
-    options = {"scale": 0.3, "tail": True, "order": GEOMETRY.orders[2:], "key_length": LENGTH}
+    exists = None if key_length is None else (torch.arange(211) < key_length[:, None])[:, None, None]
+    output = F.scaled_dot_product_attention(means.query, *every_token, exists, scale=0.3)
+    options = {"scale": 0.3, "tail": True, "order": GEOMETRY.orders[2:], "key_length": key_length}
     expected = block_impacts(means.query, output, inputs.key, inputs.value, 16, **options)
     actual = scores_by("impact", means, inputs, GEOMETRY, GEOMETRY.orders[2:])
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
