@@ -97,14 +97,15 @@ def _of_some(
     keys, values = (x.unflatten(2, (-1, block_size)) for x in (keys, values))
     if is_beyond is not None:
         scores.masked_fill_(is_beyond, -torch.inf)
-        keys = keys.masked_fill(is_beyond, 0.0)
+        keys, values = (x.masked_fill(is_beyond, 0.0) for x in (keys, values))
     peaks = scores.amax(3, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
     weights = scores.sub_(peaks).exp_()
     if tail:
         counts = block_size if is_beyond is None else (block_size - is_beyond.sum(3)).clamp_min_(1)
         mean_scores = (keys.sum(3) / counts) @ query.mT  # [B, H, K, R]
-        of_mean = (mean_scores[:, :, :, None] - peaks).exp_()
-        weights -= of_mean if is_beyond is None else of_mean.where(~is_beyond, 0.0)
+        weights -= (mean_scores[:, :, :, None] - peaks).exp_()
+        if is_beyond is not None:
+            weights.masked_fill_(is_beyond, 0.0)
     moves = weights.mT @ values  # [B, H, K, R, D]
     moves.addcmul_(weights.sum(3)[..., None], output[:, :, None], value=-1.0)
     return (2 * (peaks[:, :, :, 0] + torch.linalg.vector_norm(moves, dim=-1).log_())).mT

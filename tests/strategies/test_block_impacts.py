@@ -74,6 +74,16 @@ def test_blocks_are_of_the_order(tail, heads_of_order):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("tail", [False, True])
+def test_keys_that_do_not_exist_may_be_anything(tail):
+    query, key, value = inputs()
+    options = {"scale": 0.5, "tail": tail, "key_length": torch.tensor(LENGTHS)}
+    expected = block_impacts(query, query, key, value, BLOCK, **options)
+    for b, length in enumerate(LENGTHS):
+        key[b, :, length:], value[b, :, length:] = torch.nan, torch.inf
+    assert torch.equal(block_impacts(query, query, key, value, BLOCK, **options), expected)
+
+
 def test_a_few_heads_at_a_time_give_the_same(monkeypatch):
     query, key, value = inputs()
     order = torch.stack([torch.randperm(30) for _ in range(3)])
