@@ -191,15 +191,15 @@ def test_the_tail_is_taken_only_where_it_helps_and_can_be_turned_off():
 @pytest.mark.parametrize("rule", ["impact", "top"])
 @pytest.mark.parametrize("tail", [False, True])
 def test_padded_text_does_not_matter_to_the_choice_of_blocks(rule, tail):
-    grid = TokenGrid(3, 5, 7, text_after=40)
+    grid = TokenGrid(3, 8, 8, text_after=40)
     query, key, value = random_qkv(grid, batch=2)
     query = query.abs()
     # Of the first element one block holds keys that exist and keys that don't, which all queries would want.
-    length = torch.tensor([115, 145], dtype=torch.int32)
+    length = torch.tensor([202, 232], dtype=torch.int32)
     candidates = tuple(candidate(order, rule) for order in ("frame-major", "tiles"))
-    options = Adaptive(density=0.3, candidates=candidates, tail=tail, **SMALL)
+    options = Adaptive(density=0.5, candidates=candidates, tail=tail, **SMALL)
     mask = options.plan(query, key, value, AttentionCall(grid, key_length=length)).mask
-    key[0, :, 115:], value[0, :, 115:] = 50.0, -50.0
+    key[0, :, 202:], value[0, :, 202:] = 50.0, -50.0
     changed = options.plan(query, key, value, AttentionCall(grid, key_length=length)).mask
     assert torch.equal(mask.bits, changed.bits)
 
