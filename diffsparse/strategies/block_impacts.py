@@ -13,7 +13,7 @@ from torch import Tensor
 from diffsparse.kernels.first_use import kernels_on
 from diffsparse.kernels.pooling import block_token_counts
 from diffsparse.kernels.reorder import in_order
-from diffsparse.strategies.planning_memory import blockwise_head_slices
+from diffsparse.strategies.planning_memory import blockwise_head_slices, blockwise_row_slices
 
 
 def block_impacts(
@@ -62,7 +62,7 @@ def _block_impacts(
     order: Tensor | None,
     key_length: Tensor | None,
 ) -> Tensor:
-    """The specification of `block_impacts`, a few heads at a time."""
+    """The specification of `block_impacts`, a few heads and queries at a time."""
     is_beyond = _is_beyond(key.shape[2], block_size, key_length, key.device)
     query = query * scale
     parts = []
@@ -90,18 +90,31 @@ def _of_some(
     is_beyond: Tensor | None,
     tail: bool,
 ) -> Tensor:
+    """Of heads whose keys and values are in their order, a few queries at a time."""
     keys, values = key.float(), value.float()
     if (missing := -keys.shape[2] % block_size) > 0:
         keys, values = (F.pad(x, (0, 0, 0, missing)) for x in (keys, values))
-    scores = (keys @ query.mT).unflatten(2, (-1, block_size))  # [B, H, K, block_size, R]
-    keys, values = (x.unflatten(2, (-1, block_size)) for x in (keys, values))
+    keys, values = (x.unflatten(2, (-1, block_size)) for x in (keys, values))  # [B, H, K, block_size, D]
+    if is_beyond is not None:
+        keys, values = (x.masked_fill(is_beyond, 0.0) for x in (keys, values))
+    parts = [
+        _of_queries(query[:, :, rows], output[:, :, rows], keys, values, is_beyond, tail)
+        for rows in blockwise_row_slices(key, query.shape[2], block_size)
+    ]
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def _of_queries(
+    query: Tensor, output: Tensor, keys: Tensor, values: Tensor, is_beyond: Tensor | None, tail: bool
+) -> Tensor:
+    """Of keys and values [B, H, K, block_size, D], zero where none exists."""
+    scores = (keys.flatten(2, 3) @ query.mT).unflatten(2, keys.shape[2:4])  # [B, H, K, block_size, R]
     if is_beyond is not None:
         scores.masked_fill_(is_beyond, -torch.inf)
-        keys, values = (x.masked_fill(is_beyond, 0.0) for x in (keys, values))
     peaks = scores.amax(3, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
     weights = scores.sub_(peaks).exp_()
     if tail:
-        counts = block_size if is_beyond is None else (block_size - is_beyond.sum(3)).clamp_min_(1)
+        counts = keys.shape[3] if is_beyond is None else (keys.shape[3] - is_beyond.sum(3)).clamp_min_(1)
         mean_scores = (keys.sum(3) / counts) @ query.mT  # [B, H, K, R]
         weights -= (mean_scores[:, :, :, None] - peaks).exp_()
         if is_beyond is not None:

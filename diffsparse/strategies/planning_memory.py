@@ -31,6 +31,16 @@ def blockwise_head_slices(query: Tensor, rows: int, key_block_size: int) -> list
     return slices(heads, 4 * batch * numbers // (TIMES_ON_GPU if query.device.type == "cuda" else 1))
 
 
+def blockwise_row_slices(query: Tensor, rows: int, key_block_size: int) -> list[slice]:
+    """As many at a time of those rows, of all heads of query, as `PLANNING_BYTES` holds the scores and sums of.
+
+    There may be more rows the more tokens there are: of a long video not even one head's all fit.
+    """
+    batch, heads, tokens, dim = query.shape
+    numbers = batch * heads * (tokens + num_blocks(tokens, key_block_size) * dim)
+    return slices(rows, 4 * numbers // (TIMES_ON_GPU if query.device.type == "cuda" else 1))
+
+
 def summed_head_slices(query: Tensor, sampled_rows: int, key_block_size: int) -> list[slice]:
     """As `head_slices` on a GPU whose kernels sum by key block and judge: then the sums are what takes memory."""
     batch, heads, tokens, dim = query.shape

@@ -84,7 +84,7 @@ def test_keys_that_do_not_exist_may_be_anything(tail):
     assert torch.equal(block_impacts(query, query, key, value, BLOCK, **options), expected)
 
 
-def test_a_few_heads_at_a_time_give_the_same(monkeypatch):
+def test_a_few_heads_and_queries_at_a_time_give_the_same(monkeypatch):
     query, key, value = inputs()
     order = torch.stack([torch.randperm(30) for _ in range(3)])
     options = {"scale": 0.5, "tail": True, "order": order, "key_length": torch.tensor(LENGTHS)}

@@ -10,6 +10,7 @@ from uncomputed_planning import FLUX, HUNYUAN_VIDEO, WAN, Launches, query_of
 from diffsparse.grid import TokenGrid
 from diffsparse.strategies import adaptive_trials, planning_memory
 from diffsparse.strategies.adaptive import Adaptive
+from diffsparse.strategies.block_impacts import block_impacts
 from diffsparse.strategies.planning_memory import blockwise_head_slices, head_slices, summed_head_slices
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -74,3 +75,14 @@ def test_a_plan_on_a_gpu_takes_at_most_2_gib(model, monkeypatch):
         Adaptive().plan(query, query, query, call)
     # Parts of the query, which was there before.
     assert memory.most_bytes - query.untyped_storage().nbytes() <= 2 << 30
+
+
+def test_what_key_blocks_do_takes_as_much_without_a_kernel_however_many_queries_there_are():
+    key = torch.empty(1, 1, 200_000, 128, device="meta")
+    query = key[:, :, :1600]
+    with Memory() as memory:
+        block_impacts(query, query, key, key, 64, scale=0.1, tail=True)
+    impacts = 4 * 1600 * 3125
+    # Scores and sums; the impacts in parts, together and on their way; means of keys.
+    most_bytes = planning_memory.PLANNING_BYTES + 3 * impacts + 8 * (200_000 // 64) * 128
+    assert memory.most_bytes - key.untyped_storage().nbytes() <= most_bytes
