@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import HeadClass
-from diffsparse.strategies.adaptive import Adaptive, Candidate
+from diffsparse.strategies.adaptive import Adaptive, Candidate, _Sized
 from diffsparse.strategies.adaptive_geometry import ORDERS, geometry_of
 from diffsparse.strategies.adaptive_trials import RULES, Inputs, Means, Trial, scores_by
 from diffsparse.strategies.block_impacts import block_impacts
@@ -30,7 +30,7 @@ def test_what_is_judged_is_what_the_plan_executes(order, rule, tail, monkeypatch
     inputs = inputs_of(GEOMETRY.rows, tail)
     candidates = (Candidate(HeadClass.TEXTURAL, order, rule),)
     adaptive = Adaptive(0.5, 16, 16, (2, 2, 4), 24, tail=tail, equal_heads=True, candidates=candidates)
-    monkeypatch.setattr(torch, "rand", lambda *args, **options: inputs.noise)
+    monkeypatch.setattr(_Sized, "_noise", lambda *args: inputs.noise)
     call = AttentionCall(GRID, key_length=LENGTH, scale=0.3)
     plan = adaptive.plan(inputs.query, inputs.key, inputs.value, call)
     output = plan.attend(inputs.query, inputs.key, inputs.value, key_length=LENGTH, scale=0.3)
