@@ -26,7 +26,7 @@ LARGEST_BLOCK = 1 << 15
 def fits(dim: int, block_size: int, element_size: int) -> bool:
     """Whether the kernel takes keys of that many numbers, in blocks of that many tokens, and bytes a number."""
     padded_dim, padded_block = (triton.next_power_of_2(max(size, 16)) for size in (dim, block_size))
-    return padded_dim * padded_block * element_size <= LARGEST_BLOCK
+    return element_size <= 4 and padded_dim * padded_block * element_size <= LARGEST_BLOCK
 
 
 def block_impacts(
