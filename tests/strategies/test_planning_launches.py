@@ -15,7 +15,11 @@ pytest.importorskip("triton")
 COMPUTE_NOTHING = {"aten.empty", "aten.new_empty", "aten._unsafe_view"}
 
 
-@pytest.mark.parametrize(("model", "length", "most"), [(FLUX, 0, 120), (WAN, 0, 120), (HUNYUAN_VIDEO, 1, 155)])
+# Where text is padded, means and sizes of the keys that exist come on top.
+@pytest.mark.parametrize(
+    ("model", "length", "most"),
+    [(FLUX, 0, 120), (WAN, 0, 120), (HUNYUAN_VIDEO, 0, 120), (HUNYUAN_VIDEO, 1, 154)],
+)
 def test_a_plan_starts_few_kernels_whatever_the_size(model, length, most, monkeypatch):
     grid, num_heads = model
     key_length = torch.empty(length, dtype=torch.int32, device="meta") if length else None
