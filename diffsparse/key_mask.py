@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,14 +25,15 @@ class KeyMask:
         return tuple(self.keys.shape)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> KeyMask:
-        if func is not F.pad:
-            raise TypeError(
-                f"a processor does {func} with its attention mask, which diffsparse does not know how to do without "
-                f"a mask of all pairs of tokens. This release of diffusers is newer than what it was written for."
-            )
-        mask, *rest = args
-        return cls(func(mask.keys, *rest, **(kwargs or {})))
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise TypeError(
+            f"a processor does {func} with its attention mask, which diffsparse does not know how to do without a mask "
+            f"of all pairs of tokens. This release of diffusers is newer than what it was written for."
+        )
+
+    def pad(self, *args: Any, **kwargs: Any) -> KeyMask:
+        """The mask of more tokens, by `torch.nn.functional.pad`."""
+        return KeyMask(F.pad(self.keys, *args, **kwargs))
 
     def bool(self) -> KeyMask:
         """The mask as bool."""

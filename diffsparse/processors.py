@@ -146,7 +146,7 @@ def _shadow_globals(module_name: str | None) -> _Shadow | None:
         return None
     shadow = _shadow_module(module)
     functional = _shadow_module(F)
-    functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[attr-defined]
+    vars(functional).update(scaled_dot_product_attention=scaled_dot_product_attention, pad=pad)
     rebound: dict[str, Any] = {name: functional for name, value in vars(module).items() if value is F}
     if hasattr(module, "dispatch_attention_fn"):
         rebound["dispatch_attention_fn"] = dispatch_attention_fn
@@ -189,7 +189,8 @@ def dispatch_attention_fn(
     parallel_config: Any = None,
 ) -> Tensor:
     """diffusers' function of this name, by the session of the running layer: query [B, S, H, D] to [B, S, H, D]."""
-    from diffusers.models import attention_dispatch
+    # Not imported: torch.compile of 2.10 traces no import out of a package that loads its modules when they are used.
+    attention_dispatch: Any = sys.modules["diffusers.models.attention_dispatch"]
 
     if isinstance(attn_mask, KeyMask):
         attn_mask = attn_mask.as_tensor()
@@ -255,6 +256,11 @@ def scaled_dot_product_attention(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+def pad(x: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch's function of this name, which takes a `KeyMask` too."""
+    return x.pad(*args, **kwargs) if isinstance(x, KeyMask) else F.pad(x, *args, **kwargs)
 
 
 def _obstacle(
