@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -23,6 +24,8 @@ from diffsparse.kernels.operands_triton import Operands, of_key_mean, prepared
 from diffsparse.kernels.pooling import tail_sizes
 from diffsparse.kernels.schedule import heavy_first
 
+# Before it Gluon starts warps of different work in another way, and cannot say how many there are.
+OLDEST_TRITON = (3, 6)
 LOG2_E = 1.4426950408889634
 QUERY_BLOCK = 128
 KEY_BLOCKS = (64, 128)
@@ -45,6 +48,8 @@ def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision
         return "it does not run on ROCm"
     if torch.cuda.get_device_capability(query.device) != (9, 0):
         return "it needs compute capability 9.0 (Hopper)"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"it needs Triton {'.'.join(map(str, OLDEST_TRITON))} or newer, this is {triton.__version__}"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {query.dtype}"
     if query.shape[3] not in HEAD_DIMS:

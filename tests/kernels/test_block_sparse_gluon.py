@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ def gluon():
 
 def test_what_it_cannot_take_has_a_reason(gluon):
     assert "CUDA" in gluon.why_not(torch.zeros(1, 1, 128, 64), 128, 64)
+
+
+@pytest.mark.parametrize(("version", "is_new_enough"), [("3.5.1", False), ("3.6.0", True), ("3.10.0+cu130", True)])
+def test_an_older_triton_is_said_to_be_too_old(gluon, monkeypatch, version, is_new_enough):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(gluon.triton, "__version__", version)
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 1, 128, 64))
+    why = None if is_new_enough else "it needs Triton 3.6 or newer, this is 3.5.1"
+    assert gluon.why_not(query, 128, 64) == why
 
 
 @pytest.mark.parametrize("option", [{"precision": "int8"}, {"scale": -1.0}])
