@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import warnings
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -16,6 +17,8 @@ OWNERS = {
     "diffusers.models.modeling_utils": "ModelMixin",
 }
 """Modules of diffusers, and the class in each that gets the methods."""
+OLDEST_TORCH = (2, 9)
+"""Of `setup.cfg`. ComfyUI's nodes run on older ones, where diffusers may be installed as well."""
 
 
 def add_methods() -> None:
@@ -55,14 +58,23 @@ class _AfterLoading(MetaPathFinder):
         return spec
 
     def loaded(self, module: ModuleType) -> None:
-        """Give the class of a loaded module its methods."""
-        from diffsparse import enable
+        """Give the class of a loaded module its methods; a torch that is too old for them gets a warning instead."""
+        import torch
 
-        owner: Any = getattr(module, OWNERS[module.__name__])
-        owner.enable_sparse_attention = enable.enable_sparse_attention
-        owner.disable_sparse_attention = enable.disable_sparse_attention
-        owner.is_sparse_attention_enabled = property(enable.is_sparse_attention_enabled)
-        owner.sparse_attention_report = enable.sparse_attention_report
+        if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= OLDEST_TORCH:
+            from diffsparse import enable
+
+            owner: Any = getattr(module, OWNERS[module.__name__])
+            owner.enable_sparse_attention = enable.enable_sparse_attention
+            owner.disable_sparse_attention = enable.disable_sparse_attention
+            owner.is_sparse_attention_enabled = property(enable.is_sparse_attention_enabled)
+            owner.sparse_attention_report = enable.sparse_attention_report
+        else:
+            warnings.warn(
+                f"diffsparse: the pipelines of diffusers get no `enable_sparse_attention`, which needs torch "
+                f"{'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch.__version__}. ComfyUI's nodes do not.",
+                stacklevel=2,
+            )
         self._awaited.discard(module.__name__)
         if not self._awaited and self in sys.meta_path:
             sys.meta_path.remove(self)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import diffsparse
+from diffsparse.methods import OLDEST_TORCH
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +30,8 @@ from diffusers.modular_pipelines import modular_pipeline
 # What the methods do is tested elsewhere, and needs torch.
 WITHOUT_TORCH = """
 import types
+sys.modules["torch"] = torch = types.ModuleType("torch")
+torch.__version__ = "2.10.0+cu130"
 sys.modules["diffsparse.enable"] = stand_in = types.ModuleType("diffsparse.enable")
 for name in ("enable_sparse_attention", "disable_sparse_attention", "is_sparse_attention_enabled"):
     setattr(stand_in, name, lambda model: None)
@@ -85,6 +88,27 @@ print(*sorted(name for name in sys.modules if name.startswith("diffusers.") and 
 {watching}
 """
     assert python(code, stand_in) == ["diffusers.models.modeling_utils", "_AfterLoading"]
+
+
+def test_diffusers_loads_with_a_torch_that_is_too_old_for_the_methods(stand_in):
+    code = f"""{WITHOUT_TORCH}
+torch.__version__ = "2.8.1"
+import diffsparse, warnings
+warnings.simplefilter("default")
+with warnings.catch_warnings(record=True) as caught:
+    {IMPORT_ALL.strip().replace(chr(10), "; ")}
+print(*{{str(warning.message) for warning in caught}})
+print(hasattr(pipeline_utils.DiffusionPipeline, "enable_sparse_attention"), sys.meta_path[0].__module__)
+"""
+    said, methods = python(code, stand_in)
+    assert "needs torch 2.9 or newer, this is 2.8.1" in said
+    assert methods.split()[0] == "False"
+    assert "diffsparse" not in methods
+
+
+def test_the_oldest_torch_is_that_of_the_setup():
+    setup = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    assert f"\n    torch>={'.'.join(map(str, OLDEST_TORCH))}\n" in setup
 
 
 def test_importing_diffsparse_and_asking_for_help_load_no_heavy_library():
