@@ -44,7 +44,13 @@ def _taken(operation: str, operands: str) -> set[int]:
     width = 4 if "128" in operation else 2 if "64" in operation or "WIDE" in operation else 1
     addresses = re.findall(r"\[.*?\]", operands)
     numbers = re.sub(r"\[.*?\]", "", operands)
-    return _registers(numbers, width).union(*(_registers(x, 2 if ".64" in x else 1) for x in addresses))
+    factors = ""
+    if operation.startswith("IMAD.WIDE"):
+        # What it writes and adds is of two registers, what it multiplies of one. Predicates may stand among them.
+        out, *two, addend = (x for x in numbers.split(",") if not re.match(r" !?U?P", x))
+        numbers, factors = f"{out},{addend}", ",".join(two)
+    of_addresses = (_registers(x, 2 if ".64" in x else 1) for x in addresses)
+    return _registers(numbers, width).union(_registers(factors, 1), *of_addresses)
 
 
 def _registers(operands: str, width: int) -> set[int]:

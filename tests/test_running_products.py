@@ -25,6 +25,9 @@ def line(instruction):
         "STS.128 [R2+UR4], R85",
         "LDG.E R2, desc[UR4][R150.64]",
         "IMAD.WIDE.U32 R23, R2, R3, R10",
+        "IMAD.WIDE.U32 R20, P0, R2, R3, R23",
+        "IMAD.WIDE.U32.X R20, R2, R3, R23, P0",
+        "IMAD.WIDE R20, R2, R180, R10",
     ],
 )
 def test_what_takes_a_register_of_a_running_product_is_found(instruction):
@@ -34,7 +37,12 @@ def test_what_takes_a_register_of_a_running_product_is_found(instruction):
 
 @pytest.mark.parametrize(
     "instruction",
-    ["IMAD.WIDE.U32 R22, R2, R3, R10", "LDGSTS.E.BYPASS.128 [R21], desc[UR4][R22.64], P0", "STS.128 [R23+UR4], R4"],
+    [
+        "IMAD.WIDE.U32 R22, R2, R3, R10",
+        "IMAD.WIDE R20, R23, 0x2, R10",
+        "LDGSTS.E.BYPASS.128 [R21], desc[UR4][R22.64], P0",
+        "STS.128 [R23+UR4], R4",
+    ],
 )
 def test_the_registers_beside_those_of_a_product_are_free(instruction):
     assert touched_while_running(PRODUCTS + line(instruction)) == []
