@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from diffsparse.block_mask import num_blocks
@@ -10,6 +11,9 @@ PLANNING_BYTES = 1 << 29
 """Memory that planning may take beside query, key and value."""
 TIMES_ON_GPU = 4
 """How much more on a GPU, which waits for the CPU to start the kernels that each slice of heads takes."""
+SHARE_ON_CPU = 1 / 16
+"""How much less on a CPU: tensors of at most half of it, which the C library gives again and again. Of larger ones each
+page is new, and costs more than to fill it."""
 
 
 def head_slices(query: Tensor, sampled_rows: int) -> list[slice]:
@@ -19,8 +23,7 @@ def head_slices(query: Tensor, sampled_rows: int) -> list[slice]:
     """
     batch, heads, tokens, dim = query.shape
     # float32 scores of the sampled rows; keys and values in another order and as float32; sums by block.
-    bytes_a_head = 4 * batch * tokens * (sampled_rows + 4 * dim)
-    return slices(heads, bytes_a_head // (TIMES_ON_GPU if query.device.type == "cuda" else 1))
+    return _slices_on(query.device, heads, 4 * batch * tokens * (sampled_rows + 4 * dim))
 
 
 def blockwise_head_slices(query: Tensor, rows: int, key_block_size: int) -> list[slice]:
@@ -28,7 +31,7 @@ def blockwise_head_slices(query: Tensor, rows: int, key_block_size: int) -> list
     batch, heads, tokens, dim = query.shape
     # float32 scores of the rows; keys and values in another order and as float32; sums by block.
     numbers = tokens * (rows + 4 * dim) + num_blocks(tokens, key_block_size) * rows * dim
-    return slices(heads, 4 * batch * numbers // (TIMES_ON_GPU if query.device.type == "cuda" else 1))
+    return _slices_on(query.device, heads, 4 * batch * numbers)
 
 
 def blockwise_row_slices(query: Tensor, rows: int, key_block_size: int) -> list[slice]:
@@ -38,7 +41,7 @@ def blockwise_row_slices(query: Tensor, rows: int, key_block_size: int) -> list[
     """
     batch, heads, tokens, dim = query.shape
     numbers = batch * heads * (tokens + num_blocks(tokens, key_block_size) * dim)
-    return slices(rows, 4 * numbers // (TIMES_ON_GPU if query.device.type == "cuda" else 1))
+    return _slices_on(query.device, rows, 4 * numbers)
 
 
 def summed_head_slices(query: Tensor, sampled_rows: int, key_block_size: int) -> list[slice]:
@@ -54,3 +57,9 @@ def slices(count: int, bytes_each: int) -> list[slice]:
     """`count` things, as many at a time as `PLANNING_BYTES` holds of `bytes_each`, one at least."""
     step = max(1, PLANNING_BYTES // bytes_each)
     return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def _slices_on(device: torch.device, count: int, bytes_each: int) -> list[slice]:
+    """The same by the memory that a device of this kind is given."""
+    times = {"cuda": TIMES_ON_GPU, "cpu": SHARE_ON_CPU}.get(device.type, 1)
+    return slices(count, max(1, int(bytes_each / times)))

@@ -11,7 +11,12 @@ from diffsparse.grid import TokenGrid
 from diffsparse.strategies import adaptive_trials, planning_memory
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.block_impacts import block_impacts
-from diffsparse.strategies.planning_memory import blockwise_head_slices, head_slices, summed_head_slices
+from diffsparse.strategies.planning_memory import (
+    blockwise_head_slices,
+    blockwise_row_slices,
+    head_slices,
+    summed_head_slices,
+)
 from diffsparse.strategies.strategy import AttentionCall
 
 
@@ -21,6 +26,15 @@ def test_slices_are_all_heads_in_their_order(monkeypatch):
         monkeypatch.setattr(planning_memory, "PLANNING_BYTES", bytes_of_all)
         for slices in (head_slices(query, 9), blockwise_head_slices(query, 9, 16), summed_head_slices(query, 9, 16)):
             assert [head for each in slices for head in range(5)[each]] == list(range(5))
+
+
+def test_on_a_cpu_no_tensor_is_too_large_for_memory_that_is_there_already():
+    query = torch.empty(1, 8, 8192, 64)
+    # The C library gives memory of up to 32 MiB again.
+    largest = 4 * 8192 * 64 * (blockwise_head_slices(query, 64, 64)[0].stop)
+    assert largest <= 32 << 20
+    assert len(blockwise_head_slices(query.to("meta"), 64, 64)) == 1 < len(blockwise_head_slices(query, 64, 64))
+    assert len(blockwise_row_slices(query.to("meta"), 128, 64)) == 1 < len(blockwise_row_slices(query, 128, 64))
 
 
 @pytest.mark.parametrize("model", [FLUX, WAN, HUNYUAN_VIDEO])
