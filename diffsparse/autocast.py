@@ -34,6 +34,6 @@ def with_autocast_as_now(call: Callable[[], Tensor], device: torch.device) -> Ca
 
 
 def _is_on(device: torch.device) -> bool:
-    # torch.compile of 2.10 does not trace whether a device has autocast; what it compiles for has.
-    is_there = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
-    return is_there and torch.is_autocast_enabled(device.type)
+    # torch.compile of 2.10 does not trace whether a device has autocast; what compiled code runs on has.
+    is_compiled = torch.compiler.is_compiling() and device.type != "meta"
+    return (is_compiled or torch.amp.is_autocast_available(device.type)) and torch.is_autocast_enabled(device.type)

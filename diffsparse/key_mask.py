@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,14 +25,17 @@ class KeyMask:
         return tuple(self.keys.shape)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> KeyMask:
+        if func is F.pad:
+            mask, *rest = args
+            return cls(F.pad(mask.keys, *rest, **(kwargs or {})))
         raise TypeError(
             f"a processor does {func} with its attention mask, which diffsparse does not know how to do without a mask "
             f"of all pairs of tokens. This release of diffusers is newer than what it was written for."
         )
 
     def pad(self, *args: Any, **kwargs: Any) -> KeyMask:
-        """The mask of more tokens, by `torch.nn.functional.pad`."""
+        """The mask of more tokens, as `torch.nn.functional.pad` makes it."""
         return KeyMask(F.pad(self.keys, *args, **kwargs))
 
     def bool(self) -> KeyMask:

@@ -61,6 +61,9 @@ class _AfterLoading(MetaPathFinder):
         """Give the class of a loaded module its methods; a torch that is too old for them gets a warning instead."""
         import torch
 
+        self._awaited.discard(module.__name__)
+        if not self._awaited and self in sys.meta_path:
+            sys.meta_path.remove(self)
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= OLDEST_TORCH:
             from diffsparse import enable
 
@@ -72,9 +75,6 @@ class _AfterLoading(MetaPathFinder):
         else:
             warnings.warn(
                 f"diffsparse: the pipelines of diffusers get no `enable_sparse_attention`, which needs torch "
-                f"{'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch.__version__}. ComfyUI's nodes do not.",
+                f"{'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch.__version__}.",
                 stacklevel=2,
             )
-        self._awaited.discard(module.__name__)
-        if not self._awaited and self in sys.meta_path:
-            sys.meta_path.remove(self)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dis
 import functools
+import importlib
 import sys
 import threading
 import types
@@ -26,6 +27,8 @@ from diffsparse.key_mask import KeyMask
 from diffsparse.transformer_session import TransformerSession, find_layer
 
 ATTENTION_NAMES = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
+# The module of the first.
+DISPATCH = "diffusers.models.attention_dispatch"
 
 
 def make_sparse(module: nn.Module, handle: Tensor, spreads_mask: bool = False) -> bool:
@@ -149,6 +152,9 @@ def _shadow_globals(module_name: str | None) -> _Shadow | None:
     vars(functional).update(scaled_dot_product_attention=scaled_dot_product_attention, pad=pad)
     rebound: dict[str, Any] = {name: functional for name, value in vars(module).items() if value is F}
     if hasattr(module, "dispatch_attention_fn"):
+        # Ours looks it up and does not import it: torch.compile of 2.10 traces no import out of a package that loads
+        # its modules when they are used.
+        importlib.import_module(DISPATCH)
         rebound["dispatch_attention_fn"] = dispatch_attention_fn
     vars(shadow).update(rebound)
     return _Shadow(vars(shadow), frozenset(rebound))
@@ -189,9 +195,7 @@ def dispatch_attention_fn(
     parallel_config: Any = None,
 ) -> Tensor:
     """diffusers' function of this name, by the session of the running layer: query [B, S, H, D] to [B, S, H, D]."""
-    # Not imported: torch.compile of 2.10 traces no import out of a package that loads its modules when they are used.
-    attention_dispatch: Any = sys.modules["diffusers.models.attention_dispatch"]
-
+    attention_dispatch: Any = sys.modules[DISPATCH]
     if isinstance(attn_mask, KeyMask):
         attn_mask = attn_mask.as_tensor()
     handle = _CURRENT.handle
@@ -258,9 +262,9 @@ def scaled_dot_product_attention(
     )
 
 
-def pad(x: Any, *args: Any, **kwargs: Any) -> Any:
-    """torch's function of this name, which takes a `KeyMask` too."""
-    return x.pad(*args, **kwargs) if isinstance(x, KeyMask) else F.pad(x, *args, **kwargs)
+def pad(input: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch's function of this name. torch.compile of 2.10 does not trace that it takes a `KeyMask` too."""
+    return input.pad(*args, **kwargs) if isinstance(input, KeyMask) else F.pad(input, *args, **kwargs)
 
 
 def _obstacle(

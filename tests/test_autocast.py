@@ -48,6 +48,12 @@ def test_full_density_is_as_exact_as_stock(tiny):
     assert report_of(model).density == 1
 
 
+def test_tensors_without_numbers_are_compiled_as_they_are():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: as_autocast(x) + 1, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2, device="meta")).dtype == torch.float32
+
+
 # One calls attention through diffusers, the other as torch's own function.
 @pytest.mark.parametrize("tiny", ["wan", "cogvideox"], indirect=True)
 def test_compiled_blocks_run_sparse(tiny):

@@ -1,5 +1,9 @@
 """What stands in for the attention functions while a layer runs; whole models are in tests/enable."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +12,50 @@ from tiny_models import TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffsparse import processors
+from diffsparse.key_mask import KeyMask
+
+WITHOUT_DIFFUSERS = """
+import sys, types
+import torch
+from diffsparse import processors
+
+module = sys.modules["own"] = types.ModuleType("own")
+exec('''
+def dispatch_attention_fn(query, key, value):
+    raise AssertionError("not by the session")
+
+class Processor:
+    def __call__(self, attn, x):
+        return dispatch_attention_fn(x, x, x)
+''', vars(module))
+attention = torch.nn.Module()
+attention.processor = module.Processor()
+assert "diffusers" not in sys.modules
+assert processors.make_sparse(attention, torch.tensor(0))
+print(attention.processor(attention, torch.ones(1, 8, 2, 16)).shape)
+"""
+
+
+def test_a_model_of_its_own_runs_where_diffusers_is_not_loaded_yet():
+    root = Path(__file__).parent.parent
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DIFFUSERS], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert "[1, 8, 2, 16]" in result.stdout
+
+
+def test_padding_takes_its_arguments_by_name():
+    assert processors.pad(input=torch.ones(1, 3), pad=(1, 0), value=2.0).tolist() == [[2, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("pad", [processors.pad, F.pad])
+def test_a_key_mask_is_padded_as_the_tokens_of_its_keys(pad):
+    for padded in (
+        pad(KeyMask(torch.zeros(1, 2)), (1, 0), value=True),
+        pad(KeyMask(torch.zeros(1, 2)), pad=(1, 0), value=1),
+    ):
+        assert padded.keys.tolist() == [[1, 0, 0]]
 
 
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"enable_gqa": True}, {"dropout_p": 0.5}], ids=str)

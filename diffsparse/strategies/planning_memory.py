@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffsparse.block_mask import num_blocks
 
 PLANNING_BYTES = 1 << 29
-"""Memory that planning may take beside query, key and value."""
+"""Memory that planning may take beside query, key and value, if one head or row does not take more."""
 TIMES_ON_GPU = 4
 """How much more on a GPU, which waits for the CPU to start the kernels that each slice of heads takes."""
-SHARE_ON_CPU = 1 / 16
-"""How much less on a CPU: tensors of at most half of it, which the C library gives again and again. Of larger ones each
-page is new, and costs more than to fill it."""
+PART_ON_CPU = 16
+"""Into how many parts it goes on a CPU, by heads: tensors of less than 32 MiB, whose memory the C library gives again
+and again. Of larger ones each page is new, and costs more than to fill it."""
 
 
 def head_slices(query: Tensor, sampled_rows: int) -> list[slice]:
-    """The heads of query [B, H, S, D], a few at a time: what judging these takes stays within `PLANNING_BYTES`.
+    """The heads of query [B, H, S, D], a few at a time, by what judging these takes.
 
     `sampled_rows` is how many rows of each head are held against all keys.
     """
-    batch, heads, tokens, dim = query.shape
+    batch, _, tokens, dim = query.shape
     # float32 scores of the sampled rows; keys and values in another order and as float32; sums by block.
-    return _slices_on(query.device, heads, 4 * batch * tokens * (sampled_rows + 4 * dim))
+    return _slices_of_heads(query, 4 * batch * tokens * (sampled_rows + 4 * dim))
 
 
 def blockwise_head_slices(query: Tensor, rows: int, key_block_size: int) -> list[slice]:
     """As `head_slices`, where each of the rows of each head keeps a sum of values for each key block."""
-    batch, heads, tokens, dim = query.shape
+    batch, _, tokens, dim = query.shape
     # float32 scores of the rows; keys and values in another order and as float32; sums by block.
     numbers = tokens * (rows + 4 * dim) + num_blocks(tokens, key_block_size) * rows * dim
-    return _slices_on(query.device, heads, 4 * batch * numbers)
+    return _slices_of_heads(query, 4 * batch * numbers)
 
 
 def blockwise_row_slices(query: Tensor, rows: int, key_block_size: int) -> list[slice]:
-    """As many at a time of those rows, of all heads of query, as `PLANNING_BYTES` holds the scores and sums of.
+    """Those rows, of all heads of query, a few at a time, by what their scores and sums take.
 
     There may be more rows the more tokens there are: of a long video not even one head's all fit.
     """
     batch, heads, tokens, dim = query.shape
     numbers = batch * heads * (tokens + num_blocks(tokens, key_block_size) * dim)
-    return _slices_on(query.device, rows, 4 * numbers)
+    return slices(rows, 4 * numbers // (TIMES_ON_GPU if query.device.type == "cuda" else 1))
 
 
 def summed_head_slices(query: Tensor, sampled_rows: int, key_block_size: int) -> list[slice]:
@@ -59,7 +58,10 @@ def slices(count: int, bytes_each: int) -> list[slice]:
     return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
-def _slices_on(device: torch.device, count: int, bytes_each: int) -> list[slice]:
-    """The same by the memory that a device of this kind is given."""
-    times = {"cuda": TIMES_ON_GPU, "cpu": SHARE_ON_CPU}.get(device.type, 1)
-    return slices(count, max(1, int(bytes_each / times)))
+def _slices_of_heads(query: Tensor, bytes_each: int) -> list[slice]:
+    """The heads of query, as many at a time as its kind of device has the memory for."""
+    if query.device.type == "cuda":
+        bytes_each //= TIMES_ON_GPU
+    elif query.device.type == "cpu":
+        bytes_each *= PART_ON_CPU
+    return slices(query.shape[1], bytes_each)
