@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ def test_slices_are_all_heads_in_their_order(monkeypatch):
         monkeypatch.setattr(planning_memory, "PLANNING_BYTES", bytes_of_all)
         for slices in (head_slices(query, 9), blockwise_head_slices(query, 9, 16), summed_head_slices(query, 9, 16)):
             assert [head for each in slices for head in range(5)[each]] == list(range(5))
+
+
+@pytest.mark.parametrize(("device", "at_a_time"), [("cpu", 1), ("mps", 2), ("cuda", 10)])
+def test_a_gpu_takes_more_heads_at_a_time_than_a_cpu(device, at_a_time):
+    query = SimpleNamespace(shape=(1, 40, WAN[0].num_tokens, 128), device=torch.device(device))
+    assert blockwise_head_slices(query, 64, 64)[0] == slice(0, at_a_time)
 
 
 @pytest.mark.parametrize("model", [FLUX, WAN, HUNYUAN_VIDEO])
