@@ -35,5 +35,7 @@ def with_autocast_as_now(call: Callable[[], Tensor], device: torch.device) -> Ca
 
 def _is_on(device: torch.device) -> bool:
     # torch.compile of 2.10 does not trace whether a device has autocast; what compiled code runs on has.
-    is_compiled = torch.compiler.is_compiling() and device.type != "meta"
-    return (is_compiled or torch.amp.is_autocast_available(device.type)) and torch.is_autocast_enabled(device.type)
+    has_autocast = (
+        device.type != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device.type)
+    )
+    return has_autocast and torch.is_autocast_enabled(device.type)
