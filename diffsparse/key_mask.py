@@ -28,7 +28,8 @@ class KeyMask:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> KeyMask:
         if func is F.pad:
             mask, *rest = args
-            return cls(F.pad(mask.keys, *rest, **(kwargs or {})))
+            padded: KeyMask = mask.pad(*rest, **(kwargs or {}))
+            return padded
         raise TypeError(
             f"a processor does {func} with its attention mask, which diffsparse does not know how to do without a mask "
             f"of all pairs of tokens. This release of diffusers is newer than what it was written for."
