@@ -34,8 +34,9 @@ def run(args: argparse.Namespace) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
     print(f"The nodes are in {folder}.")
-    print(f"This diffsparse belongs to {sys.executable}. If another Python runs ComfyUI, install it there too:")
-    print("  PYTHON_OF_COMFYUI -m pip install --no-deps diffsparse")
+    print(f"This diffsparse belongs to {sys.executable}. If another Python runs ComfyUI, install it there too,")
+    print("in a checkout of diffsparse:")
+    print("  PYTHON_OF_COMFYUI -m pip install --no-deps .")
     print("Restart ComfyUI. Double-click the canvas and type DiffSparse, or look among the workflow templates.")
     return 0
 

@@ -42,7 +42,11 @@ def test_what_is_installed_shows_the_nodes_and_is_removed_again(comfyui, capsys)
         assert (folder / module.WEB_DIRECTORY / "docs" / f"{name}.md").read_text().startswith("# DiffSparse ")
     assert cli.main(["comfyui-uninstall", str(comfyui)]) == 0
     assert listing(comfyui) == before
-    assert sys.executable in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert sys.executable in told
+    # No package index has it.
+    assert "checkout of diffsparse" in told
+    assert "-m pip install --no-deps .\n" in told
 
 
 def test_the_portable_version_for_windows_is_found(comfyui):
@@ -79,7 +83,7 @@ def test_a_folder_of_somebody_else_is_left_alone(command, comfyui, capsys):
 
 def test_where_the_package_is_missing_the_folder_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffsparse.comfy", None)
-    with pytest.raises(ImportError, match=r"-m pip install --upgrade --no-deps diffsparse$") as error:
+    with pytest.raises(ImportError, match=r"checkout.* -m pip install --no-deps \.$") as error:
         load(SOURCE)
     assert sys.executable in str(error.value)
 

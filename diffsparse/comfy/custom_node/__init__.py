@@ -7,7 +7,8 @@ try:
 except ImportError as error:
     raise ImportError(
         f"DiffSparse: the package diffsparse is missing in the Python that runs ComfyUI, or too old ({error}). "
-        f'Install it there and restart ComfyUI: "{sys.executable}" -m pip install --upgrade --no-deps diffsparse'
+        f'Install it there from a checkout of diffsparse, and restart ComfyUI: "{sys.executable}" -m pip install '
+        f"--no-deps ."
     ) from error
 
 WEB_DIRECTORY = "./web"
