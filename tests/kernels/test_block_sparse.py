@@ -142,7 +142,7 @@ def test_queries_and_keys_may_differ_in_number():
             ValueError,
             "`schedule` must be on query's device cpu, got meta",
         ),
-        ({"backend": "cuda"}, ValueError, "`backend` must be one of gluon, triton, eager, flex, got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, f"`backend` must be one of {', '.join(backends.BACKENDS)}, got 'cuda'"),
         (
             {"precision": "fp4"},
             ValueError,
