@@ -103,17 +103,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=2, help="attention heads (default: %(default)s)")
     parser.add_argument("--head-dim", type=int, default=64, help="numbers per head (default: %(default)s)")
     parser.add_argument(
-        "--densities", type=float, nargs="+", default=[0.25, 0.1], help="shares of key blocks (default: %(default)s)"
+        "--densities", type=float, nargs="+", default=[0.25, 0.1], help="shares of key blocks (default: 0.25 0.1)"
     )
     parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: %(default)s"
+        "--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16"
     )
     parser.add_argument(
         "--blocks",
         nargs="+",
         default=["128x128"],
         metavar="QUERYxKEY",
-        help="block sizes in tokens, of query and key (default: %(default)s)",
+        help="block sizes in tokens, of query and key (default: 128x128)",
     )
     parser.add_argument("--repeats", type=int, default=3, help="pairs of calls per case (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: what torch takes)")
@@ -307,14 +307,14 @@ def bench_attention(case: AttentionCase, repeats: int, device: torch.device, bac
 
 def print_speeds(speeds: list[Speed], console: Console) -> None:
     """A row for each measured case."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     case = speeds[0].case
     title = f"{case.tokens} tokens, {case.heads} heads x {case.head_dim}, against torch's attention"
     taken = {f"{speed.case.dtype} by {speed.backend}" for speed in speeds}
-    table = Table(
-        "dtype", "blocks", "density", "counts", "tail", "dense s", "sparse s", "speed-up", "of linear", title=title
-    )
+    # In 80 columns there is room for all of it with single padding and headings in two lines.
+    whole = [Column(heading, no_wrap=True) for heading in ("dtype", "blocks", "density", "counts", "tail")]
+    table = Table(*whole, "dense s", "sparse s", "speed-\nup", "of linear", title=title, collapse_padding=True)
     table.caption = f"Computed: {', '.join(sorted(taken))}"
     for speed in speeds:
         case = speed.case

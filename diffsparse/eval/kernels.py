@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[80, 86, 89, 90, 100, 120],
         metavar="CC",
-        help="compute capabilities, 90 for 9.0 (default: %(default)s)",
+        help="compute capabilities, 90 for 9.0 (default: 80 86 89 90 100 120)",
     )
 
 

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=PRECISIONS,
         default=list(PRECISIONS),
-        help="what kernels compute in (default: %(default)s)",
+        help="what kernels compute in (default: all)",
     )
     parser.add_argument(
         "--switched-off",
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SIZES,
         default=list(SIZES),
         help="full: a call as Wan 2.1 14B makes it at 720p, or on a CPU a tiny model; small: many short ones with all "
-        f"options, but for {DENSE} (default: %(default)s)",
+        f"options, but for {DENSE} (default: both)",
     )
     parser.add_argument(
         "--seconds",

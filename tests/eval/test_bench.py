@@ -22,7 +22,8 @@ SMALL = ("--tokens", "300", "--heads", "1", "--head-dim", "8", "--blocks", "64x3
 
 def test_every_case_is_measured_and_written(tmp_path, capsys):
     output = tmp_path / "speed.json"
-    arguments = parse(*SMALL, "--densities", "0.5", "--dtypes", "float32", "bfloat16", "--output", str(output))
+    words = ("--blocks", "128x128", "--densities", "0.5", "--dtypes", "float32", "bfloat16", "--output", str(output))
+    arguments = parse(*SMALL, *words)
     assert bench.run(arguments) == 0
     written = json.loads(output.read_text())
     assert written["machine"]["torch"] == torch.__version__
@@ -42,6 +43,8 @@ def test_every_case_is_measured_and_written(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "ragged" in printed
     assert "bfloat16 by eager, float32 by eager" in printed
+    # Nothing is cut off in 80 columns.
+    assert "…" not in printed
 
 
 @pytest.mark.parametrize("ragged", [False, True])

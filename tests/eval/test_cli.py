@@ -50,7 +50,10 @@ def test_every_option_has_a_help_text():
             if isinstance(action, argparse._SubParsersAction):
                 parsers += action.choices.values()
             else:
-                assert action.help, f"{parser.prog} {action.option_strings or action.dest}"
+                name = f"{parser.prog} {action.option_strings or action.dest}"
+                assert action.help, name
+                # It would be shown as Python writes it, not as it is typed.
+                assert not (isinstance(action.default, list) and "%(default)s" in action.help), name
 
 
 def test_the_exit_code_is_the_commands(monkeypatch):
