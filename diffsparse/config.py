@@ -106,9 +106,13 @@ def as_config(config: Any) -> SparseAttentionConfig:
     if isinstance(config, Path) or (isinstance(config, str) and config.endswith(PLAN_FILE_SUFFIX)):
         return _config_of_file(Path(config))
     if config is not None and not isinstance(config, str):
+        given, way_out = repr(config), ""
+        if isinstance(config, Strategy):
+            name = (config if isinstance(config, type) else type(config)).__name__
+            given, way_out = f"{name}(…)", f" A strategy goes into a config: SparseAttentionConfig({name}(…))."
         raise TypeError(
-            f"`config` must be None, the name of a preset, a plan file or a SparseAttentionConfig, got {config!r}. "
-            f"A strategy goes into a config: SparseAttentionConfig({config!r})."
+            f"`config` must be None, the name of a preset, a plan file or a SparseAttentionConfig, got {given}."
+            f"{way_out}"
         )
     name = config or "balanced"
     if name not in PRESETS:

@@ -54,8 +54,10 @@ def test_refuses_wrong_options_when_made(wrong, error, message):
 def test_refuses_unknown_presets_and_bare_strategies():
     with pytest.raises(ValueError, match=r"'fastest'.*'quality', 'balanced', 'fast'"):
         as_config("fastest")
-    with pytest.raises(TypeError, match="A strategy goes into a config"):
+    with pytest.raises(TypeError, match=r"got Adaptive\(…\)\. A strategy goes into a config: .*\(Adaptive\(…\)\)\.$"):
         as_config(Adaptive())
+    with pytest.raises(TypeError, match=r"got 3\.$"):
+        as_config(3)
 
 
 @pytest.mark.parametrize(
