@@ -77,11 +77,15 @@ class StepClock:
     timestep. Calls are never counted to find the step, since caches skip layers and whole calls.
 
     Args:
-        pipeline: what owns the scheduler; None for a transformer enabled on its own. Held weakly.
+        pipeline: what owns the scheduler; None for a transformer enabled on its own. Held weakly. Once it is gone,
+            its scheduler and guider go on: a pipeline made of its parts (`from_pipe`) runs the transformer with them.
     """
 
     def __init__(self, pipeline: Any = None) -> None:
         self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
+        self._parts: dict[str, Any] = {}
+        for name in ("scheduler", "guider"):
+            self._part(name)
         self._context: Any = None
         self._last: Step | None = None
         self._timesteps_before: Any = None
@@ -127,21 +131,26 @@ class StepClock:
 
     def _scheduled_timesteps(self) -> Any:
         """What the pipeline's scheduler has from its `set_timesteps`, made anew for each generation; None without."""
-        pipeline = self._pipeline() if self._pipeline is not None else None
         # As an attribute it was set, and is no property, which may make it anew each time.
-        return getattr(getattr(pipeline, "scheduler", None), "__dict__", {}).get("timesteps")
+        return getattr(self._part("scheduler"), "__dict__", {}).get("timesteps")
+
+    def _part(self, name: str) -> Any:
+        """What the pipeline has under this name now, or had when it was last asked; None without."""
+        pipeline = self._pipeline() if self._pipeline is not None else None
+        if pipeline is not None:
+            self._parts[name] = getattr(pipeline, name, None)
+        return self._parts.get(name)
 
     def _read(self, timestep: Any) -> tuple[int, int | None, Hashable, int]:
         """Step index, number of steps, the branch if a source names it, and the step that comes first."""
         name, index, total = self._context or (None, None, None)
         if index is not None and total is not None:
             return index, total, name, 0
-        pipeline = self._pipeline() if self._pipeline is not None else None
-        guider: Any = getattr(pipeline, "guider", None)
+        guider = self._part("guider")
         if getattr(guider, "_step", None) is not None and getattr(guider, "_num_inference_steps", None):
             name = name or getattr(guider, "_count_prepared", None)
             return guider._step, guider._num_inference_steps, name, 0
-        scheduler: Any = getattr(pipeline, "scheduler", None)
+        scheduler = self._part("scheduler")
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not None and hasattr(scheduler, "_step_index"):
             current, begin = scheduler._step_index, getattr(scheduler, "_begin_index", None)

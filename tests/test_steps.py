@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -117,6 +118,28 @@ def test_the_scheduler_is_read_anew_when_the_user_replaces_it():
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
     pipeline.scheduler.set_timesteps(7)
     assert clock.tick(None).total == 7
+
+
+@pytest.mark.parametrize("part", ["scheduler", "guider"])
+def test_the_parts_of_a_pipeline_that_is_gone_still_say_the_step(part):
+    # `pipe = FluxImg2ImgPipeline.from_pipe(pipe)`: another pipeline goes on with the same parts.
+    if part == "scheduler":
+        kept = FlowMatchEulerDiscreteScheduler()
+        pipeline = Pipeline(scheduler=kept)
+    else:
+        kept = SimpleNamespace(_step=0, _num_inference_steps=None)
+        pipeline = Pipeline(guider=kept)
+    clock = StepClock(pipeline)
+    gone = weakref.ref(pipeline)
+    del pipeline
+    assert gone() is None
+    if part == "scheduler":
+        kept.set_timesteps(5)
+        kept._step_index = 2
+    else:
+        kept._step, kept._num_inference_steps = 2, 5
+    step = clock.tick(None)
+    assert (step.index, step.total) == (2, 5)
 
 
 def test_the_guider_says_step_and_branch():
