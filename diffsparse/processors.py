@@ -37,6 +37,9 @@ def make_sparse(module: nn.Module, handle: Tensor, spreads_mask: bool = False) -
     Where the processor `spreads_mask`, it is given a `KeyMask` to spread.
     """
     processor: Any = getattr(module, "processor", None)
+    # One that was put aside while enabled comes back after disabling, as `unfuse_qkv_projections` does.
+    if isinstance(processor, _SparseProcessor) and processor._is_idle():
+        processor = processor._as_stock()
     sparse_class = _sparse_class_for(processor, spreads_mask)
     if sparse_class is None:
         return False
@@ -72,6 +75,10 @@ class _SparseProcessor:
     def __class__(self) -> type:
         # diffusers looks processors up by their exact class, which is not ours: guiders that skip layers, loaders.
         return self._diffsparse_stock_class
+
+    def _is_idle(self) -> bool:
+        """Whether no session is behind it."""
+        return self._diffsparse_handle is None or find_layer(self._diffsparse_handle) is None
 
     def _as_stock(self) -> Any:
         stock: Any = object.__new__(self._diffsparse_stock_class)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from enabled import SPARSE, report_of
+from enabled import SPARSE, report_of, run
 from tiny_models import TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -91,3 +91,22 @@ def test_compiled_code_is_told_the_dtype_of_autocast(way, monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype=torch.bfloat16):
         query = torch.randn(1, 2, 30, 8)
         assert getattr(processors, names[way])(query, query, query).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "pixart"])
+def test_sparse_processors_that_come_back_after_disabling_can_be_enabled_again(name):
+    tiny = TINY[name]
+    model = tiny.make()
+    call = tiny.call(model, tiny.grid)
+    model.enable_sparse_attention(SPARSE)
+    expected = run(model, call)
+    # diffusers puts the processors aside, which are sparse now, and others in their place.
+    model.fuse_qkv_projections()
+    model.disable_sparse_attention()
+    model.unfuse_qkv_projections()
+    model.enable_sparse_attention(SPARSE)
+    assert torch.equal(run(model, call), expected)
+    report = report_of(model)
+    assert (report.sparse_calls, report.unreached_layers) == (len(tiny.layers), {})
+    model.disable_sparse_attention()
+    assert [type(p) for p in model.attn_processors.values()] == [type(p) for p in tiny.make().attn_processors.values()]
