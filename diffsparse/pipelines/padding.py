@@ -1,0 +1,21 @@
+"""Whether padded text is last in its sequence, where the model leaves it wherever the tokenizer has put it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from diffsparse.pipelines.position_ids import read_once
+
+
+def check_padding_is_last(mask: Tensor | None) -> None:
+    """Raise ValueError unless each row of a mask [B, text tokens] hides a tail or nothing, as a key length does.
+
+    Read from the device once for each mask. Some tokenizers pad on the left, Gemma's among them.
+    """
+    # On the meta device there is nothing to read.
+    if mask is not None and not mask.is_meta and not read_once(mask, _hides_a_tail):
+        raise ValueError("text is padded before its end, which no key length can stand for")
+
+
+def _hides_a_tail(mask: Tensor) -> bool:
+    return not bool((mask[:, 1:].bool() & ~mask[:, :-1].bool()).any())
