@@ -73,7 +73,7 @@ class SparseAttentionConfig:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         if not isinstance(self.strict, bool):
             raise TypeError(f"`strict` must be True or False, got {self.strict!r}.")
-        if self.backend is not None and self.backend not in BACKENDS:
+        if self.backend is not None and not (isinstance(self.backend, str) and self.backend in BACKENDS):
             raise ValueError(f"`backend` must be None or one of {', '.join(BACKENDS)}, got {self.backend!r}.")
         if self.quantization is not None and self.quantization not in QUANTIZED:
             raise ValueError(
@@ -114,7 +114,7 @@ def as_config(config: Any) -> SparseAttentionConfig:
             f"`config` must be None, the name of a preset, a plan file or a SparseAttentionConfig, got {given}."
             f"{way_out}"
         )
-    name = config or "balanced"
+    name = "balanced" if config is None else config
     if name not in PRESETS:
         raise ValueError(
             f"`config` names no preset: got {name!r}, expected one of {', '.join(map(repr, PRESETS))}, or the name of "

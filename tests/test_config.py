@@ -42,6 +42,7 @@ def test_presets_go_from_quality_to_fast():
             "`quantization` must be None or one of int8, int8_int8, int8_fp8, fp8, int4, got 'fp4'",
         ),
         ({"quantization": True}, ValueError, "`quantization`"),
+        ({"backend": ["triton"]}, ValueError, r"`backend` must be None or one of .*, got \['triton'\]"),
         ({"strategy": "adaptive"}, TypeError, "`strategy` must be a strategy object"),
         ({"strategy": Adaptive}, TypeError, "`strategy`"),
     ],
@@ -54,6 +55,8 @@ def test_refuses_wrong_options_when_made(wrong, error, message):
 def test_refuses_unknown_presets_and_bare_strategies():
     with pytest.raises(ValueError, match=r"'fastest'.*'quality', 'balanced', 'fast'"):
         as_config("fastest")
+    with pytest.raises(ValueError, match="names no preset: got ''"):
+        as_config("")
     with pytest.raises(TypeError, match=r"got Adaptive\(…\)\. A strategy goes into a config: .*\(Adaptive\(…\)\)\.$"):
         as_config(Adaptive())
     with pytest.raises(TypeError, match=r"got 3\.$"):
@@ -80,6 +83,9 @@ def test_refuses_unknown_presets_and_bare_strategies():
         {"tile": (4, 4, 0)},
         {"band_margin": 0.5},
         {"band_margin": float("nan")},
+        {"band_margin": float("inf")},
+        {"band_margin": True},
+        {"tile": (True, 8, 8)},
     ],
 )
 def test_adaptive_refuses_wrong_options_when_made(wrong):

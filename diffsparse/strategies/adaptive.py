@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -125,7 +126,7 @@ class Adaptive:
         if self.tile is not None and (
             not isinstance(self.tile, tuple)
             or len(self.tile) != 3
-            or not all(isinstance(side, int) and side > 0 for side in self.tile)
+            or not all(type(side) is int and side > 0 for side in self.tile)
         ):
             raise ValueError(f"`tile` must be frames, height and width in tokens, like (4, 4, 4), got {self.tile!r}.")
         if (
@@ -137,8 +138,9 @@ class Adaptive:
         load = self.front_load
         if isinstance(load, bool) or not isinstance(load, (int, float)) or not 0 <= load <= 1:
             raise ValueError(f"`front_load` must be from 0 (the same density at each step) to 1, got {load!r}.")
-        if not isinstance(self.band_margin, (int, float)) or not self.band_margin >= 1:
-            raise ValueError(f"`band_margin` must be at least 1, got {self.band_margin!r}.")
+        margin = self.band_margin
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 1 <= margin < math.inf:
+            raise ValueError(f"`band_margin` must be a number of at least 1, got {margin!r}.")
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer, each head judged on its own; see `Strategy.plan`."""
