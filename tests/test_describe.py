@@ -212,3 +212,20 @@ def test_a_family_refuses_a_bare_string_for_a_tuple(field):
         Family(**(fields | {field: "Mine"}))
     with pytest.raises(TypeError, match="`layout` of a family must be a function"):
         Family(**(fields | {"layout": None}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("name", None, "a string, got None"),
+        ("timestep", None, "a string, got None"),
+        ("timestep", ("t",), r"a string, got \('t',\)"),
+        ("padding_mask", "no", "True or False, got 'no'"),
+        ("spreads_mask", None, "True or False, got None"),
+        ("text_apart", "no", "True, False or None, got 'no'"),
+    ],
+)
+def test_a_field_of_another_type_is_refused(field, value, expected):
+    fields = {"name": "mine", "transformers": ("Mine",), "layers": ("*.attn",), "layout": lambda model, call: None}
+    with pytest.raises(TypeError, match=f"`{field}` of a family must be {expected}"):
+        Family(**(fields | {field: value}))

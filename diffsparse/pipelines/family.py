@@ -71,6 +71,15 @@ class Family:
                 raise TypeError(
                     f"`{field}` of a family must be a tuple of strings, got {value!r}. For one say (name,)."
                 )
+        for field in ("name", "timestep"):
+            value = getattr(self, field)
+            if not isinstance(value, str):
+                raise TypeError(f"`{field}` of a family must be a string, got {value!r}.")
+        for field in ("padding_mask", "spreads_mask", "text_apart"):
+            value = getattr(self, field)
+            if not (isinstance(value, bool) or (field == "text_apart" and value is None)):
+                choices = "True, False or None" if field == "text_apart" else "True or False"
+                raise TypeError(f"`{field}` of a family must be {choices}, got {value!r}.")
         if not callable(self.layout):
             raise TypeError(
                 f"`layout` of a family must be a function of the transformer and its call's arguments that returns a "
