@@ -209,6 +209,8 @@ def dispatch_attention_fn(
     # Gives each rank the whole sequence of some of the heads, and the results back. Private to diffusers.
     exchange: Any = getattr(attention_dispatch, "_templated_context_parallel_attention", None)
     obstacle = _obstacle((query, key, value), attn_mask, dropout_p, is_causal, enable_gqa, parallel_config)
+    if attention_kwargs and obstacle is None:
+        obstacle = "attention_kwargs, which mean something to the model's own backend alone"
     if parallel_config is not None and obstacle is None and exchange is None:
         obstacle = "context parallelism of this release of diffusers"
     if handle is not None and obstacle is None:

@@ -1,5 +1,6 @@
 """What stands in for the attention functions while a layer runs; whole models are in tests/enable."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,28 @@ def test_what_no_session_can_do_is_the_stock_function(options, way, monkeypatch)
             outputs.append(processors.dispatch_attention_fn(*tokens_first, **options).transpose(1, 2))
     assert torch.equal(*outputs)
     assert report_of(model).dense_reasons == {"causal attention, grouped queries or dropout": 1}
+
+
+def test_what_a_processor_asks_of_its_backend_alone_reaches_it(monkeypatch):
+    from diffusers.models import attention_dispatch
+
+    model = TINY["wan"].make()
+    model.enable_sparse_attention(SPARSE)
+    handle = model.get_submodule(TINY["wan"].layers[0]).processor._diffsparse_handle
+    monkeypatch.setattr(processors._CURRENT, "handle", handle)
+    asked, signature = [], inspect.signature(attention_dispatch.dispatch_attention_fn)
+
+    def stand_in(*args, **kwargs):
+        asked.append(signature.bind(*args, **kwargs).arguments.get("attention_kwargs"))
+        return args[0]
+
+    monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", stand_in)
+    monkeypatch.setattr(processors, "_attend", lambda query, *others: query.transpose(1, 2))
+    query = torch.ones(1, 30, 2, 8)
+    processors.dispatch_attention_fn(query, query, query, attention_kwargs={"window_size": (4, 4)})
+    assert asked == [{"window_size": (4, 4)}]
+    (reason,) = report_of(model).dense_reasons
+    assert reason.startswith("attention_kwargs")
 
 
 @pytest.mark.parametrize("way", ["torch", "diffusers"])
