@@ -10,7 +10,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; the file takes its real name when all is written, and vanishes if that fails."""
+    """A name to write to; the file takes its real name when all is written, and vanishes if that fails.
+
+    Where the name is a link, the file that it leads to is written, and the link stays.
+    """
+    path = Path(os.path.realpath(path))
     unfinished = unfinished_name(path)
     try:
         yield unfinished

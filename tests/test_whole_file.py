@@ -19,3 +19,14 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, err
         write_half()
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "kept").mkdir()
+    link = tmp_path / "a.json"
+    link.symlink_to(tmp_path / "kept" / "real.json")
+    for text in ("first", "second"):
+        with whole_file(link) as unfinished:
+            unfinished.write_text(text)
+        assert link.is_symlink()
+        assert (tmp_path / "kept" / "real.json").read_text() == text
