@@ -8,8 +8,13 @@ from pathlib import Path
 
 def check_output_file(option: str, file: Path) -> None:
     """Raise ValueError unless a file of this name can be written; `option` is what names it on the command line."""
-    folder = file.absolute().parent
-    if file.is_dir() or not folder.is_dir():
+    # Where a link leads to, as `whole_file` writes it.
+    target = Path(os.path.realpath(file))
+    if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{option} must name a file in a folder that exists, got {file}.")
-    if not os.access(file if file.exists() else folder, os.W_OK):
+    if target.exists() and not target.is_file():
+        # A file that is written whole takes the place of what was there.
+        raise ValueError(f"{option} must name a file, and {file} is a device or a pipe. Name a file, then read it.")
+    # A new file is written beside an old one, so that the folder has to allow it too.
+    if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
         raise ValueError(f"{option} {file} cannot be written: no permission. Name another file.")

@@ -25,3 +25,19 @@ def test_a_folder_that_is_read_only_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match=r"--json .* cannot be written: no permission"):
         check_output_file("--json", tmp_path / "a.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_a_whole_file_would_take_the_place_of_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(ValueError, match=f"--json must name a file, and .*{name} is a device or a pipe"):
+            check_output_file("--json", tmp_path / name)
+
+
+def test_the_folder_of_an_old_file_has_to_take_a_new_one(tmp_path, monkeypatch):
+    (tmp_path / "a.json").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match=r"--json .* cannot be written: no permission"):
+        check_output_file("--json", tmp_path / "a.json")
