@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Collection, Mapping, Sequence
 
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is success, 2 something that the user can mend, told in one line, 130 Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Not every terminal or pipe has "×": a question mark is better than an error after all the work.
+        sys.stdout.reconfigure(errors="replace")
     args = make_parser(argv).parse_args(argv)
     try:
         exit_code: int = args.run(args)

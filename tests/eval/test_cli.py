@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -84,6 +86,23 @@ def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
     fail_with(KeyboardInterrupt(), monkeypatch)
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "diffsparse: interrupted\n"
+
+
+def run_printing(text, stdout, **environment):
+    """A process whose command prints this."""
+    code = (
+        "import sys; from diffsparse.eval import cli, doctor; "
+        f"doctor.run = lambda args: print({text!r}) or 0; sys.exit(cli.main(['doctor']))"
+    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=os.environ | environment, check=False)
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", b"64 ? 64 ?"), ("latin-1", b"64 \xd7 64 ?"), ("utf-8", None)])
+def test_an_output_that_lacks_a_sign_has_a_question_mark_for_it(encoding, shown):
+    done = run_printing("64 × 64 −", subprocess.PIPE, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.splitlines() == [shown or "64 × 64 −".encode()]
 
 
 @pytest.mark.parametrize("argv", [[], ["eval"], ["no-such-command"], ["eval", "compare", "only-one.mp4"]])
