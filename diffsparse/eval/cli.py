@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 
@@ -36,12 +37,14 @@ MODULES = {"inspect": "inspect_command"}
 
 USER_ERROR = 2
 INTERRUPTED = 130
+STOPPED_READING = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in argv (default: of the process) and return its exit code.
 
-    0 is success, 2 something that the user can mend, told in one line, 130 Ctrl-C.
+    0 is success, 2 something that the user can mend, told in one line, 130 Ctrl-C, 1 also an output that
+    nobody reads to its end.
     """
     argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -50,9 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser(argv).parse_args(argv)
     try:
         exit_code: int = args.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("diffsparse: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever reads the output has read enough, as `head` does. Python would complain of the rest when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STOPPED_READING
     except (ValueError, OSError) as error:
         if args.traceback:
             raise

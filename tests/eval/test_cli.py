@@ -105,6 +105,17 @@ def test_an_output_that_lacks_a_sign_has_a_question_mark_for_it(encoding, shown)
     assert done.stdout.splitlines() == [shown or "64 × 64 −".encode()]
 
 
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_a_reader_who_has_read_enough_is_no_error(length):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = run_printing("x" * length, writing)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 @pytest.mark.parametrize("argv", [[], ["eval"], ["no-such-command"], ["eval", "compare", "only-one.mp4"]])
 def test_a_wrong_command_line_is_an_error_with_usage(argv, capsys):
     with pytest.raises(SystemExit) as stop:
