@@ -98,7 +98,9 @@ def run_printing(text, stdout, **environment):
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=os.environ | environment, check=False)
 
 
-@pytest.mark.parametrize(("encoding", "shown"), [("ascii", b"64 ? 64 ?"), ("latin-1", b"64 \xd7 64 ?"), ("utf-8", None)])
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", b"64 ? 64 ?"), ("latin-1", b"64 \xd7 64 ?"), ("utf-8", None)]
+)
 def test_an_output_that_lacks_a_sign_has_a_question_mark_for_it(encoding, shown):
     done = run_printing("64 × 64 −", subprocess.PIPE, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stderr) == (0, b"")
