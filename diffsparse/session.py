@@ -300,6 +300,12 @@ class Session:
         if kept is None or not kept.serves(self.step.index, self.config.replan_every):
             if not _is_finite(query, key, value):
                 return "NaN or infinity in query, key or value"
+            # A branch may not come again, as a context window that moves at each step does not.
+            self._plans = {
+                other: plan
+                for other, plan in self._plans.items()
+                if plan.serves(self.step.index, self.config.replan_every)
+            }
             kept = self._plans[slot] = _KeptPlan(make(), self.step.index)
         return _STRATEGY_SAYS_DENSE if kept.plan is None else kept.plan
 

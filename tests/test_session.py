@@ -1,5 +1,6 @@
 """What a session keeps plans for, and for how long."""
 
+import weakref
 from dataclasses import dataclass, field
 
 import pytest
@@ -116,6 +117,24 @@ def test_what_a_plan_was_not_made_for_has_its_own_and_takes_nothing_away(other):
         begin(session, 0, grid=other.get("grid", GRID))
         attend(session, **{name: value for name, value in other.items() if name != "grid"})
     assert len(strategy.planned) == 2
+
+
+def test_the_plans_of_branches_that_do_not_come_again_are_given_back():
+    @dataclass(frozen=True)
+    class Watched(Recorded):
+        alive: weakref.WeakSet = field(default_factory=weakref.WeakSet)
+
+        def plan(self, query, key, value, call):
+            self.alive.add(plan := super().plan(query, key, value, call))
+            return plan
+
+    session = session_of(strategy := Watched(), replan_every=3)
+    for index in range(20):
+        begin(session, index, f"window {index}", named=False)
+        for layer in (0, 1):
+            attend(session, layer)
+    assert len(strategy.planned) == 2 * 20
+    assert len(strategy.alive) == 2 * 3
 
 
 def test_rows_that_come_one_by_one_have_plans_of_their_own_at_every_step():
