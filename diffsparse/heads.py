@@ -82,7 +82,7 @@ class BlockSums:
             order: [S] int64, the token order to be judged; None for that of key and value.
             key_length: [B], keys at or beyond this place of the order do not exist.
         """
-        if (kernels := _kernels(key.device)) is not None:
+        if (kernels := _kernels_for(key, query.shape[2], block_size)) is not None:
             return cls(*kernels.block_sums(query, key, value, block_size, order, key_length))
         if order is not None:
             key, value = gather_tokens(key, order[None]), gather_tokens(value, order[None])
@@ -183,9 +183,20 @@ _LEAST_SIZE = 1e-12
 """So that a head whose output is zero can be divided by its size."""
 
 
-def judged_in_kernels(device: torch.device) -> bool:
-    """Whether Triton kernels sum by block and judge masks there: no tensor is made of all keys or of all masks."""
-    return _kernels(device) is not None and _error_kernels(device) is not None
+def judged_in_kernels(key: Tensor, rows: int, block_size: int) -> bool:
+    """Whether Triton kernels sum keys [B, H, S, D] by block and judge masks by so many rows.
+
+    Then no tensor is made of all keys or of all masks.
+    """
+    return _kernels_for(key, rows, block_size) is not None and _error_kernels(key.device) is not None
+
+
+def _kernels_for(key: Tensor, rows: int, block_size: int) -> ModuleType | None:
+    """The Triton kernel for `BlockSums.of` such keys, where it runs and their blocks fit; None elsewhere."""
+    kernels = _kernels(key.device)
+    if kernels is None or not kernels.fits(rows, key.shape[3], block_size, key.element_size()):
+        return None
+    return kernels
 
 
 @functools.cache

@@ -253,8 +253,12 @@ def test_a_kernel_with_wrong_errors_is_left_out(wrong, errors_stand_in, monkeypa
 
 @pytest.mark.parametrize("missing", ["_kernels", "_error_kernels"])
 def test_masks_are_judged_in_kernels_where_there_are_both(missing, monkeypatch):
+    # Those that sum take so many rows, numbers a head, tokens a block and bytes a number, and one size alone.
+    kernels = types.SimpleNamespace(fits=lambda *sizes: sizes == (64, 8, 16, 4))
     for name in ("_kernels", "_error_kernels"):
-        monkeypatch.setattr(heads, name, lambda device: types.ModuleType("kernels"))
-    assert heads.judged_in_kernels(GPU)
+        monkeypatch.setattr(heads, name, lambda device: kernels)
+    key = torch.zeros(1, 2, 105, 8)
+    assert heads.judged_in_kernels(key, 64, 16)
+    assert not heads.judged_in_kernels(key, 64, 32)
     monkeypatch.setattr(heads, missing, lambda device: None)
-    assert not heads.judged_in_kernels(GPU)
+    assert not heads.judged_in_kernels(key, 64, 16)

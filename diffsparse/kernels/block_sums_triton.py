@@ -13,6 +13,17 @@ from torch import Tensor
 from diffsparse.kernels.launch import launch_on
 
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)
+LARGEST_TILES = 96 << 10
+"""Bytes of a program's queries, keys and values, for which every GPU has room in shared memory."""
+
+
+def fits(rows: int, dim: int, block_size: int, element_size: int) -> bool:
+    """Whether the kernel takes so many rows and keys of so many numbers, in blocks of that many tokens, and bytes each.
+
+    What does not fit raises at its launch, however well smaller blocks ran before.
+    """
+    padded_rows, padded_dim, padded_block = (triton.next_power_of_2(max(size, 16)) for size in (rows, dim, block_size))
+    return (padded_rows + 2 * padded_block) * padded_dim * element_size <= LARGEST_TILES
 
 
 def block_sums(
@@ -40,8 +51,8 @@ def block_sums(
             query,
             key,
             value,
-            order,
-            key_length,
+            None if order is None else order.contiguous(),
+            None if key_length is None else key_length.contiguous(),
             numerators,
             sums,
             means,

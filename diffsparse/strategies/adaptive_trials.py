@@ -81,7 +81,8 @@ class Trial:
     def of(cls, number: int, rules: list[str], counts: list[int], inputs: Inputs, geometry: Geometry) -> Trial:
         """Of the order of this number, a few heads at a time."""
         query, rows = inputs.query, inputs.rows.shape[2]
-        slices_of = summed_head_slices if judged_in_kernels(query.device) else blockwise_head_slices
+        in_kernels = judged_in_kernels(inputs.key, rows, geometry.key_block_size)
+        slices_of = summed_head_slices if in_kernels else blockwise_head_slices
         slices = slices_of(query, rows, geometry.key_block_size)
         parts = [cls._of_some(number, rules, counts, inputs.some(heads), geometry) for heads in slices]
         if len(parts) == 1:

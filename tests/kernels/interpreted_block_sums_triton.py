@@ -25,3 +25,15 @@ def test_it_gives_the_fields_that_torch_gives(rows, dim, block_size, lengths, or
     actual = BlockSums(*block_sums(query, key, value, block_size, order, length))
     for name, x in vars(expected).items():
         torch.testing.assert_close(getattr(actual, name), x, rtol=1e-4, atol=1e-5)
+
+
+def test_lengths_and_orders_may_be_views():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 3, 5, 32), *torch.randn(2, 2, 3, 70, 32)
+    # All batch entries share a length; the order is a column.
+    length = torch.tensor([40], dtype=torch.int32).expand(2)
+    order = torch.stack([torch.randperm(70) for _ in range(2)], dim=1)[:, 0]
+    expected = BlockSums.of(query, key, value, 16, order, length)
+    actual = BlockSums(*block_sums(query, key, value, 16, order, length))
+    for name, x in vars(expected).items():
+        torch.testing.assert_close(getattr(actual, name), x, rtol=1e-4, atol=1e-5)
