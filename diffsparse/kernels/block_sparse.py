@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.kernels.backends import BACKENDS, attend_with, why_not
+from diffsparse.kernels.launch import refuse_first_use_in_graph
 from diffsparse.kernels.quantization import PRECISIONS
 from diffsparse.kernels.self_test import largest_error, self_test
 
@@ -198,6 +199,7 @@ def _why_not_right(name: str, query: Tensor, query_block_size: int, key_block_si
 @functools.cache
 def _why_not_trusted(name: str, device: torch.device, dtype: torch.dtype, precision: str) -> str | None:
     """What the backend's self-test found before its first use on this device and dtype, None if it is right."""
+    refuse_first_use_in_graph(device)
     try:
         error = self_test(name, device, dtype, precision)
     except Exception as failure:  # a compiler or a driver may raise anything; there is another backend

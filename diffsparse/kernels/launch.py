@@ -13,7 +13,20 @@ def launch_on(device: torch.device) -> torch.cuda.device:
 
 def is_captured(device: torch.device) -> bool:
     """Whether what is launched there becomes part of a CUDA graph: it computes nothing until that is replayed."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    # Asking starts CUDA, which needs a driver: before that nothing is captured.
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_first_use_in_graph(device: torch.device) -> None:
+    """Raise RuntimeError where a CUDA graph is captured: kernels are tried before their first use, and waited for.
+
+    That breaks the capture, and says nothing about the kernels: who asks must not keep an answer.
+    """
+    if is_captured(device):
+        raise RuntimeError(
+            "diffsparse tries its GPU kernels before their first use, which cannot be part of a CUDA graph. "
+            "Make the same call once before the graph is captured."
+        )
 
 
 def step_of_heads(order: Tensor | None) -> int:

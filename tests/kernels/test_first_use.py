@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from types import ModuleType
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from diffsparse import block_mask, heads
-from diffsparse.kernels import pooling, reorder
+from diffsparse.kernels import block_sparse, launch, pooling, reorder
 from diffsparse.kernels.first_use import is_right, kernels_on
 from diffsparse.strategies import select_blocks
 
@@ -44,6 +45,46 @@ def test_on_a_gpu_kernels_are_taken_if_they_pass_their_check(kernels):
         assert kernels_on(gpu, "adding_triton", "adding", lambda module: module is not kernels) is None
     with pytest.warns(UserWarning, match="adding is left out.*No module named"):
         assert kernels_on(gpu, "absent_triton", "adding", lambda module: True) is None
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """A CUDA graph is being captured, until it is called."""
+    states = [True]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: states[-1])
+    return lambda: states.append(False)
+
+
+def test_nothing_is_learnt_of_kernels_while_a_graph_is_captured(kernels, capture):
+    @functools.cache
+    def asked(device):
+        return kernels_on(device, "adding_triton", "adding", lambda module: True)
+
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(RuntimeError, match="once before the graph is captured"):
+        asked(gpu)
+    capture()
+    assert asked(gpu) is kernels
+
+
+def test_no_backend_is_given_up_while_a_graph_is_captured(capture, monkeypatch):
+    tried = []
+    monkeypatch.setattr(block_sparse, "self_test", lambda *args: tried.append(args) or 0.0)
+    asked = functools.cache(block_sparse._why_not_trusted.__wrapped__)
+    of_call = "triton", torch.device("cuda", 0), torch.bfloat16, "native"
+    with pytest.raises(RuntimeError, match="once before the graph is captured"):
+        asked(*of_call)
+    assert tried == []
+    capture()
+    assert asked(*of_call) is None
+    assert tried == [of_call]
+
+
+def test_before_cuda_is_started_nothing_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: 1 / 0)
+    assert not launch.is_captured(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
