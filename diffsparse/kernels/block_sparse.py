@@ -202,6 +202,8 @@ def _why_not_trusted(name: str, device: torch.device, dtype: torch.dtype, precis
     refuse_first_use_in_graph(device)
     try:
         error = self_test(name, device, dtype, precision)
+    except torch.OutOfMemoryError:  # another call, with more of it, shall not go without the backend
+        raise
     except Exception as failure:  # a compiler or a driver may raise anything; there is another backend
         return f"its self-test failed ({type(failure).__name__}: {failure})"
     allowed = largest_error(dtype, precision)

@@ -30,11 +30,14 @@ def kernels_on(device: torch.device, module: str, what: str, check: Callable[[Mo
 def is_right(what: str, check: Callable[[], bool]) -> bool:
     """Whether the kernel for `what` passes its check. Where it fails or raises, a warning says why, once.
 
-    A compiler or a driver may raise anything. What the check makes is on the CPU, whatever the default device is.
+    A compiler or a driver may raise anything. Memory that runs out is raised on: it says nothing about the kernel, and
+    who frees some and calls again shall have it. What the check makes is on the CPU, whatever the default device is.
     """
     try:
         with torch.device("cpu"):
             why = None if check() else "it is wrong on a small input"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
     if why is not None:

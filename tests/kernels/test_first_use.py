@@ -81,6 +81,37 @@ def test_no_backend_is_given_up_while_a_graph_is_captured(capture, monkeypatch):
     assert tried == [of_call]
 
 
+def test_a_kernel_is_tried_again_where_memory_ran_out(kernels):
+    left = [torch.OutOfMemoryError("no memory"), None]
+
+    def check(module):
+        if (error := left.pop(0)) is not None:
+            raise error
+        return True
+
+    asked = functools.cache(lambda device: kernels_on(device, "adding_triton", "adding", check))
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        asked(gpu)
+    assert asked(gpu) is kernels
+
+
+def test_a_backend_is_tried_again_where_memory_ran_out(monkeypatch):
+    left = [torch.OutOfMemoryError("no memory"), None]
+
+    def self_test(*args):
+        if (error := left.pop(0)) is not None:
+            raise error
+        return 0.0
+
+    monkeypatch.setattr(block_sparse, "self_test", self_test)
+    asked = functools.cache(block_sparse._why_not_trusted.__wrapped__)
+    of_call = "triton", torch.device("cuda", 0), torch.bfloat16, "native"
+    with pytest.raises(torch.OutOfMemoryError):
+        asked(*of_call)
+    assert asked(*of_call) is None
+
+
 def test_before_cuda_is_started_nothing_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: 1 / 0)
