@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from diffsparse.kernels.pooling import block_token_counts
-from diffsparse.kernels.quantization import PRECISIONS, quantized_operands, round_weights, round_weights_int8
+from diffsparse.kernels.quantization import (
+    PRECISIONS,
+    of_key_mean,
+    quantized_operands,
+    round_weights,
+    round_weights_int8,
+)
 
 # The most scores held at a time, unless a single query block has more: about what a cache holds.
 MAX_SCORES = 1 << 20
@@ -56,7 +62,7 @@ def attend(
     if precision != "native":
         operands = quantized_operands(query, key, value, precision, query_block_size, key_block_size, key_length)
         if return_lse:
-            lse_shift = (query.float() @ operands.key_mean.mT)[..., 0] * scale
+            lse_shift = of_key_mean(query, operands.key_mean) * scale
         query, key, value = operands.query, operands.key, operands.value
         key_means, value_means = operands.key_means, operands.value_means
     weights = PRECISIONS[precision].values

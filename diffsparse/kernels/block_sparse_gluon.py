@@ -20,8 +20,9 @@ from diffsparse.kernels.hopper_kernel_gluon import attention_kernel
 from diffsparse.kernels.hopper_lists_gluon import TILE
 from diffsparse.kernels.hopper_tiles_gluon import descriptor_layout
 from diffsparse.kernels.launch import launch_on, outputs, step_of_heads
-from diffsparse.kernels.operands_triton import Operands, of_key_mean, prepared
+from diffsparse.kernels.operands_triton import Operands, prepared
 from diffsparse.kernels.pooling import tail_sizes
+from diffsparse.kernels.quantization import of_key_mean
 from diffsparse.kernels.schedule import heavy_first
 
 # Before it Gluon starts warps of different work in another way, and cannot say how many there are.

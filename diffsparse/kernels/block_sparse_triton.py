@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from diffsparse.kernels import quantization
 from diffsparse.kernels.block_sparse_kernel_triton import attention_kernel
 from diffsparse.kernels.launch import launch_on, outputs, step_of_heads
-from diffsparse.kernels.operands_triton import of_key_mean, prepared
+from diffsparse.kernels.operands_triton import prepared
 from diffsparse.kernels.pooling import tail_sizes
 from diffsparse.kernels.schedule import heavy_first
 from diffsparse.kernels.tuning import Tuning, tuning
@@ -143,7 +143,7 @@ def attend(
             enable_fp_fusion=True,
         )
     if return_lse and operands.key_mean is not None:
-        lse += scale * of_key_mean(query, operands.key_mean)
+        lse += scale * quantization.of_key_mean(query, operands.key_mean)
     return out, lse
 
 

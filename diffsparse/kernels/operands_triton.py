@@ -71,8 +71,3 @@ def prepared(
         if pool:
             value_means = block_means(value, key_block_size, key_length)[0].to(value.dtype)
     return Operands(query, key, value, query_scale, key_scale, value_scale, mean, key_means, value_means)
-
-
-def of_key_mean(query: Tensor, key_mean: Tensor) -> Tensor:
-    """Products of queries [B, H, S, D] and the mean key that quantized keys lack: [B, H, S]."""
-    return (query.float() @ key_mean.mT)[..., 0]

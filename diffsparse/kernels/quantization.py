@@ -102,6 +102,14 @@ def key_mean(key: Tensor, key_length: Tensor | None = None) -> Tensor:
     return block_means(key, key.shape[2], key_length)[0]
 
 
+def of_key_mean(query: Tensor, key_mean: Tensor) -> Tensor:
+    """Products of queries [B, H, S, D] and the mean key [B, H, 1, D] that quantized keys lack: [B, H, S] fp32.
+
+    Not as a matrix product: autocast would round both to 16 bits, and TF32 to 11.
+    """
+    return (query * key_mean).sum(-1)
+
+
 def quantize_blocks(x: Tensor, block_size: int, bits: int, key_length: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Integers of x [B, H, S, D], [B, H, S, D] int8, and the scale of each block of tokens, [B, H, K] fp32.
 

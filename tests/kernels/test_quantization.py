@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffsparse.kernels import block_sparse_eager
+from diffsparse.kernels.block_sparse import block_sparse_attention
 from diffsparse.kernels.quantization import (
     PRECISIONS,
     QUANTIZED,
@@ -347,6 +348,17 @@ def test_the_output_has_the_dtype_of_the_inputs(dtype):
     expected, _ = float64_attention(*(arguments[name] for name in ("query", "key", "value")), visible, None, None)
     assert (out.dtype, lse.dtype) == (dtype, torch.float32)
     assert relative(out, expected) < 1.25 * 0.011
+
+
+def test_autocast_does_not_round_what_the_mean_key_adds_to_the_logsumexp():
+    query, key, value = (normal(1, 2, 200, 64, seed=seed) for seed in range(3))
+    lists = torch.arange(4, dtype=torch.int32).expand(1, 2, 2, 4), torch.full((1, 2, 2), 3, dtype=torch.int32)
+    options = {"query_block_size": 128, "key_block_size": 64, "precision": "int8", "return_lse": True}
+    out, lse = block_sparse_attention(query, key + 3.0, value, *lists, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast_out, cast_lse = block_sparse_attention(query, key + 3.0, value, *lists, **options)
+    assert torch.equal(cast_out, out)
+    assert torch.equal(cast_lse, lse)
 
 
 @pytest.mark.parametrize("precision", QUANTIZED)
