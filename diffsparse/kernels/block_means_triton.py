@@ -26,6 +26,8 @@ def block_means(x: Tensor, block_size: int, key_length: Tensor | None, order: Te
     means = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
     token_counts = torch.empty((1 if key_length is None else batch, blocks), dtype=torch.int64, device=x.device)
     padded_dim = triton.next_power_of_2(head_dim)
+    # The kernel steps through it by one.
+    order = order if order is None or order.stride(1) == 1 else order.contiguous()
     with launch_on(x.device):
         block_means_kernel[(blocks, heads, batch)](
             x,

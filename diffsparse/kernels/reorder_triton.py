@@ -32,6 +32,8 @@ def scatter_tokens(x: Tensor, order: Tensor) -> Tensor:
 
 def _launch(x: Tensor, order: Tensor, out: Tensor, *, scatters: bool) -> None:
     batch, heads, tokens, dim = x.shape
+    # The kernel steps through it by one.
+    order = order if order.stride(1) == 1 else order.contiguous()
     with launch_on(x.device):
         reorder_kernel[(triton.cdiv(tokens, ROWS), batch * heads)](
             x,

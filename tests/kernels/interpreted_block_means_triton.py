@@ -104,3 +104,9 @@ def test_torch_takes_over_from_a_kernel_that_is_wrong(output, place, monkeypatch
     with pytest.warns(UserWarning, match="means of blocks is left out.*wrong on a small input"), PretendedGPU():
         actual = block_means(x, 16)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_an_order_may_be_a_view():
+    x = torch.randn(1, 3, 70, 8)
+    order = torch.stack([torch.randperm(70) for _ in range(3)], dim=1).T
+    assert_same(block_means_triton.block_means(x, 16, None, order), block_means(x, 16, order=order))

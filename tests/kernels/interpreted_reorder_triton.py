@@ -27,3 +27,11 @@ def test_every_token_goes_to_its_place_and_back(dim, own_orders, contiguous):
     back = reorder_triton.scatter_tokens(there, order)
     assert torch.equal(back, x)
     assert back.transpose(1, 2).is_contiguous()
+
+
+def test_an_order_may_be_a_view():
+    x = torch.randn(1, 3, 70, 8)
+    order = torch.stack([torch.randperm(70) for _ in range(3)], dim=1).T
+    there = reorder_triton.gather_tokens(x, order)
+    assert torch.equal(there, x.gather(2, order[None, :, :, None].expand_as(x)))
+    assert torch.equal(reorder_triton.scatter_tokens(there, order), x)
