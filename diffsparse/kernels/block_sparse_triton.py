@@ -25,6 +25,8 @@ BLOCK_SIZES = (16, 32, 64, 128)
 TAIL_COLUMNS = 64
 FEWEST_KEYS_OF_8_BITS = 32
 SMALLEST_SCALE = 1e-30
+# Bytes that a program may use on every GPU from Ampere on.
+LEAST_SHARED_MEMORY = 99 * 1024
 
 
 def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision: str = "native") -> str | None:
@@ -45,6 +47,13 @@ def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision
         return f"{precision} needs compute capability 8.9 (Ada) or newer, which multiplies FP8"
     if formats.values != "native" and key_block_size < FEWEST_KEYS_OF_8_BITS:
         return f"products of 8 bits take {FEWEST_KEYS_OF_8_BITS} keys at a time, and a key block has {key_block_size}"
+    # The query block, and the smallest tiles of keys and values that `tuning` chooses.
+    least = (query_block_size + 2 * min(BLOCK_SIZES)) * padded(query.shape[3], precision) * query.element_size()
+    if precision == "native" and least > LEAST_SHARED_MEMORY and least > _shared_memory(query.device):
+        return (
+            f"query blocks of {query_block_size} at head dim {query.shape[3]} in {query.dtype} take {least} bytes of "
+            f"shared memory, and a program has {_shared_memory(query.device)}"
+        )
     return None
 
 
@@ -158,15 +167,18 @@ def _suits_descriptor(x: Tensor) -> bool:
 
 
 def _tuning(query: Tensor, query_block_size: int, key_block_size: int, precision: str) -> Tuning:
-    capability, shared_memory = (8, 0), 99 * 1024  # where there is no GPU to ask
+    capability, shared_memory = (8, 0), LEAST_SHARED_MEMORY  # where there is no GPU to ask
     if query.device.type == "cuda":
-        properties: Any = torch.cuda.get_device_properties(query.device)  # not all are declared in every release
-        capability = (properties.major, properties.minor)
-        shared_memory = int(properties.shared_memory_per_block_optin)
+        capability, shared_memory = torch.cuda.get_device_capability(query.device), _shared_memory(query.device)
     padded_dim = padded(query.shape[3], precision)
     return tuning(
         capability, shared_memory, query_block_size, key_block_size, padded_dim, precision, query.element_size()
     )
+
+
+def _shared_memory(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)  # not all are declared in every release
+    return int(properties.shared_memory_per_block_optin)
 
 
 def padded(head_dim: int, precision: str) -> int:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,36 @@ def test_what_it_cannot_take_has_a_reason():
     from diffsparse.kernels import block_sparse_triton
 
     assert "CUDA" in block_sparse_triton.why_not(torch.zeros(1, 1, 64, 64), 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "query_block_size", "fits"),
+    [
+        (89, torch.float32, 256, 128, False),
+        (89, torch.float32, 256, 64, True),
+        (89, torch.float32, 128, 128, True),
+        (89, torch.bfloat16, 256, 128, True),
+        (80, torch.float32, 256, 128, True),
+    ],
+)
+def test_what_does_not_fit_in_shared_memory_is_refused(
+    capability, dtype, head_dim, query_block_size, fits, monkeypatch
+):
+    from diffsparse.kernels import block_sparse_triton
+
+    properties = SimpleNamespace(shared_memory_per_block_optin=SHARED_MEMORY[capability])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    size = torch.finfo(dtype).bits // 8
+    query = SimpleNamespace(
+        device=torch.device("cuda"), dtype=dtype, shape=(1, 1, 300, head_dim), element_size=lambda: size
+    )
+    reason = block_sparse_triton.why_not(query, query_block_size, 64)
+    assert (reason is None) == fits
+    assert fits or "shared memory" in reason
+    if capability == 89 and dtype == torch.float32 and head_dim == 256:
+        compiled = compile_attention(capability, head_dim, "fp32", (query_block_size, 64))
+        assert (compiled.metadata.shared <= SHARED_MEMORY[capability]) == fits
 
 
 @pytest.mark.parametrize("error", [0.1, math.nan, RuntimeError("ptxas is missing")])
