@@ -14,8 +14,8 @@ from diffsparse.kernels.reorder import gather_tokens, scatter_tokens
 AXES = ("frame", "height", "width")
 
 
-def axis_order(grid: TokenGrid, axes: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-    """The tokens sorted by `axes`, outermost first, text last: token indices [S].
+def axis_order(grid: TokenGrid, axes: Sequence[str]) -> Tensor:
+    """The tokens sorted by `axes`, outermost first, text last: token indices [S], on the CPU.
 
     `("frame", "height", "width")` is the natural, frame-major order; `("height", "width", "frame")` puts the
     same place of all frames side by side, the token-major order.
@@ -25,12 +25,12 @@ def axis_order(grid: TokenGrid, axes: Sequence[str], device: torch.device | str 
     """
     if sorted(axes) != sorted(AXES):
         raise ValueError(f"`axes` must be an arrangement of {AXES}, got {tuple(axes)}.")
-    video = _video_tokens(grid, device).permute([AXES.index(axis) for axis in axes])
+    video = _video_tokens(grid).permute([AXES.index(axis) for axis in axes])
     return _with_text_last(grid, video.reshape(-1))
 
 
-def tile_order(grid: TokenGrid, tile: tuple[int, int, int], device: torch.device | str = "cpu") -> Tensor:
-    """The tokens sorted by tiles of frames x height x width, text last: token indices [S].
+def tile_order(grid: TokenGrid, tile: tuple[int, int, int]) -> Tensor:
+    """The tokens sorted by tiles of frames x height x width, text last: token indices [S], on the CPU.
 
     Inside a tile the order is frame-major. Tiles at the far sides of the grid may be smaller, so any grid will do.
 
@@ -38,12 +38,12 @@ def tile_order(grid: TokenGrid, tile: tuple[int, int, int], device: torch.device
         ValueError: a tile side that is not positive.
     """
     # A stable sort keeps the frame-major order inside each tile.
-    by_tile = torch.argsort(tile_of_token(grid, tile, device), stable=True)
-    return _with_text_last(grid, _video_tokens(grid, device).reshape(-1)[by_tile])
+    by_tile = torch.argsort(tile_of_token(grid, tile), stable=True)
+    return _with_text_last(grid, _video_tokens(grid).reshape(-1)[by_tile])
 
 
-def tile_of_token(grid: TokenGrid, tile: tuple[int, int, int], device: torch.device | str = "cpu") -> Tensor:
-    """The number of the tile that each video token lies in, tiles counted frame-major: [num_video_tokens] int64.
+def tile_of_token(grid: TokenGrid, tile: tuple[int, int, int]) -> Tensor:
+    """The number of the tile of each video token, tiles counted frame-major: [num_video_tokens] int64, on the CPU.
 
     Raises:
         ValueError: a tile side that is not positive.
@@ -51,21 +51,21 @@ def tile_of_token(grid: TokenGrid, tile: tuple[int, int, int], device: torch.dev
     if min(tile) < 1:
         raise ValueError(f"`tile` must have three positive sides, in tokens, got {tile}.")
     sizes = (grid.frames, grid.height, grid.width)
-    places = torch.meshgrid(*(torch.arange(size, device=device) for size in sizes), indexing="ij")
-    number = torch.zeros(sizes, dtype=torch.long, device=device)
+    places = torch.meshgrid(*(torch.arange(size, device="cpu") for size in sizes), indexing="ij")
+    number = torch.zeros(sizes, dtype=torch.long, device="cpu")
     for place, side, size in zip(places, tile, sizes):
         number = number * -(-size // side) + place // side
     return number.reshape(-1)
 
 
-def _video_tokens(grid: TokenGrid, device: torch.device | str) -> Tensor:
-    tokens = torch.arange(grid.num_video_tokens, device=device) + grid.text_before
+def _video_tokens(grid: TokenGrid) -> Tensor:
+    tokens = torch.arange(grid.num_video_tokens, device="cpu") + grid.text_before
     return tokens.view(grid.frames, grid.height, grid.width)
 
 
 def _with_text_last(grid: TokenGrid, video: Tensor) -> Tensor:
-    before = torch.arange(grid.text_before, device=video.device)
-    after = torch.arange(grid.num_tokens - grid.text_after, grid.num_tokens, device=video.device)
+    before = torch.arange(grid.text_before, device="cpu")
+    after = torch.arange(grid.num_tokens - grid.text_after, grid.num_tokens, device="cpu")
     return torch.cat([video, before, after])
 
 

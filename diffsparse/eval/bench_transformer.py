@@ -147,12 +147,7 @@ SUBJECTS = {
 
 
 def bench_transformer(
-    subject: Subject,
-    device: torch.device,
-    config: Any,
-    rounds: int,
-    num_layers: int = NUM_LAYERS,
-    dense_backend: str | None = None,
+    subject: Subject, device: torch.device, config: Any, rounds: int, num_layers: int = NUM_LAYERS
 ) -> dict[str, Any]:
     """Seconds of a step, dense and sparse in turn: medians over rounds of `STEPS` steps, planning included.
 
@@ -163,7 +158,6 @@ def bench_transformer(
             attention is not faster, and the density is None.
         rounds: how often dense and sparse take turns.
         num_layers: of each kind; the model has more.
-        dense_backend: for `set_attention_backend`, dense and for the dense part of sparse.
     """
     import dataclasses
 
@@ -175,8 +169,6 @@ def bench_transformer(
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model: Any = subject.build(device, dtype, num_layers)
-    if dense_backend is not None:
-        model.set_attention_backend(dense_backend)
     call = subject.call(device, dtype)
     config = dataclasses.replace(as_config(config), dense_steps=0.0)
     ran = 0

@@ -22,20 +22,20 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def git_revision(package: Path = PACKAGE) -> str | None:
-    """The commit that a folder of this project is checked out at, with a + where files differ from it.
+def git_revision() -> str | None:
+    """The commit that this package is checked out at, with a + where files differ from it.
 
     None outside a checkout, as after `pip install`.
     """
-    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    revision = _git(package, "rev-parse", "HEAD")
-    return f"{revision}+" if _git(package, "status", "--porcelain", "--", ".") else revision
+    revision = _git("rev-parse", "HEAD")
+    return f"{revision}+" if _git("status", "--porcelain", "--", ".") else revision
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -17,6 +17,7 @@ from diffsparse.eval.train_demo_transformer import MAX_SEQUENCE_LENGTH, TIMESTEP
 GUIDANCE_SCALE = 4.0
 NUM_INFERENCE_STEPS = 20
 FRAMES_PER_SECOND = 8
+SHEET_COLUMNS = 5
 
 
 def export_pipeline(
@@ -55,22 +56,14 @@ def call_settings(grid: tuple[int, int, int]) -> dict[str, int | float | str]:
     }
 
 
-def contact_sheet(
-    pipe: WanPipeline,
-    prompts: list[str],
-    path: Path,
-    grid: tuple[int, int, int],
-    *,
-    seed: int = 0,
-    columns: int = 5,
-) -> None:
-    """Sample every prompt and write `columns` frames of each, one prompt a row, to a PNG."""
+def contact_sheet(pipe: WanPipeline, prompts: list[str], path: Path, grid: tuple[int, int, int]) -> None:
+    """Sample every prompt with seed 0 and write a few frames of each, one prompt a row, to a PNG."""
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for prompt in prompts:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         video = pipe(prompt, generator=generator, output_type="np", **call_settings(grid)).frames[0]
-        chosen = np.linspace(0, len(video) - 1, columns).round().astype(int)
+        chosen = np.linspace(0, len(video) - 1, SHEET_COLUMNS).round().astype(int)
         rows.append(np.concatenate(list(video[chosen]), axis=1))
         sheet = (np.concatenate(rows, axis=0).clip(0, 1) * 255).round().astype(np.uint8)
         Image.fromarray(sheet).quantize(128).save(path, optimize=True)

@@ -22,6 +22,7 @@ from diffsparse.eval.training_run import TrainingRun, WeightAverage
 MAX_SEQUENCE_LENGTH = 64
 CAPTION_DROPOUT = 0.12
 TIMESTEP_SHIFT = 5.0
+LEARNING_RATE = 2e-3
 ALONE = Workers()
 
 
@@ -124,11 +125,10 @@ def train_transformer(
     *,
     workers: Workers = ALONE,
     phases: tuple[Phase, ...] = PHASES,
-    rate: float = 2e-3,
     batch_scale: int = 1,
 ) -> None:
     """Train on the device of the model and of the autoencoder, for the run's time; leaves the average in `model`."""
-    optimizers = _optimizers(model, rate)
+    optimizers = _optimizers(model)
     average = WeightAverage(model)
 
     def state() -> dict[str, Any]:
@@ -156,7 +156,7 @@ def train_transformer(
         latents, captions = pool.draw(batch, generator)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * learning_rate_factor(run.step, progress)
+                group["lr"] = LEARNING_RATE * learning_rate_factor(run.step, progress)
         with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=has_fast_bfloat16(latents.device)):
             loss = flow_matching_loss(model, tokenizer, latents, captions, generator)
         for optimizer in optimizers:
@@ -196,13 +196,11 @@ def flow_matching_loss(
     latents: Tensor,
     captions: list[str],
     generator: torch.Generator,
-    *,
-    caption_dropout: float = CAPTION_DROPOUT,
 ) -> Tensor:
     """Mean squared error of the velocity at random, shifted noise levels: what WanPipeline's scheduler integrates."""
     B = len(captions)
     device = latents.device
-    dropped = torch.rand(B, generator=generator) < caption_dropout
+    dropped = torch.rand(B, generator=generator) < CAPTION_DROPOUT
     captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions, strict=True)]
     tokens = tokenizer(captions, padding="max_length", max_length=MAX_SEQUENCE_LENGTH, return_tensors="pt")
     token_ids, mask = to_device(tokens.input_ids, device), to_device(tokens.attention_mask, device)
@@ -232,7 +230,7 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device)
 
 
-def _optimizers(model: TextToLatents, rate: float) -> list[torch.optim.Optimizer]:
+def _optimizers(model: TextToLatents) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, projections in and out, norms and biases.
 
     Muon works in bfloat16: where that is slow, AdamW has to do for all.
@@ -244,8 +242,8 @@ def _optimizers(model: TextToLatents, rate: float) -> list[torch.optim.Optimizer
         is_matrix = parameter.ndim == 2 and inside and "relative_attention_bias" not in name
         (matrices if is_matrix else others).append(parameter)
     if not has_fast_bfloat16(others[0].device):
-        return [torch.optim.AdamW([*matrices, *others], lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+        return [torch.optim.AdamW([*matrices, *others], lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
     return [
-        StackedMuon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+        StackedMuon(matrices, lr=LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
