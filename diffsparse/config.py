@@ -11,6 +11,7 @@ from diffsparse.kernels.backends import BACKENDS
 from diffsparse.kernels.quantization import QUANTIZED
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.calibrated import Calibrated
+from diffsparse.strategies.option_checks import check_integers, is_number
 from diffsparse.strategies.strategy import Strategy
 
 MIN_TOKENS = 4096
@@ -55,22 +56,19 @@ class SparseAttentionConfig:
                 f"`strategy` must be a strategy object with a `plan` method, got {self.strategy!r}. "
                 f"For the default say Adaptive(), for no sparsity Dense()."
             )
-        if not _is_number(self.dense_steps) or not 0 <= self.dense_steps <= 1:
+        if not is_number(self.dense_steps) or not 0 <= self.dense_steps <= 1:
             raise ValueError(
                 f"`dense_steps` must be a fraction between 0 and 1, got {self.dense_steps!r}. "
                 f"For 10 of 50 steps say 0.2."
             )
-        if not isinstance(self.dense_layers, tuple) or not all(_is_integer(layer) for layer in self.dense_layers):
+        if not isinstance(self.dense_layers, tuple) or not all(map(_is_integer, self.dense_layers)):
             raise TypeError(
                 f"`dense_layers` must be a tuple of layer indices, got {self.dense_layers!r}. "
                 f"For the first and the last layer say (0, -1)."
             )
-        for name, least in (("min_tokens", 0), ("replan_every", 1)):
-            value = getattr(self, name)
-            if name == "min_tokens" and value is None:
-                continue
-            if not _is_integer(value) or value < least:
-                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        if self.min_tokens is not None:
+            check_integers(0, min_tokens=self.min_tokens)
+        check_integers(1, replan_every=self.replan_every)
         if not isinstance(self.strict, bool):
             raise TypeError(f"`strict` must be True or False, got {self.strict!r}.")
         if self.backend is not None and not (isinstance(self.backend, str) and self.backend in BACKENDS):
@@ -136,7 +134,3 @@ def _config_of_file(path: Path) -> SparseAttentionConfig:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

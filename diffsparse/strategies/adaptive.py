@@ -18,6 +18,7 @@ from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.adaptive_geometry import ORDERS, Geometry, geometry_of
 from diffsparse.strategies.adaptive_trials import RULES, Inputs, Means, Trial, scores_by
 from diffsparse.strategies.error_budget import on_device, share_out
+from diffsparse.strategies.option_checks import check_bools, check_density, check_integers, check_sampling, is_number
 from diffsparse.strategies.select_blocks import select_blocks
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -109,20 +110,11 @@ class Adaptive:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
-            raise ValueError(
-                f"`density` must be a fraction above 0 and at most 1, got {self.density!r}. "
-                f"To keep a quarter of the key blocks say 0.25."
-            )
-        for name, least in (("query_block_size", 1), ("key_block_size", 1), ("sampled_rows", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is None and name.endswith("block_size"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-        for name in ("tail", "equal_heads"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        check_density(self.density)
+        sizes = {"query_block_size": self.query_block_size, "key_block_size": self.key_block_size}
+        check_integers(1, **{name: size for name, size in sizes.items() if size is not None})
+        check_sampling(self.sampled_rows, self.seed)
+        check_bools(tail=self.tail, equal_heads=self.equal_heads)
         if self.tile is not None and (
             not isinstance(self.tile, tuple)
             or len(self.tile) != 3
@@ -135,12 +127,12 @@ class Adaptive:
             or not all(isinstance(each, Candidate) for each in self.candidates)
         ):
             raise ValueError(f"`candidates` must be a tuple of at least one Candidate, got {self.candidates!r}.")
-        load = self.front_load
-        if isinstance(load, bool) or not isinstance(load, (int, float)) or not 0 <= load <= 1:
-            raise ValueError(f"`front_load` must be from 0 (the same density at each step) to 1, got {load!r}.")
-        margin = self.band_margin
-        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 1 <= margin < math.inf:
-            raise ValueError(f"`band_margin` must be a number of at least 1, got {margin!r}.")
+        if not is_number(self.front_load) or not 0 <= self.front_load <= 1:
+            raise ValueError(
+                f"`front_load` must be from 0 (the same density at each step) to 1, got {self.front_load!r}."
+            )
+        if not is_number(self.band_margin) or not 1 <= self.band_margin < math.inf:
+            raise ValueError(f"`band_margin` must be a number of at least 1, got {self.band_margin!r}.")
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer, each head judged on its own; see `Strategy.plan`."""
