@@ -5,27 +5,16 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffsparse import session
 from diffsparse.config import SparseAttentionConfig
+from diffsparse.pipelines.family import Family
 from diffsparse.session import Session, grid_of
 from diffsparse.steps import StepClock
-
-
-class Family(session.Family, Protocol):
-    """What the session asks of a model family; the families are described in `diffsparse/pipelines`."""
-
-    @property
-    def timestep(self) -> str: ...  # noqa: D102
-    @property
-    def spreads_mask(self) -> bool: ...  # noqa: D102
-    @property
-    def layout(self) -> Callable[[nn.Module, Mapping[str, Any]], tuple[int | None, ...] | None]: ...  # noqa: D102
 
 
 class TransformerSession(Session):
@@ -78,13 +67,13 @@ class TransformerSession(Session):
         self.why_no_layout = "the call does not say the size of the grid"
         try:
             layout = self.family.layout(transformer, call)
-            if layout is not None:
-                layout = tuple(layout)
-                grid_of(layout, 0)
+            sizes = None if layout is None else tuple(layout)
+            if sizes is not None:
+                grid_of(sizes, 0)
         except Exception as error:
             self.why_no_layout = f"the layout of its family raises {type(error).__name__}: {error}"
             return None
-        return layout
+        return sizes
 
     def end_call(self) -> None:
         """Let the plans go with the last call of a generation, so that what decodes its latents has their memory."""
