@@ -18,6 +18,7 @@ from diffsparse.eval.doctor import devices, versions
 from diffsparse.eval.generate import Generation, Sampling, choose_device, generate, load_pipeline
 from diffsparse.eval.head_picture import draw_head_classes
 from diffsparse.eval.lpips_metric import add_lpips_arguments, lpips_or_reason
+from diffsparse.eval.prompts import prompt_or_first
 from diffsparse.eval.side_by_side import side_by_side
 from diffsparse.eval.video_io import write_video
 from diffsparse.whole_file import whole_file
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
 
     from diffsparse.report import SparseAttentionReport
 
-ASSETS = Path(__file__).parent.parent / "assets"
-MODEL = ASSETS / "demo"
-PROMPTS = ASSETS / "demo_prompts.txt"
+MODEL = Path(__file__).parent.parent / "assets" / "demo"
 
 LARGEST_SEED = 2**63 - 1
 
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     sampling = _sampling(args)
-    prompt = _prompt(args)
+    prompt = prompt_or_first(args.prompt)
     device = choose_device(args.device)
     lpips = lpips_or_reason(args.lpips_net, args.lpips_backbone)
     make_writable(args.output)
@@ -109,18 +108,6 @@ def _sampling(args: argparse.Namespace) -> Sampling:
         raise ValueError(f"--seed must be between 0 and {LARGEST_SEED}, got {args.seed}.")
     sampling = Sampling.read(args.model)
     return sampling if args.steps is None else dataclasses.replace(sampling, num_inference_steps=args.steps)
-
-
-def _prompt(args: argparse.Namespace) -> str:
-    if args.prompt is None:
-        prompts = [line.strip() for line in PROMPTS.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not prompts:
-            raise ValueError(f"{PROMPTS} is empty. Give a prompt by --prompt, or install diffsparse again.")
-        return prompts[0]
-    prompt: str = args.prompt.strip()
-    if not prompt:
-        raise ValueError("--prompt is empty: say what the video shall show, or leave the option out.")
-    return prompt
 
 
 def make_writable(folder: Path) -> None:

@@ -25,7 +25,7 @@ from diffsparse.eval.inspect_pictures import draw_heads, draw_maps
 from diffsparse.eval.inspect_watch import Watch, watching
 from diffsparse.eval.model_choice import EMBEDDED, choose_model
 from diffsparse.eval.named_config import read_config
-from diffsparse.eval.prompts import read_prompts
+from diffsparse.eval.prompts import prompt_or_first
 from diffsparse.whole_file import whole_file
 
 OUTPUT = Path("diffsparse-inspect")
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     named = read_config(args.config)
     model = choose_model(args.model, args.size, args.frames, args.steps)
-    prompt = _prompt(args.prompt)
+    prompt = prompt_or_first(args.prompt)
     if not 0 <= args.seed <= LARGEST_SEED:
         raise ValueError(f"--seed must be between 0 and {LARGEST_SEED}, got {args.seed}.")
     num_steps = model.sampling.num_inference_steps
@@ -127,14 +127,6 @@ def run(args: argparse.Namespace) -> int:
     _write(data, watch, args.output)
     _print(data, args.output, console)
     return 0
-
-
-def _prompt(given: str | None) -> str:
-    if given is None:
-        return read_prompts("demo")[0]
-    if not given.strip():
-        raise ValueError("--prompt is empty: say what the video shall show, or leave the option out.")
-    return given.strip()
 
 
 def _steps(texts: list[str], num_steps: int) -> tuple[int, ...]:

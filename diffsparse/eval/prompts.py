@@ -47,6 +47,19 @@ def read_prompts(name: str, option: str = "--prompts") -> list[str]:
     return list(lines_of)
 
 
+def prompt_or_first(prompt: str | None) -> str:
+    """What --prompt says; where it is left out, the first of the embedded model's prompts.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if prompt is None:
+        return read_prompts("demo")[0]
+    if not prompt.strip():
+        raise ValueError("--prompt is empty: say what the video shall show, or leave the option out.")
+    return prompt.strip()
+
+
 def _from_text(file: Path, text: str) -> list[tuple[int, str]]:
     return list(enumerate(text.splitlines(), start=1))
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffsparse.eval.demo import LARGEST_SEED, MODEL, PROMPTS
+from diffsparse.eval.demo import LARGEST_SEED, MODEL
 from diffsparse.eval.generate import Sampling, choose_device, generate, load_pipeline
 from diffsparse.eval.lpips_metric import Lpips, NoLpips, add_lpips_arguments, lpips_for, lpips_or_reason
 from diffsparse.eval.metrics import FrameScores, psnr_db, ssim
 from diffsparse.eval.output_file import check_output_file
+from diffsparse.eval.prompts import read_prompts
 from diffsparse.eval.sweep_results import Pair, Score, SweepResults, Variant
 from diffsparse.strategies.strategy import Strategy
 
@@ -177,7 +178,7 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
     Raises:
         ValueError: more prompts than there are, or none.
     """
-    prompts = [line for line in PROMPTS.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = read_prompts("demo")
     if not 1 <= args.prompts <= len(prompts):
         raise ValueError(f"--prompts must be from 1 to {len(prompts)}, the demo's prompts, got {args.prompts}.")
     return [Pair(prompt, seed) for prompt in prompts[: args.prompts] for seed in args.seeds]

@@ -13,6 +13,7 @@ from diffsparse.eval import cli, demo
 from diffsparse.eval.generate import Sampling, generate, load_pipeline
 from diffsparse.eval.lpips_metric import NoLpips
 from diffsparse.eval.metrics import psnr_db
+from diffsparse.eval.prompts import SHIPPED
 from diffsparse.eval.video_io import read_frames
 
 PRODUCTS = {"dense.mp4", "sparse.mp4", "side_by_side.mp4", "head_classes.png", "report.json"}
@@ -124,7 +125,7 @@ def test_a_prompt_longer_than_the_model_reads_is_said_to_be_cut(tiny_model, tmp_
 @pytest.mark.usefixtures("no_videos")
 def test_the_first_of_the_shipped_prompts_is_the_default(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("\na red disc\na blue square\n")
-    monkeypatch.setattr(demo, "PROMPTS", tmp_path / "prompts.txt")
+    monkeypatch.setitem(SHIPPED, "demo", tmp_path / "prompts.txt")
     assert run(tmp_path / "out", tiny_model, "--steps", "1") == 0
     assert json.loads((tmp_path / "out" / "report.json").read_text())["prompt"] == "a red disc"
 
@@ -217,4 +218,3 @@ def test_ctrl_c_while_writing_leaves_only_whole_files(tiny_model, tmp_path, monk
 def test_the_embedded_model_can_be_loaded(tmp_path):
     assert Sampling.read(demo.MODEL).num_inference_steps >= 1
     assert load_pipeline(demo.MODEL, "cpu").transformer is not None
-    assert demo.PROMPTS.read_text(encoding="utf-8").strip()
