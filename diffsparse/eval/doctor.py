@@ -72,12 +72,15 @@ def run(args: argparse.Namespace) -> int:
 def versions() -> dict[str, str]:
     """The version of Python and of each package that matters here."""
     found = {"python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return found | {package: version_of(package) for package in PACKAGES}
+
+
+def version_of(package: str) -> str:
+    """Of a package that may not be installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def devices() -> dict[str, str]:
