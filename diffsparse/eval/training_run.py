@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from diffsparse.whole_file import whole_file
 
 
 @dataclass(eq=False)
@@ -59,8 +60,9 @@ class TrainingRun:
         return time.monotonic() - self._saved >= self.save_every
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the checkpoint beside the old one, then replace it: a cut never leaves half a file."""
-        save_atomically({"step": self.step, "used": self.used(), "state": state}, self.checkpoint)
+        """Write the checkpoint, whole or not at all."""
+        with whole_file(self.checkpoint) as unfinished:
+            torch.save({"step": self.step, "used": self.used(), "state": state}, unfinished)
         self._saved = time.monotonic()
 
     def log(self, **values: float | int | str) -> None:
@@ -88,11 +90,3 @@ class WeightAverage:
         """Go on from these weights, wherever they lie."""
         for name, value in self.weights.items():
             value.copy_(weights[name])
-
-
-def save_atomically(value: object, path: Path) -> None:
-    """torch.save that leaves either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    torch.save(value, part)
-    os.replace(part, path)

@@ -19,7 +19,7 @@ from diffsparse.eval.train_demo import Recipe, load, train
 from diffsparse.eval.train_demo_export import call_settings, export_pipeline
 from diffsparse.eval.train_demo_latents import LatentPool, encoded_frames, fit_demo_vae
 from diffsparse.eval.train_demo_transformer import GPU_PHASES, PHASES, Phase, build_model, flow_matching_loss
-from diffsparse.eval.training_run import TrainingRun, WeightAverage, save_atomically
+from diffsparse.eval.training_run import TrainingRun, WeightAverage
 
 GRID = (3, 2, 2)
 STEPS = 100
@@ -203,12 +203,12 @@ def test_time_is_counted_over_interruptions(tmp_path):
 
 
 def test_a_cut_while_saving_leaves_the_old_checkpoint(tmp_path):
-    path = tmp_path / "state.pt"
-    save_atomically({"step": 1}, path)
+    run = TrainingRun(tmp_path, "stage", seconds=1.0)
+    run.save({"loss": 1})
     with pytest.raises(AttributeError):
         # a local function cannot be pickled: the write breaks off in the middle
-        save_atomically({"step": 2, "broken": lambda: None}, path)
-    assert torch.load(path) == {"step": 1}
+        run.save({"loss": 2, "broken": lambda: None})
+    assert run.resume() == {"loss": 1}
 
 
 def test_export_loads_and_runs(trained, tmp_path):
