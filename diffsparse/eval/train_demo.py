@@ -7,7 +7,6 @@ from the newest checkpoint, also while a training run is under way.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from diffsparse.eval.train_demo_transformer import (
     GPU_BATCH_SCALE,
     GPU_PHASES,
     PHASES,
-    Phase,
+    Recipe,
     TextToLatents,
     build_model,
     train_transformer,
@@ -34,19 +33,6 @@ from diffsparse.eval.training_run import TrainingRun
 
 ALONE = Workers()
 NOTES = "Read the contact sheet: colours, textures, backgrounds and directions should follow the caption."
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Sizes of the models and the schedule."""
-
-    latent_channels: int = 24
-    num_heads: int = 3
-    head_dim: int = 64
-    num_layers: int = 6
-    ffn_dim: int = 768
-    text_dim: int = 128
-    phases: tuple[Phase, ...] = PHASES
 
 
 def train(
@@ -157,16 +143,7 @@ def build(output: Path, recipe: Recipe, seed: int) -> tuple[AutoencoderKLWan, Te
     vae.load_state_dict(load_file(output / "vae" / "diffusion_pytorch_model.safetensors"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "tokenizer", local_files_only=True)
     torch.manual_seed(seed)
-    model = build_model(
-        len(tokenizer),
-        latent_channels=recipe.latent_channels,
-        num_heads=recipe.num_heads,
-        head_dim=recipe.head_dim,
-        num_layers=recipe.num_layers,
-        ffn_dim=recipe.ffn_dim,
-        text_dim=recipe.text_dim,
-    )
-    return vae, model, tokenizer
+    return vae, build_model(len(tokenizer), recipe), tokenizer
 
 
 if __name__ == "__main__":

@@ -58,6 +58,19 @@ GPU_PHASES = (
 GPU_BATCH_SCALE = 16
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of the models and the schedule."""
+
+    latent_channels: int = 24
+    num_heads: int = 3
+    head_dim: int = 64
+    num_layers: int = 6
+    ffn_dim: int = 768
+    text_dim: int = 128
+    phases: tuple[Phase, ...] = PHASES
+
+
 class TextToLatents(nn.Module):
     """Text encoder and transformer as one module, so that one optimizer step and one average cover both."""
 
@@ -74,23 +87,14 @@ class TextToLatents(nn.Module):
         return self.transformer(noisy, timestep=timestep, encoder_hidden_states=embeds).sample
 
 
-def build_model(
-    vocab_size: int,
-    *,
-    latent_channels: int = 24,
-    num_heads: int = 3,
-    head_dim: int = 64,
-    num_layers: int = 6,
-    ffn_dim: int = 768,
-    text_dim: int = 128,
-) -> TextToLatents:
+def build_model(vocab_size: int, recipe: Recipe) -> TextToLatents:
     """An untrained text encoder and transformer."""
     text_encoder = UMT5EncoderModel(
         UMT5Config(
             vocab_size=vocab_size,
-            d_model=text_dim,
-            d_kv=text_dim // 4,
-            d_ff=2 * text_dim,
+            d_model=recipe.text_dim,
+            d_kv=recipe.text_dim // 4,
+            d_ff=2 * recipe.text_dim,
             num_layers=2,
             num_heads=4,
             dropout_rate=0.0,
@@ -101,14 +105,14 @@ def build_model(
     )
     transformer = WanTransformer3DModel(
         patch_size=(1, 1, 1),
-        num_attention_heads=num_heads,
-        attention_head_dim=head_dim,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        text_dim=text_dim,
+        num_attention_heads=recipe.num_heads,
+        attention_head_dim=recipe.head_dim,
+        in_channels=recipe.latent_channels,
+        out_channels=recipe.latent_channels,
+        text_dim=recipe.text_dim,
         freq_dim=256,
-        ffn_dim=ffn_dim,
-        num_layers=num_layers,
+        ffn_dim=recipe.ffn_dim,
+        num_layers=recipe.num_layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=128,

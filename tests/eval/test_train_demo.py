@@ -15,10 +15,10 @@ from diffusers import WanPipeline
 from diffsparse.eval import train_demo_transformer
 from diffsparse.eval.demo_tokenizer import build_tokenizer
 from diffsparse.eval.synthetic_video import random_scene, render
-from diffsparse.eval.train_demo import Recipe, load, train
+from diffsparse.eval.train_demo import load, train
 from diffsparse.eval.train_demo_export import call_settings, export_pipeline
 from diffsparse.eval.train_demo_latents import LatentPool, encoded_frames, fit_demo_vae
-from diffsparse.eval.train_demo_transformer import GPU_PHASES, PHASES, Phase, build_model, flow_matching_loss
+from diffsparse.eval.train_demo_transformer import GPU_PHASES, PHASES, Phase, Recipe, build_model, flow_matching_loss
 from diffsparse.eval.training_run import TrainingRun, WeightAverage
 
 GRID = (3, 2, 2)
@@ -54,7 +54,7 @@ def test_everything_of_a_step_is_on_the_device_of_the_model():
     video = render(random_scene(generator), 3, 16, 16, device="meta")
     assert video.device.type == "meta"
     with torch.device("meta"):
-        model = build_model(len(tokenizer), latent_channels=4, num_heads=1, head_dim=16, num_layers=1, ffn_dim=16)
+        model = build_model(len(tokenizer), TINY)
     latents = torch.empty(2, 4, 3, 2, 2, device="meta")
     loss = flow_matching_loss(model, tokenizer, latents, ["a red circle", "a star"], generator)
     assert loss.device.type == "meta"
