@@ -10,7 +10,7 @@ import diffsparse
 from diffsparse.config import PLAN_FILE_SUFFIX
 from diffsparse.eval.demo import LARGEST_SEED, make_writable
 from diffsparse.eval.generate import choose_device, generate
-from diffsparse.eval.model_choice import EMBEDDED, choose_model
+from diffsparse.eval.model_choice import add_model_arguments, choose_model
 from diffsparse.eval.named_config import NamedConfig, read_config
 from diffsparse.eval.prompts import read_prompts
 from diffsparse.plan_recorder import PlanRecorder
@@ -20,11 +20,7 @@ OUTPUT = Path("plan.safetensors")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """By which strategy, on which model and prompts, and where the file goes."""
-    parser.add_argument(
-        "--model",
-        default=EMBEDDED,
-        help="folder of a pipeline, or its name on the hub (default: demo, the embedded model)",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--prompts", type=int, default=3, metavar="N", help="how many prompts (default: 3)")
     parser.add_argument(
         "--prompt-file",
@@ -39,11 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a preset or a strategy, with options: sparsed:density=0.2,dense_steps=0.1 (default: balanced)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
-    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="such as 1280x720 (default: the model's)")
-    parser.add_argument("--frames", type=int, help="frames a video, 1 for images (default: the model's)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the best one here)")
-    parser.add_argument("--offload", action="store_true", help="keep on the GPU only the part that computes")
     parser.add_argument(
         "--output", type=Path, default=OUTPUT, metavar="FILE", help=f"where the plans go (default: {OUTPUT})"
     )

@@ -23,7 +23,7 @@ from diffsparse.eval.inspect_measures import SAMPLED_ROWS
 from diffsparse.eval.inspect_page import as_page, head_name, in_words, percent
 from diffsparse.eval.inspect_pictures import draw_heads, draw_maps
 from diffsparse.eval.inspect_watch import Watch, watching
-from diffsparse.eval.model_choice import EMBEDDED, choose_model
+from diffsparse.eval.model_choice import add_model_arguments, choose_model
 from diffsparse.eval.named_config import read_config
 from diffsparse.eval.prompts import prompt_or_first
 from diffsparse.whole_file import whole_file
@@ -35,11 +35,7 @@ AT_STEPS = ("0.2", "0.5", "0.9")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, prompt and config, what to draw, and where it goes."""
-    parser.add_argument(
-        "--model",
-        default=EMBEDDED,
-        help="folder of a pipeline, or its name on the hub (default: demo, the embedded model)",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--prompt", help="what to show (default: the first of the embedded model's prompts)")
     parser.add_argument(
         "--config",
@@ -49,9 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: balanced)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
-    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="such as 1280x720 (default: the model's)")
-    parser.add_argument("--frames", type=int, help="frames a video, 1 for images (default: the model's)")
     parser.add_argument(
         "--at-steps",
         nargs="+",
@@ -67,8 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="heads whose attention maps are drawn (default: of each class those with the largest and "
         "the smallest error)",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the best one here)")
-    parser.add_argument("--offload", action="store_true", help="keep on the GPU only the part that computes")
     parser.add_argument(
         "--output",
         type=Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import re
@@ -66,6 +67,20 @@ class ModelChoice:
         else:
             pipe.to(device)
         return pipe
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, how it is called, and where it computes."""
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED,
+        help="folder of a pipeline, or its name on the hub (default: demo, the embedded model)",
+    )
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="such as 1280x720 (default: the model's)")
+    parser.add_argument("--frames", type=int, help="frames a video, 1 for images (default: the model's)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the best one here)")
+    parser.add_argument("--offload", action="store_true", help="keep on the GPU only the part that computes")
 
 
 def choose_model(name: str, size: str | None, frames: int | None, steps: int | None) -> ModelChoice:

@@ -13,7 +13,7 @@ from diffsparse.eval.config_file import config_texts
 from diffsparse.eval.demo import LARGEST_SEED, make_writable
 from diffsparse.eval.environment import environment
 from diffsparse.eval.generate import choose_device
-from diffsparse.eval.model_choice import EMBEDDED, choose_model
+from diffsparse.eval.model_choice import add_model_arguments, choose_model
 from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.prompts import read_prompts
 from diffsparse.eval.protocol import PROTOCOLS, choose_protocol
@@ -24,11 +24,7 @@ from diffsparse.eval.run_videos import Job, make_videos, open_studio
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is generated, how, on what, and where it goes."""
-    parser.add_argument(
-        "--model",
-        default=EMBEDDED,
-        help="folder of a pipeline, or its name on the hub (default: demo, the embedded model)",
-    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--prompts",
         metavar="SET|FILE",
@@ -59,11 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "numbers in the report",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the noise (default: 0)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
-    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="such as 1280x720 (default: the model's)")
-    parser.add_argument("--frames", type=int, help="frames a video, 1 for images (default: the model's)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the best one here)")
-    parser.add_argument("--offload", action="store_true", help="keep on the GPU only the part that computes")
     parser.add_argument(
         "--output",
         type=Path,
