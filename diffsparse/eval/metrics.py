@@ -105,20 +105,11 @@ def ssim(a: Frames, b: Frames) -> list[float]:
     return [scales[0][0] for scales in _similarities_by_scale(a, b, num_scales=1)]
 
 
-def ms_ssim(a: Frames, b: Frames) -> list[float]:
-    """Structural similarity of each frame over five scales, at most 1: coarse structure counts as well as fine.
+def ssim_and_ms_ssim(a: Frames, b: Frames) -> tuple[list[float], list[float]]:
+    """What `ssim` gives, and the same over five scales, of which it is the finest: coarse structure counts as well.
 
     With the weights of Wang et al. 2003, the mean over R, G and B taken at each scale, as in torchmetrics. Contrast
     and structure that are opposite on the mean count as 0.
-
-    Raises:
-        ValueError: a side below `MS_SSIM_SMALLEST_SIDE`.
-    """
-    return ssim_and_ms_ssim(a, b)[1]
-
-
-def ssim_and_ms_ssim(a: Frames, b: Frames) -> tuple[list[float], list[float]]:
-    """What `ssim` and `ms_ssim` give, in half the time of both: the finest scale of the one is the other.
 
     Raises:
         ValueError: a side below `MS_SSIM_SMALLEST_SIDE`.
