@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,10 +85,6 @@ def _videos(
 
 def _video(dense: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     attention = record["attention"]
-    reasons: dict[str, int] = {}
-    for transformer in attention["transformers"]:
-        for reason, count in transformer["dense_reasons"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
     # Another process ran at another time, beside something else: times of the two say nothing of the config.
     comparable = dense["process"] == record["process"]
     return {
@@ -102,7 +99,7 @@ def _video(dense: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
         "speed_up_steps": dense["seconds_per_step"] / record["seconds_per_step"] if comparable else None,
         "density": attention["density"],
         "overall_density": attention["overall_density"],
-        "dense_reasons": reasons,
+        "dense_reasons": _reasons(attention["transformers"]),
         "peak_memory_bytes": record["peak_memory_bytes"],
         "dense_peak_memory_bytes": dense["peak_memory_bytes"],
         "peak_memory_kind": record["peak_memory_kind"],
@@ -112,10 +109,6 @@ def _video(dense: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
 
 def _summary(run: int, name: str, config: dict[str, str], videos: list[dict[str, Any]]) -> dict[str, Any]:
     comparable = [video for video in videos if video["speed_up"] is not None]
-    reasons: dict[str, int] = {}
-    for video in videos:
-        for reason, count in video["dense_reasons"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
     return {
         "run": run,
         "name": name,
@@ -137,8 +130,13 @@ def _summary(run: int, name: str, config: dict[str, str], videos: list[dict[str,
         "dense_peak_memory_bytes": max(
             (v["dense_peak_memory_bytes"] for v in videos if v["dense_peak_memory_bytes"]), default=None
         ),
-        "dense_reasons": reasons,
+        "dense_reasons": _reasons(videos),
     }
+
+
+def _reasons(counted: list[dict[str, Any]]) -> dict[str, int]:
+    """The dense calls of transformers or of videos together, by reason."""
+    return dict(sum((Counter(each["dense_reasons"]) for each in counted), Counter[str]()))
 
 
 def _of_metric(key: str, videos: list[dict[str, Any]]) -> dict[str, Any] | str:
