@@ -75,29 +75,17 @@ class Permutation:
 
     Attributes:
         orders: [N, S] int64, each row an arrangement of 0..S-1.
-        inverses: [N, S] int64, the place of every token in each order.
         choice: [H] int64, which of the orders each head takes: heads are many, orders few, and a plan keeps no more
             than it must. None where N is H or 1.
     """
 
     orders: Tensor
-    inverses: Tensor
     choice: Tensor | None = None
-
-    @classmethod
-    def of(cls, order: Tensor) -> Permutation:
-        """The permutation of an order [H|1, S]."""
-        return cls(order, torch.argsort(order, dim=-1))
 
     @property
     def order(self) -> Tensor:
         """The order of each head, [H|1, S] int64."""
         return self.orders if self.choice is None else self.orders.index_select(0, self.choice)
-
-    @property
-    def inverse(self) -> Tensor:
-        """The place of every token, [H|1, S] int64."""
-        return self.inverses if self.choice is None else self.inverses.index_select(0, self.choice)
 
     def apply(self, x: Tensor) -> Tensor:
         """The tokens of x [B, H, S, D] in this order, [B, H, S, D] contiguous."""

@@ -20,7 +20,7 @@ def test_a_plan_computes_attention_to_the_tokens_of_the_visible_blocks_of_its_or
     order = torch.stack([torch.randperm(65) for _ in range(3)])
     visible = torch.rand(1, 3, 5, 9) < 0.5
     visible[..., 4] = True
-    plan = AttentionPlan(Permutation.of(order), BlockMask.from_visible(visible, 65, 16, 8))
+    plan = AttentionPlan(Permutation(order), BlockMask.from_visible(visible, 65, 16, 8))
     for head in range(3):
         seen = torch.zeros(65, 65, dtype=torch.bool)
         for place_q, token_q in enumerate(order[head].tolist()):
@@ -41,7 +41,7 @@ def test_keys_may_have_an_order_of_their_own(qkv):
     orders = [torch.stack([torch.randperm(65) for _ in range(3)]) for _ in range(2)]
     visible = torch.eye(5, dtype=torch.bool)[None, None]
     mask = BlockMask.from_visible(visible, 65, 16, 16)
-    plan = AttentionPlan(Permutation.of(orders[0]), mask, key_permutation=Permutation.of(orders[1]))
+    plan = AttentionPlan(Permutation(orders[0]), mask, key_permutation=Permutation(orders[1]))
     for head in range(3):
         block_of_query, block_of_key = (order[head].argsort() // 16 for order in orders)
         query, key, value = (x[:, head] for x in qkv)
@@ -77,7 +77,7 @@ def test_the_mean_of_skipped_blocks_enters_in_the_heads_with_a_tail(qkv):
     visible[..., 0] = True
     mask = BlockMask.from_visible(visible, 65, 16, 16)
     tail = torch.tensor([[True, False, True]])
-    output = AttentionPlan(Permutation.of(order), mask, tail=tail).attend(*qkv)
+    output = AttentionPlan(Permutation(order), mask, tail=tail).attend(*qkv)
     for head in range(3):
         query, key, value = (x[:, head] for x in qkv)
         blocks = order[head].split(16)

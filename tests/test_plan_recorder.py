@@ -41,7 +41,7 @@ def plan_of(*visible, order=None, size=4, **more):
     for head, rows in enumerate(visible):
         for row, blocks in enumerate(rows):
             maps[0, head, row, blocks] = True
-    permutation = None if order is None else Permutation.of(order[None])
+    permutation = None if order is None else Permutation(order[None])
     return AttentionPlan(permutation, BlockMask.from_visible(maps, GRID.num_tokens, size, size), **more)
 
 

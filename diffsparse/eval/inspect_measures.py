@@ -143,6 +143,5 @@ def block_incoherence(call: Attended, head: int) -> tuple[float, float]:
 def _places(permutation: Permutation | None, head: int, query: Tensor) -> Tensor:
     if permutation is None:
         return torch.arange(query.shape[2], device=query.device)
-    if permutation.choice is None:
-        return permutation.inverses[head % len(permutation.inverses)]
-    return permutation.inverses[permutation.choice[head]]
+    orders, choice = permutation.orders, permutation.choice
+    return orders[head % len(orders) if choice is None else choice[head]].argsort()

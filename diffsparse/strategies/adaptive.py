@@ -193,7 +193,7 @@ class _Sized(Adaptive):
         # Where a head's share lies between two that were measured, the tail is that of the smaller.
         share = torch.searchsorted(on_device(tuple(layout.counts), query.device), counts, right=True) - 1
         order = self._of(best, [ORDERS.index(candidate.order) for candidate in self.candidates])
-        permutation = Permutation(layout.orders, layout.inverse, choice=order)
+        permutation = Permutation(layout.orders, order)
         mask = select_blocks(
             self._scores(best, trials, inputs, layout, permutation),
             counts,

@@ -23,7 +23,7 @@ class Geometry:
     """What depends on the grid and the block sizes, at any density.
 
     Attributes:
-        orders, inverse: of each of `ORDERS`, [3, S].
+        orders: each of `ORDERS`, [3, S].
         rows: the sampled rows, [R].
         blocks_of_rows: the query block that each of them lies in, by order, [3, R].
         always: what every query block of every order sees, [Q, K] bool: text, and itself.
@@ -37,7 +37,6 @@ class Geometry:
     """
 
     orders: Tensor
-    inverse: Tensor
     rows: Tensor
     blocks_of_rows: Tensor
     always: Tensor
@@ -74,7 +73,6 @@ def geometry_of(
             tile_order(grid, tile),
         ]
     )
-    inverse = torch.argsort(orders, dim=-1)
     rows = sample_rows(grid, sampled_rows, seed)
     query_blocks = num_blocks(grid.num_tokens, query_block_size)
     key_blocks = num_blocks(grid.num_tokens, key_block_size)
@@ -82,11 +80,10 @@ def geometry_of(
     always = exact_blocks(grid, query_block_size, key_block_size)
     distance = block_distance(query_blocks, key_blocks, query_block_size, key_block_size)
     band_rank = ranks(-distance.masked_fill(always, -1.0), key_blocks)
-    blocks_of_rows = inverse[:, rows] // query_block_size
+    blocks_of_rows = torch.argsort(orders, dim=-1)[:, rows] // query_block_size
     sizes = block_token_counts(grid.num_tokens, key_block_size, device=rows.device)[0]
     return Geometry(
         orders=orders.to(device),
-        inverse=inverse.to(device),
         rows=rows.to(device),
         blocks_of_rows=blocks_of_rows.to(device),
         always=always.to(device),

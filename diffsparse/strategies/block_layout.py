@@ -74,7 +74,7 @@ def block_layout(
         for size in (query_block_size, key_block_size)
     )
     return BlockLayout(
-        permutation=None if is_own_order else Permutation.of(order[None].to(device)),
+        permutation=None if is_own_order else Permutation(order[None].to(device)),
         always=always.to(device),
         free_queries=free_queries,
         free_keys=free_keys,

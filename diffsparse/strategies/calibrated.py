@@ -97,11 +97,11 @@ class Calibrated:
         same = all(head.order == head.key_order for head in entry.heads)
         own = same and all(tables.is_own[head.order] for head in entry.heads)
         return AttentionPlan(
-            None if own else Permutation(tables.orders, tables.inverses, order),
+            None if own else Permutation(tables.orders, order),
             mask,
             tail=tail.bool()[None] if any(head.tail for head in entry.heads) else None,
             classes=classes if all(head.head_class >= 0 for head in entry.heads) else None,
-            key_permutation=None if same else Permutation(tables.orders, tables.inverses, key_order),
+            key_permutation=None if same else Permutation(tables.orders, key_order),
             skipped=skipped.bool() if any(head.skipped for head in entry.heads) else None,
             precision=entry.precision,
             lasts=index == indices[-1],
@@ -118,14 +118,13 @@ class _Tables:
     Attributes:
         maps: the packed block maps, [N, Q, P] uint8.
         counts: how many blocks each of their rows sees, [N, Q] int32.
-        orders, inverses: [M, S] int64; `is_own`, which of them are the tokens' own.
+        orders: [M, S] int64; `is_own`, which of them are the tokens' own.
         heads: the `HeadPlan` of each entry and head, 0 for dense entries, [E, H, 6] int64.
     """
 
     maps: Tensor
     counts: Tensor
     orders: Tensor
-    inverses: Tensor
     is_own: list[bool]
     heads: Tensor
 
@@ -140,7 +139,6 @@ class _Tables:
             maps=made.maps.to(device),
             counts=count_bits(made.maps).int().to(device),
             orders=orders.to(device),
-            inverses=torch.argsort(orders, dim=-1).to(device),
             is_own=[isinstance(order, str) and order == OWN_ORDER for order in made.orders],
             heads=torch.tensor([entry.heads or no_heads for entry in made.entries]).to(device),
         )

@@ -23,20 +23,22 @@ class FixedMasks:
     """N block masks over a few token orders.
 
     Attributes:
-        orders: the token orders, M of them.
+        orders: the token orders, [M, S] int64.
+        places: the place of every token in each of them, [M, S] int64.
         order_of: which of the orders each mask is for, N numbers.
         choice: the same as a tensor, [N] int64.
         visible: [N, Q, K] bool, the block maps.
         mask: the same packed, [1, N, Q, K].
-        key_orders: the orders of keys and values where they are not those of the queries, M of them.
+        key_orders: the orders of keys and values where they are not those of the queries, [M, S] int64.
     """
 
-    orders: Permutation
+    orders: Tensor
+    places: Tensor
     order_of: tuple[int, ...]
     choice: Tensor
     visible: Tensor
     mask: BlockMask
-    key_orders: Permutation | None = None
+    key_orders: Tensor | None = None
 
     @classmethod
     def of(
@@ -55,27 +57,27 @@ class FixedMasks:
         order_of = tuple(number for number, _ in masks)
         visible = torch.stack([block_map for _, block_map in masks]).to(device)
         return cls(
-            orders=Permutation.of(orders.to(device)),
+            orders=orders.to(device),
+            places=torch.argsort(orders, dim=-1).to(device),
             order_of=order_of,
             choice=torch.tensor(order_of, device=device),
             visible=visible,
             mask=BlockMask.from_visible(visible[None], orders.shape[1], query_block_size, key_block_size),
-            key_orders=None if key_orders is None else Permutation.of(key_orders.to(device)),
+            key_orders=None if key_orders is None else key_orders.to(device),
         )
 
     def plan(self, chosen: Tensor, classes: Tensor | None = None, skipped: Tensor | None = None) -> AttentionPlan:
         """The plan in which head h runs mask `chosen[h]`, of chosen [H] int64; classes and skipped as the plan's."""
         order = self.choice.index_select(0, chosen)
-        keys = self.key_orders
         return AttentionPlan(
-            Permutation(self.orders.orders, self.orders.inverses, order),
+            Permutation(self.orders, order),
             replace(
                 self.mask,
                 bits=self.mask.bits.index_select(1, chosen),
                 counts=self.mask.counts.index_select(1, chosen),
             ),
             classes=classes,
-            key_permutation=None if keys is None else Permutation(keys.orders, keys.inverses, order),
+            key_permutation=None if self.key_orders is None else Permutation(self.key_orders, order),
             skipped=skipped,
         )
 
@@ -107,7 +109,7 @@ class FixedMasks:
             for number in sorted(set(self.order_of)):
                 sums = self._sums(sampled, key[:, heads], value[:, heads], number, call.key_length)
                 exact = sums.exact()
-                block_of_row = self.orders.inverses[number].index_select(0, rows) // self.mask.query_block_size
+                block_of_row = self.places[number].index_select(0, rows) // self.mask.query_block_size
                 for mask, order in enumerate(self.order_of):
                     if order == number:
                         seen = self.visible[mask].index_select(0, block_of_row)  # [R, K]
@@ -116,8 +118,8 @@ class FixedMasks:
 
     def _sums(self, rows: Tensor, key: Tensor, value: Tensor, number: int, key_length: Tensor | None) -> BlockSums:
         """Attention of the scaled rows [B, H, R, D] by key block of one of the orders."""
-        keys = self.orders if self.key_orders is None else self.key_orders
-        return BlockSums.of(rows, key, value, self.mask.key_block_size, keys.orders[number], key_length)
+        orders = self.orders if self.key_orders is None else self.key_orders
+        return BlockSums.of(rows, key, value, self.mask.key_block_size, orders[number], key_length)
 
 
 @functools.lru_cache(maxsize=16)

@@ -93,7 +93,7 @@ class PAROAttention:
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""
         layout = _layout(call.grid, self, query.device)
-        permutation = Permutation(layout.orders, layout.inverses, self._best_orders(query, key, layout, call))
+        permutation = Permutation(layout.orders, self._best_orders(query, key, layout, call))
         sums = self._block_sums(query, key, permutation, layout, call)
         ranking = sums.masked_fill(layout.exact, torch.inf).flatten(1)
         kept = ranking.topk(max(layout.num_exact, round(self.density * ranking.shape[1])), sorted=False).indices
@@ -124,7 +124,7 @@ class PAROAttention:
         self, query: Tensor, key: Tensor, layout: _Layout, number: int, call: AttentionCall
     ) -> tuple[Tensor, Tensor]:
         """Share of blocks that are not empty, and their mean incoherence, in one order by head: two of [H]."""
-        order = Permutation(layout.orders[number, None], layout.inverses[number, None])
+        order = Permutation(layout.orders[number, None])
         rows = layout.rows[number]  # of whole blocks, one after the other
         tokens = min(self.query_block_size, len(rows))
         attention = _attention(query.index_select(2, rows), order.apply(key), call)
@@ -152,7 +152,7 @@ class PAROAttention:
         rows_of_block = layout.places.shape[1]
         sums = []
         for heads in head_slices(query, 2 * ROWS_AT_A_TIME):
-            order = Permutation(permutation.orders, permutation.inverses, permutation.choice[heads])
+            order = Permutation(permutation.orders, permutation.choice[heads])
             queries, keys = order.apply(query[:, heads]), order.apply(key[:, heads]).float()
             parts = []
             for places in layout.places.split(max(1, ROWS_AT_A_TIME // rows_of_block)):
@@ -184,7 +184,7 @@ class _Layout:
     """What depends on the grid and the options alone.
 
     Attributes:
-        orders, inverses: of `AXES`, [6, S].
+        orders: of `AXES`, [6, S].
         rows: the tokens of the sampled query blocks in each order, block after block, [6, R].
         places: the sampled rows of each query block, as places in the order, [Q, rows of a block].
         tokens_of_block: of each query block, [Q].
@@ -192,7 +192,6 @@ class _Layout:
     """
 
     orders: Tensor
-    inverses: Tensor
     rows: Tensor
     places: Tensor
     tokens_of_block: Tensor
@@ -215,7 +214,6 @@ def _layout(grid: TokenGrid, options: PAROAttention, device: torch.device) -> _L
     exact = exact_blocks(grid, size, options.key_block_size)
     return _Layout(
         orders=orders.to(device),
-        inverses=torch.argsort(orders, dim=-1).to(device),
         rows=orders[:, of_blocks.flatten()].to(device),
         places=(torch.arange(blocks)[:, None] * size + within).to(device),
         tokens_of_block=tokens_of_block.to(device),

@@ -85,7 +85,7 @@ class SVG2:
         ]
         visible = torch.cat([part[0] for part in parts], dim=1)
         mask = BlockMask.from_visible(visible, grid.num_tokens, self.query_block_size, self.key_block_size)
-        queries, keys = (Permutation.of(torch.cat([part[side] for part in parts])) for side in (1, 2))
+        queries, keys = (Permutation(torch.cat([part[side] for part in parts])) for side in (1, 2))
         return AttentionPlan(queries, mask, key_permutation=keys)
 
     def _choose(

@@ -175,7 +175,7 @@ def _layout(
     in_chunk = _tokens_in_chunk(chunk_of_token, key_block_size)
     share = F.pad(in_chunk, (0, 0, 0, len(tokens_of_block) - len(in_chunk))).float() / tokens_of_block[:, None]
     return _Layout(
-        order=Permutation.of(order[None].to(device)),
+        order=Permutation(order[None].to(device)),
         members=order[place].to(device),
         is_filling=is_filling.to(device),
         lengths=lengths.float().to(device),

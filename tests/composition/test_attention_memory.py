@@ -136,7 +136,7 @@ def test_tokens_in_another_order_go_before_the_output_comes_back(monkeypatch):
     query, key, value = (torch.empty(1, 8, 4096, 64, device="meta") for _ in range(3))
     visible = torch.ones(1, 8, 32, 32, dtype=torch.bool, device="meta")
     order = torch.arange(4096, device="meta").expand(8, -1)
-    plan = AttentionPlan(Permutation(order, order), BlockMask.from_visible(visible, 4096, 128, 128))
+    plan = AttentionPlan(Permutation(order), BlockMask.from_visible(visible, 4096, 128, 128))
     with Allocations() as counted:
         output = plan.attend(query, key, value)
     assert output.shape == query.shape

@@ -28,7 +28,7 @@ def random_call(grid, block=8, dim=8, seed=0):
     visible = torch.rand(1, 2, blocks, blocks, generator=generator) < 0.4
     orders = torch.stack([torch.arange(grid.num_tokens), axis_order(grid, ("height", "width", "frame"))])
     plan = AttentionPlan(
-        Permutation.of(orders),
+        Permutation(orders),
         BlockMask.from_visible(visible | torch.eye(blocks).bool(), grid.num_tokens, block, block),
     )
     return call_of(plan, grid, 3 * query, key), visible | torch.eye(blocks).bool()
@@ -65,7 +65,7 @@ def test_attention_through_time_is_a_diagonal_once_places_are_put_together():
     grid = TokenGrid(4, 4, 8)
     place = torch.arange(grid.num_tokens) % 32
     code = torch.eye(32)[place][None, None]
-    permutation = Permutation.of(axis_order(grid, ("height", "width", "frame"))[None])
+    permutation = Permutation(axis_order(grid, ("height", "width", "frame"))[None])
     mask = BlockMask.from_visible(torch.eye(32).bool()[None, None], grid.num_tokens, 4, 4)
     pair = attention_maps(call_of(AttentionPlan(permutation, mask), grid, 100 * code, code, scale=1.0), head=0)
     before, after = (shown.attention for shown in (pair.before, pair.after))

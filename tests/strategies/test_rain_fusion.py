@@ -62,7 +62,7 @@ def test_the_checkerboard_keeps_its_share_of_the_keys(stride):
 def test_a_textural_head_sees_the_checkerboard_the_first_frame_and_text(alternate):
     grid = TokenGrid(5, 8, 8, text_after=4)
     masks = RainFusion(alternate=alternate, **SMALL).masks(grid)
-    order = masks.key_orders.orders[2]
+    order = masks.key_orders[2]
     seen = {int(token) for block in masks.visible[2][0].nonzero() for token in order[int(block) * 16 :][:16]}
     frame, row, column = np.unravel_index(np.arange(320), (5, 8, 8))
     kept = (row - column + frame * alternate) % 2 == 0
@@ -122,8 +122,8 @@ def test_all_see_the_first_frame_and_it_sees_all():
     masks = RainFusion(density=0.2, **SMALL).masks(GRID)
     for number in range(3):
         for order, blocks in (
-            (masks.orders.orders[number], masks.visible[number]),
-            (masks.key_orders.orders[number], masks.visible[number].T),
+            (masks.orders[number], masks.visible[number]),
+            (masks.key_orders[number], masks.visible[number].T),
         ):
             places = torch.argsort(order)[GRID.text_before : GRID.text_before + 48]
             assert blocks[places // 16].all()

@@ -52,7 +52,7 @@ def test_the_executed_density_is_the_published_one(grid, density, first_frame, p
 def test_all_see_the_first_frame_in_both_orders():
     grid = TokenGrid(5, 6, 8, text_before=3)
     masks = SparseVideoGen(0.2, **SMALL).masks(grid)
-    for number, order in enumerate(masks.orders.orders):
+    for number, order in enumerate(masks.orders):
         places = torch.argsort(order)[grid.text_before : grid.text_before + 48]
         assert masks.visible[number][:, places // 16].all()
     without = SparseVideoGen(0.2, first_frame=False, **SMALL).masks(grid)

@@ -128,7 +128,7 @@ def check_text(plan: AttentionPlan, grid: TokenGrid, text: torch.Tensor) -> None
 def block_of_token(permutation, head: int, grid: TokenGrid, block_size: int) -> torch.Tensor:
     if permutation is None:
         return torch.arange(grid.num_tokens) // block_size
-    inverse = permutation.inverse
+    inverse = permutation.order.argsort(-1)
     return inverse[head % len(inverse)] // block_size
 
 

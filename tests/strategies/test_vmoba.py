@@ -40,7 +40,7 @@ def selected_tokens(query: torch.Tensor, key: torch.Tensor, kind: int, options: 
 
 def executed_tokens(plan, head: int) -> torch.Tensor:
     """Which keys each query sees, [S, S] bool, of a plan with query blocks of one token."""
-    place = plan.permutation.inverse[0]
+    place = plan.permutation.order[0].argsort()
     return plan.mask.visible()[0, head][place][:, place // plan.mask.key_block_size]
 
 
