@@ -96,3 +96,8 @@ class Calibration:
 def named_order(name: str, grid: TokenGrid) -> Tensor:
     """The order of a name in `NAMED_ORDERS`, [S] int64."""
     return torch.arange(grid.num_tokens) if name == OWN_ORDER else axis_order(grid, name.split())
+
+
+def name_of_order(order: Tensor, grid: TokenGrid) -> str | None:
+    """The name in `NAMED_ORDERS` of an order [S] on the CPU; None where it has none."""
+    return next((name for name in NAMED_ORDERS if torch.equal(named_order(name, grid), order.long())), None)

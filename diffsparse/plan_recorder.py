@@ -14,13 +14,7 @@ from torch import Tensor
 
 import diffsparse
 from diffsparse.block_mask import num_blocks
-from diffsparse.calibration import (
-    NAMED_ORDERS,
-    Calibration,
-    Entry,
-    HeadPlan,
-    named_order,
-)
+from diffsparse.calibration import Calibration, Entry, HeadPlan, name_of_order
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.grid import TokenGrid
 from diffsparse.packed_bits import pack_bits, unpack_bits
@@ -162,7 +156,7 @@ class PlanRecorder:
             settings=settings,
             library_version=library_version,
             maps=torch.stack(maps.tensors),
-            orders=tuple(_by_name(order, made_for.grid) for order in orders.tensors),
+            orders=tuple(name_of_order(order, made_for.grid) or order for order in orders.tensors),
             entries=tuple(entries),
         )
 
@@ -249,7 +243,3 @@ def _flags(flags: Tensor | None, size: tuple[int, int]) -> list[list[int]]:
 def _commonest(items: Iterable[Item]) -> Item:
     """What is there most often, of several the first."""
     return Counter(items).most_common(1)[0][0]
-
-
-def _by_name(order: Tensor, grid: TokenGrid) -> str | Tensor:
-    return next((name for name in NAMED_ORDERS if torch.equal(named_order(name, grid), order.long())), order)

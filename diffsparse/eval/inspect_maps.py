@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffsparse.calibration import NAMED_ORDERS, OWN_ORDER, named_order
+from diffsparse.calibration import OWN_ORDER, name_of_order
 from diffsparse.eval.inspect_measures import Attended
 from diffsparse.grid import TokenGrid
 
@@ -76,7 +76,7 @@ def attention_maps(call: Attended, head: int) -> MapPair:
             sums[name].index_add_(1, places[rows] // cell, _pooled(ordered, cell))
             counts[name].index_add_(0, places[rows] // cell, torch.ones_like(rows, dtype=torch.float32))
     sizes = _pooled(torch.ones(1, num_tokens), cell)[0].numpy()  # [C]
-    names = OWN_ORDER, _name_of(order, call.grid)
+    names = OWN_ORDER, name_of_order(order.cpu(), call.grid) or OTHER_ORDER
     before, after = (_finished(sums[key], counts[key], sizes, num_tokens, cell, name) for key, name in zip(sums, names))
     return MapPair(before, after, call.grid)
 
@@ -112,8 +112,3 @@ def _finished(sums: Tensor, counts: Tensor, sizes: Array, num_tokens: int, cell:
     mass, kept_mass = (sums / counts.clamp_min(1)[:, None]).cpu().numpy()
     attention, kept = mass / sizes * num_tokens, kept_mass / np.maximum(mass, NEXT_TO_NOTHING)
     return AttentionMap(attention, np.clip(kept, 0, 1), cell, order)
-
-
-def _name_of(order: Tensor, grid: TokenGrid) -> str:
-    order = order.cpu()
-    return next((name for name in NAMED_ORDERS if torch.equal(named_order(name, grid), order)), OTHER_ORDER)
