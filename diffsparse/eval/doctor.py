@@ -91,16 +91,26 @@ def devices() -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         gibibytes = properties.total_memory / 2**30
-        found[f"cuda:{index}"] = f"{properties.name}, {gibibytes:.0f} GiB, sm_{properties.major}{properties.minor}"
+        found[f"cuda:{index}"] = f"{properties.name}, {gibibytes:.0f} GiB, {architecture(index)}"
     if torch.backends.mps.is_available():
         found["mps"] = "Apple GPU"
     return found
 
 
+def architecture(index: int) -> str:
+    """Of the GPU of this index: "sm_90", or "gfx942" of AMD."""
+    import torch
+
+    from diffsparse.kernels import amd
+
+    properties = torch.cuda.get_device_properties(index)
+    return amd.architecture(torch.device("cuda", index)) or f"sm_{properties.major}{properties.minor}"
+
+
 def alike_devices() -> dict[str, tuple[str, ...]]:
     """Names of the devices of each kind, by the first one's name and architecture: "cuda:0, sm_90".
 
-    CUDA devices are of one kind if they have the same name and compute capability.
+    CUDA devices are of one kind if they have the same name and architecture.
     """
     import torch
 
@@ -108,8 +118,8 @@ def alike_devices() -> dict[str, tuple[str, ...]]:
     for name in devices():
         kind: tuple[str, ...] = (name,)
         if torch.device(name).type == "cuda":
-            properties = torch.cuda.get_device_properties(torch.device(name).index)
-            kind = (properties.name, f"sm_{properties.major}{properties.minor}")
+            index = torch.device(name).index
+            kind = (torch.cuda.get_device_properties(index).name, architecture(index))
         found.setdefault(kind, []).append(name)
     return {", ".join((names[0], *kind[1:])): tuple(names) for kind, names in found.items()}
 

@@ -17,33 +17,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which architectures."""
     parser.add_argument(
         "--capabilities",
-        type=int,
+        type=_architecture,
         nargs="+",
         default=[80, 86, 89, 90, 100, 120],
         metavar="CC",
-        help="compute capabilities, 90 for 9.0 (default: 80 86 89 90 100 120)",
+        help="compute capabilities, 90 for 9.0, and architectures of AMD, like gfx942 (default: 80 86 89 90 100 120)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Compile, and print a Markdown table."""
-    from diffsparse.kernels.cross_compile_triton import SHARED_MEMORY, compile_attention, resources
+    from diffsparse.kernels import amd
+    from diffsparse.kernels.cross_compile_triton import OF_AMD, SHARED_MEMORY, compile_attention, resources
     from diffsparse.kernels.quantization import PRECISIONS
 
-    unknown = sorted(set(args.capabilities) - set(SHARED_MEMORY))
+    memory = SHARED_MEMORY | dict.fromkeys(OF_AMD, amd.SHARED_MEMORY)
+    unknown = [architecture for architecture in args.capabilities if architecture not in memory]
     if unknown:
-        raise ValueError(f"`--capabilities` must be among {sorted(SHARED_MEMORY)}, got {unknown}.")
+        raise ValueError(f"`--capabilities` must be among {list(memory)}, got {unknown}.")
     print("| sm | head dim | blocks | precision | registers | spilled bytes | shared KiB, of | matrix instructions |")
     print("|---|---|---|---|---|---|---|---|")
-    for capability, (head_dim, blocks, precision) in itertools.product(args.capabilities, CONFIGURATIONS):
-        formats = PRECISIONS[precision]
-        if "fp8" in (formats.scores, formats.values) and capability < 89:
+    for architecture, (head_dim, blocks, precision) in itertools.product(args.capabilities, CONFIGURATIONS):
+        if isinstance(architecture, str):
+            is_refused = amd.why_not(architecture, precision) is not None
+        else:
+            formats = PRECISIONS[precision]
+            is_refused = "fp8" in (formats.scores, formats.values) and architecture < 89
+        if is_refused:
             continue
-        used = resources(compile_attention(capability, head_dim, "bf16", blocks, (), precision))
+        used = resources(compile_attention(architecture, head_dim, "bf16", blocks, (), precision))
         print(
-            f"| {capability} | {head_dim} | {blocks[0]} x {blocks[1]} | {precision} | {used.registers} | "
-            f"{used.spilled_bytes} | {used.shared_bytes // 1024}, {SHARED_MEMORY[capability] // 1024} | "
+            f"| {architecture} | {head_dim} | {blocks[0]} x {blocks[1]} | {precision} | {used.registers} | "
+            f"{used.spilled_bytes} | {used.shared_bytes // 1024}, {memory[architecture] // 1024} | "
             f"{', '.join(used.products)} |",
             flush=True,
         )
     return 0
+
+
+def _architecture(name: str) -> int | str:
+    if name.startswith("gfx"):
+        return name
+    if name.isdecimal():
+        return int(name)
+    raise argparse.ArgumentTypeError(f"expected a compute capability like 90, or AMD's name like gfx942, got {name!r}")

@@ -93,7 +93,6 @@ def attention_kernel(
     TAIL_TILE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     VALUES: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """One query block of one head, which one says the schedule. Optional pointers are None where there is nothing.
 
@@ -181,7 +180,6 @@ def attention_kernel(
                     True,
                     VALUES,
                     EXACT,
-                    PRECISION,
                 )
     num_others = count - (skipped < count).to(tl.int32)
     # The next entry is read a tile ahead: what waits for it would stop the copies of keys and values.
@@ -215,7 +213,6 @@ def attention_kernel(
             MASKED,
             VALUES,
             EXACT,
-            PRECISION,
         )
     if VALUES != "native":
         dims = tl.arange(0, PADDED_DIM)
@@ -241,13 +238,13 @@ def attention_kernel(
             value = load_rows(value_tile_ptr, remaining, HEAD_DIM, TAIL_TILE, HEAD_DIM, PADDED_DIM)
             means = first + tl.arange(0, TAIL_TILE)
             size = tl.load(tail_sizes_ptr + means, mask=means < num_blocks, other=0).to(tl.float32)
-            logits = tl.dot(query, key.T, input_precision=PRECISION) * logit_scale + tl.log2(size)[None, :]
+            logits = tl.dot(query, key.T, input_precision="ieee") * logit_scale + tl.log2(size)[None, :]
             logits = tl.where((size > 0)[None, :], logits, -float("inf"))
             peak, fade, weights = _online_softmax(peak, logits, 1.0, True, BOOST)
             total = total * fade + tl.sum(weights, 1)
             if EXACT:
                 exact_total = exact_total * fade + tl.sum(weights, 1)
-            numerator = tl.dot(weights.to(value.dtype), value, numerator * fade[:, None], input_precision=PRECISION)
+            numerator = tl.dot(weights.to(value.dtype), value, numerator * fade[:, None], input_precision="ieee")
 
     # What is not a number stays so.
     sees_some = total != 0
@@ -316,7 +313,6 @@ def _take_tile(
     MASKED: tl.constexpr,
     VALUES: tl.constexpr,
     EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Take KEY_TILE keys from `first_key` on into the sums of a softmax; with MASKED only those before `length`."""
     exists = tl.arange(0, KEY_TILE) < length - first_key
@@ -336,7 +332,7 @@ def _take_tile(
     if key.dtype == tl.int8:
         logits = tl.dot(query, key.T).to(tl.float32)
     else:
-        logits = tl.dot(query, key.T, input_precision=PRECISION)
+        logits = tl.dot(query, key.T, input_precision="ieee")
     if MASKED:
         logits = tl.where(exists[None, :], logits, -float("inf"))
     if VALUES == "int8":
@@ -378,7 +374,7 @@ def _take_tile(
             tile_ptr = values + first_key.to(tl.int64) * value_stride
             remaining = length - first_key if MASKED else KEY_TILE
             value = load_rows(tile_ptr, remaining, value_stride, KEY_TILE, HEAD_DIM, PADDED_DIM, MASKED)
-        numerator = tl.dot(weights.to(value.dtype), value, numerator, input_precision=PRECISION)
+        numerator = tl.dot(weights.to(value.dtype), value, numerator, input_precision="ieee")
     return peak, total, exact_total, numerator
 
 

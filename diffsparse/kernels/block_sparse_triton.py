@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from diffsparse.kernels import quantization
+from diffsparse.kernels import amd, quantization
 from diffsparse.kernels.block_sparse_kernel_triton import attention_kernel
 from diffsparse.kernels.launch import launch_on, outputs, step_of_heads
 from diffsparse.kernels.operands_triton import prepared
@@ -33,27 +33,35 @@ def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision
     """Why this backend cannot take such a query [B, H, S, D] in a precision; None if it can."""
     if query.device.type != "cuda":
         return f"it needs a CUDA GPU, not {query.device.type}"
-    if torch.version.hip is not None:
-        return "it has not been tried on ROCm"
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "it needs compute capability 8.0 (Ampere) or newer"
+    of_amd = amd.architecture(query.device)
+    reason = _why_not_on_nvidia(query.device, precision) if of_amd is None else amd.why_not(of_amd, precision)
+    if reason is not None:
+        return reason
     if query.shape[3] > 256:
         return f"head dim {query.shape[3]} is above 256"
     for name, size in (("query", query_block_size), ("key", key_block_size)):
         if size not in BLOCK_SIZES:
             return f"a {name} block of {size} tokens is none of {', '.join(map(str, BLOCK_SIZES))}"
-    formats = quantization.PRECISIONS[precision]
-    if "fp8" in (formats.scores, formats.values) and torch.cuda.get_device_capability(query.device) < (8, 9):
-        return f"{precision} needs compute capability 8.9 (Ada) or newer, which multiplies FP8"
-    if formats.values != "native" and key_block_size < FEWEST_KEYS_OF_8_BITS:
+    if quantization.PRECISIONS[precision].values != "native" and key_block_size < FEWEST_KEYS_OF_8_BITS:
         return f"products of 8 bits take {FEWEST_KEYS_OF_8_BITS} keys at a time, and a key block has {key_block_size}"
+    if of_amd is not None or precision != "native":
+        return None
     # The query block, and the smallest tiles of keys and values that `tuning` chooses.
     least = (query_block_size + 2 * min(BLOCK_SIZES)) * padded(query.shape[3], precision) * query.element_size()
-    if precision == "native" and least > LEAST_SHARED_MEMORY and least > _shared_memory(query.device):
+    if least > LEAST_SHARED_MEMORY and least > _shared_memory(query.device):
         return (
             f"query blocks of {query_block_size} at head dim {query.shape[3]} in {query.dtype} take {least} bytes of "
             f"shared memory, and a program has {_shared_memory(query.device)}"
         )
+    return None
+
+
+def _why_not_on_nvidia(device: torch.device, precision: str) -> str | None:
+    capability, formats = torch.cuda.get_device_capability(device), quantization.PRECISIONS[precision]
+    if capability < (8, 0):
+        return "it needs compute capability 8.0 (Ampere) or newer"
+    if "fp8" in (formats.scores, formats.values) and capability < (8, 9):
+        return f"{precision} needs compute capability 8.9 (Ada) or newer, which multiplies FP8"
     return None
 
 
@@ -145,7 +153,6 @@ def attend(
             TAIL_TILE=min(chosen.key_tile, TAIL_COLUMNS),
             DESCRIPTORS=descriptors,
             VALUES=quantization.PRECISIONS[precision].values,
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
             # Or each logit would take two instructions.
@@ -167,10 +174,13 @@ def _suits_descriptor(x: Tensor) -> bool:
 
 
 def _tuning(query: Tensor, query_block_size: int, key_block_size: int, precision: str) -> Tuning:
+    padded_dim = padded(query.shape[3], precision)
+    of_amd = amd.architecture(query.device)
+    if of_amd is not None:
+        return amd.tuning(of_amd, query_block_size, key_block_size, padded_dim, precision)
     capability, shared_memory = (8, 0), LEAST_SHARED_MEMORY  # where there is no GPU to ask
     if query.device.type == "cuda":
         capability, shared_memory = torch.cuda.get_device_capability(query.device), _shared_memory(query.device)
-    padded_dim = padded(query.shape[3], precision)
     return tuning(
         capability, shared_memory, query_block_size, key_block_size, padded_dim, precision, query.element_size()
     )

@@ -66,7 +66,6 @@ def block_sums(
             PADDED_ROWS=triton.next_power_of_2(max(rows, 16)),
             BLOCK=block_size,
             PADDED_BLOCK=triton.next_power_of_2(max(block_size, 16)),
-            PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
         )
     return numerators, *sums.unbind(), *means.unbind()
 
@@ -95,7 +94,6 @@ def block_sums_kernel(
     PADDED_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PADDED_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """All rows of one head against one key block. `order_ptr` and `key_length_ptr` may be None."""
     block = tl.program_id(0)
@@ -125,7 +123,7 @@ def block_sums_kernel(
     size = tl.sum(is_token.to(tl.float32), 0)
 
     # [PADDED_ROWS, PADDED_BLOCK]
-    logits = tl.dot(query, key.T, input_precision=PRECISION)
+    logits = tl.dot(query, key.T, input_precision="ieee")
     # The row against the mean key; what does not exist is zero.
     tail = tl.sum(logits, 1) / size + tl.log(size)
     exists = is_token
@@ -134,7 +132,7 @@ def block_sums_kernel(
     logits = tl.where(exists[None, :], logits, -float("inf"))
     peaks = tl.maximum(tl.max(logits, 1), LEAST)
     weights = tl.exp(logits - peaks[:, None])
-    numerators = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+    numerators = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
 
     place = (head_of_batch * num_rows + rows) * blocks + block
     tl.store(

@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffsparse.kernels import amd
 from diffsparse.kernels.quantization import PRECISIONS
 
 # Bytes of shared memory that a program may use: NVIDIA, CUDA C++ Programming Guide, technical specifications.
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+OF_AMD = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+"""CDNA 2, 3 and 4, RDNA 3 and 4."""
 
 
 @dataclass(frozen=True)
 class Resources:
     """What a compiled kernel takes: registers a thread, bytes spilled from them, bytes of shared memory a program.
 
-    `products` are the kinds of matrix instructions in its machine code.
+    `products` are the kinds of matrix instructions in its machine code, on AMD's GPUs with their size and types.
     """
 
     registers: int
@@ -30,17 +33,17 @@ class Resources:
 
 
 def compile_attention(
-    capability: int,
+    architecture: int | str,
     head_dim: int,
     dtype: str,
     blocks: tuple[int, int],
     options: Collection[str] = (),
     precision: str = "native",
 ) -> Any:
-    """Compile the kernel as a GPU of this compute capability (90 for 9.0) would, as far as it can be known.
+    """Compile the kernel as a GPU of this architecture would, as far as it can be known.
 
     Args:
-        capability: one of `SHARED_MEMORY`.
+        architecture: compute capability, one of `SHARED_MEMORY` (90 for 9.0), or AMD's name, such as of `OF_AMD`.
         head_dim: numbers a head.
         dtype: "bf16", "fp16" or "fp32".
         blocks: tokens of a query and of a key block.
@@ -48,7 +51,6 @@ def compile_attention(
         precision: one of `PRECISIONS`.
     """
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from diffsparse.kernels import block_sparse_triton
@@ -61,7 +63,11 @@ def compile_attention(
     values = {"native": dtype, "int8": "i8", "fp8": "fp8e4nv"}[formats.values]
     padded_dim = block_sparse_triton.padded(head_dim, precision)
     element_size = 4 if dtype == "fp32" else 2
-    chosen = tuning(divmod(capability, 10), SHARED_MEMORY[capability], *blocks, padded_dim, precision, element_size)
+    if isinstance(architecture, str):
+        chosen = amd.tuning(architecture, *blocks, padded_dim, precision)
+    else:
+        memory = SHARED_MEMORY[architecture]
+        chosen = tuning(divmod(architecture, 10), memory, *blocks, padded_dim, precision, element_size)
     inputs = {
         "query_ptr": f"*{scores}",
         "keys": f"*{scores}",
@@ -98,7 +104,6 @@ def compile_attention(
         "TAIL_TILE": min(chosen.key_tile, block_sparse_triton.TAIL_COLUMNS),
         "DESCRIPTORS": chosen.descriptors,
         "VALUES": formats.values,
-        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     }
     constants |= dict.fromkeys(name for name in kernel.arg_names if name.endswith("_ptr") and name not in inputs)
     signature = {
@@ -115,18 +120,39 @@ def compile_attention(
             constexprs=constants,
             attrs={(i,): [["tt.divisibility", 16]] for i in places},
         ),
-        target=GPUTarget("cuda", capability, 32),
+        target=target(architecture),
         options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True},
     )
 
 
+def target(architecture: int | str) -> Any:
+    """What Triton calls a GPU of this compute capability, or of this architecture of AMD."""
+    from triton.backends.compiler import GPUTarget
+
+    if isinstance(architecture, str):
+        return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
+    return GPUTarget("cuda", architecture, 32)
+
+
 def resources(compiled: Any) -> Resources:
     """Read off the machine code, by the tool that comes with Triton."""
+    if "amdgcn" in compiled.asm:
+        return _resources_of_amd(compiled)
     usage = _dump(compiled, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     assert found is not None, usage
     products = sorted(set(re.findall(r"\b([A-Z]*(?:MMA|GMMA))\.", machine_code(compiled))))
     return Resources(int(found[1]), int(found[2]) + int(found[3]), compiled.metadata.shared, tuple(products))
+
+
+def _resources_of_amd(compiled: Any) -> Resources:
+    """As the assembler notes it below the code; accumulation registers of CDNA count among the others."""
+    code: str = compiled.asm["amdgcn"]
+    registers, scratch = (
+        int(re.findall(rf"\.{name}:\s+(\d+)", code)[-1]) for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    products = sorted(set(re.findall(r"\bv_((?:mfma|wmma)_\w+)", code)))
+    return Resources(registers, scratch, compiled.metadata.shared, tuple(products))
 
 
 def machine_code(compiled: Any) -> str:
