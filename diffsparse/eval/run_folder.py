@@ -27,6 +27,8 @@ from diffsparse.eval.video_io import write_images
 from diffsparse.whole_file import whole_file
 
 MANIFEST = "manifest.json"
+KINDS = {"configs": dict, "prompts": list, "seeds": list, "sampling": dict, "model": str, "made_by": list}
+"""What a manifest must have: settings, and who worked there."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is no folder of `diffsparse eval run`: it has no {MANIFEST}.")
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        _ = found["settings"]["configs"], found["settings"]["seeds"], found["made_by"]
+        values = found["settings"] | {"made_by": found["made_by"]}
+        for name, kind in KINDS.items():
+            if not isinstance(values[name], kind):
+                raise TypeError(f"{name} is {values[name]!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}). Name another folder.") from error
     return found

@@ -12,7 +12,7 @@ from diffsparse.eval.run_folder import Pair, RunFolder, read_manifest
 from diffsparse.eval.video_io import read_frames
 
 PAIR = Pair(2, 7)
-SETTINGS = {"model": "m", "prompts": ["a"], "seeds": [0], "configs": {"fast": {"config": "F"}}}
+SETTINGS = {"model": "m", "sampling": {}, "prompts": ["a"], "seeds": [0], "configs": {"fast": {"config": "F"}}}
 
 
 @pytest.fixture
@@ -119,9 +119,20 @@ def test_other_settings_are_refused_and_leave_the_folder_as_it_is(folder, change
     assert (folder.path / "manifest.json").read_text() == before
 
 
-@pytest.mark.parametrize("contents", ["", "[]", json.dumps({"settings": {}})])
+@pytest.mark.parametrize("contents", ["", "[]", json.dumps({"settings": {}}), json.dumps({"settings": 3})])
 def test_a_damaged_manifest_is_an_error(folder, contents):
     folder.path.mkdir()
     (folder.path / "manifest.json").write_text(contents)
     with pytest.raises(ValueError, match="damaged"):
         folder.agree(SETTINGS, {})
+
+
+@pytest.mark.parametrize("name", ["configs", "prompts", "seeds", "sampling", "model"])
+def test_a_manifest_edited_by_hand_is_an_error_that_says_where(folder, name):
+    folder.agree(SETTINGS, {})
+    file = folder.path / "manifest.json"
+    whole = json.loads(file.read_text())
+    for settings in (whole["settings"] | {name: 3}, {k: v for k, v in whole["settings"].items() if k != name}):
+        file.write_text(json.dumps(whole | {"settings": settings}))
+        with pytest.raises(ValueError, match=rf"manifest\.json is damaged .*{name}"):
+            read_manifest(folder.path)
