@@ -25,7 +25,7 @@ def compiled(capability, rows, dim, block_size, dtype):
     pointers |= dict.fromkeys(("numerators_ptr", "sums_ptr", "means_ptr"), "*fp32")
     pointers |= {"order_ptr": "*i64", "key_length_ptr": "*i32"}
     constants = {"HEAD_DIM": dim, "PADDED_DIM": dim, "PADDED_ROWS": rows, "BLOCK": block_size}
-    constants |= {"PADDED_BLOCK": block_size, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+    constants |= {"PADDED_BLOCK": block_size}
     strides = [f"{name}_stride_{axis}" for name in ("key", "value") for axis in "bhs"]
     return compile_for(capability, kernel, pointers, constants, strides)
 
