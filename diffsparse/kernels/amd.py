@@ -15,6 +15,8 @@ WITH_FP8_PRODUCTS = ("gfx950", "gfx12")
 """Of the numbers that PyTorch calls float8_e4m3fn. CDNA 3 multiplies others."""
 SHARED_MEMORY = 64 * 1024
 """Bytes that a program may use; CDNA 4 has more."""
+LARGEST_ROW = 512
+"""Bytes of a head's numbers of one token, rounded up to a power of two: with more, a program does not fit there."""
 
 
 def architecture(device: torch.device) -> str | None:

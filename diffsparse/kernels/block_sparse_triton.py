@@ -44,10 +44,15 @@ def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision
             return f"a {name} block of {size} tokens is none of {', '.join(map(str, BLOCK_SIZES))}"
     if quantization.PRECISIONS[precision].values != "native" and key_block_size < FEWEST_KEYS_OF_8_BITS:
         return f"products of 8 bits take {FEWEST_KEYS_OF_8_BITS} keys at a time, and a key block has {key_block_size}"
-    if of_amd is not None or precision != "native":
+    if precision != "native":
+        return None
+    row = padded(query.shape[3], precision) * query.element_size()
+    if of_amd is not None:
+        if row > amd.LARGEST_ROW:
+            return f"head dim {query.shape[3]} in {query.dtype} does not fit in the shared memory of {of_amd}"
         return None
     # The query block, and the smallest tiles of keys and values that `tuning` chooses.
-    least = (query_block_size + 2 * min(BLOCK_SIZES)) * padded(query.shape[3], precision) * query.element_size()
+    least = (query_block_size + 2 * min(BLOCK_SIZES)) * row
     if least > LEAST_SHARED_MEMORY and least > _shared_memory(query.device):
         return (
             f"query blocks of {query_block_size} at head dim {query.shape[3]} in {query.dtype} take {least} bytes of "

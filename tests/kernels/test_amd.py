@@ -15,6 +15,7 @@ from diffsparse.kernels.tuning import Tuning
 
 pytest.importorskip("triton")
 GPU = torch.device("cuda", 0)
+ALL = ("lse", "length", "tail", "order")
 QUERY = SimpleNamespace(device=GPU, dtype=torch.bfloat16, shape=(1, 1, 300, 128), element_size=lambda: 2)
 
 
@@ -59,6 +60,22 @@ def test_the_limits_of_blocks_and_heads_are_the_same(gpu_of_amd):
     assert "head dim 288" in why_not("triton", wide, 128, 64)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "fits"), [("fp32", 256, False), ("fp32", 128, True), ("bf16", 256, True)]
+)
+def test_what_does_not_fit_in_shared_memory_is_refused(dtype, head_dim, fits, gpu_of_amd):
+    gpu_of_amd("gfx942")
+    of_query = {"fp32": (torch.float32, 4), "bf16": (torch.bfloat16, 2)}[dtype]
+    query = SimpleNamespace(
+        device=GPU, dtype=of_query[0], shape=(1, 1, 300, head_dim), element_size=lambda: of_query[1]
+    )
+    reason = why_not("triton", query, 64, 64)
+    assert (reason is None) == fits
+    assert fits or "shared memory" in reason
+    compiled = compile_attention("gfx942", head_dim, dtype, (64, 64), ALL)
+    assert (compiled.metadata.shared <= amd.SHARED_MEMORY) == fits
+
+
 def test_it_is_compiled_as_for_amd_and_named_so(gpu_of_amd):
     from diffsparse.kernels import block_sparse_triton
 
@@ -80,7 +97,6 @@ def test_planning_is_left_to_torch(gpu_of_amd):
 
 
 # Both head dims, block sizes and options that a model meets by default.
-ALL = ("lse", "length", "tail", "order")
 CONFIGURATIONS = [
     (128, "bf16", (128, 64), ALL, "native"),
     (64, "fp16", (64, 64), ("tail", "order"), "native"),
