@@ -84,7 +84,7 @@ def attend_with(
     A backend may take tokens in an order and put them back itself, which saves passes over them, and may ask for a
     schedule. None has to.
     """
-    # Kernels step through these by one, those of `in_order` and `scatter_tokens` too.
+    # Kernels step through these by one.
     query_order, key_order, schedule = (
         x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query_order, key_order, schedule)
     )
