@@ -38,7 +38,10 @@ def why_not(name: str, precision: str = "native") -> str | None:
 
 
 def tuning(name: str, query_block_size: int, key_block_size: int, padded_dim: int, precision: str) -> Tuning:
-    """What compiles without spilling, by blocks in tokens and a head dim rounded up to a power of two."""
+    """What fits into registers, by blocks in tokens and a head dim rounded up to a power of two.
+
+    In 16 bits up to a head dim of 128, that is; there RDNA 3 spills a little without the pooled tail.
+    """
     key_tile = 16 if name.startswith("gfx11") and padded_dim > 64 and PRECISIONS[precision].values == "native" else 32
     # A wave for each 16 queries, which is as many as the smallest product takes.
     num_warps = max(1, query_block_size // 16)
