@@ -46,7 +46,7 @@ def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision
         return f"products of 8 bits take {FEWEST_KEYS_OF_8_BITS} keys at a time, and a key block has {key_block_size}"
     if precision != "native":
         return None
-    row = padded(query.shape[3], precision) * query.element_size()
+    row = padded(query.shape[3], precision) * query.dtype.itemsize
     if of_amd is not None:
         if row > amd.LARGEST_ROW:
             return f"head dim {query.shape[3]} in {query.dtype} does not fit in the shared memory of {of_amd}"
@@ -187,7 +187,7 @@ def _tuning(query: Tensor, query_block_size: int, key_block_size: int, precision
     if query.device.type == "cuda":
         capability, shared_memory = torch.cuda.get_device_capability(query.device), _shared_memory(query.device)
     return tuning(
-        capability, shared_memory, query_block_size, key_block_size, padded_dim, precision, query.element_size()
+        capability, shared_memory, query_block_size, key_block_size, padded_dim, precision, query.dtype.itemsize
     )
 
 

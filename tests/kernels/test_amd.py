@@ -16,7 +16,7 @@ from diffsparse.kernels.tuning import Tuning
 pytest.importorskip("triton")
 GPU = torch.device("cuda", 0)
 ALL = ("lse", "length", "tail", "order")
-QUERY = SimpleNamespace(device=GPU, dtype=torch.bfloat16, shape=(1, 1, 300, 128), element_size=lambda: 2)
+QUERY = SimpleNamespace(device=GPU, dtype=torch.bfloat16, shape=(1, 1, 300, 128))
 
 
 @pytest.fixture
@@ -65,10 +65,8 @@ def test_the_limits_of_blocks_and_heads_are_the_same(gpu_of_amd):
 )
 def test_what_does_not_fit_in_shared_memory_is_refused(dtype, head_dim, fits, gpu_of_amd):
     gpu_of_amd("gfx942")
-    of_query = {"fp32": (torch.float32, 4), "bf16": (torch.bfloat16, 2)}[dtype]
-    query = SimpleNamespace(
-        device=GPU, dtype=of_query[0], shape=(1, 1, 300, head_dim), element_size=lambda: of_query[1]
-    )
+    of_query = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    query = SimpleNamespace(device=GPU, dtype=of_query, shape=(1, 1, 300, head_dim))
     reason = why_not("triton", query, 64, 64)
     assert (reason is None) == fits
     assert fits or "shared memory" in reason
