@@ -111,7 +111,11 @@ def _dials(args: argparse.Namespace, sampling: Sampling, load: Callable[[], Any]
     for row, densities in missing.items():
         dials.find(row, densities, calls)
         for density in densities:
-            print(f"{row.name} at {100 * density:g} %: {dials.setting(row.name, density)}", flush=True)
+            setting = dials.setting(row.name, density)
+            print(
+                f"{row.name} at {100 * density:g} %: {setting.option}={setting.value} runs {100 * setting.density:.1f} %",
+                flush=True,
+            )
     return dials
 
 
