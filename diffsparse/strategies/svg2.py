@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from diffsparse.block_mask import BlockMask, num_blocks
-from diffsparse.grid import TokenGrid
-from diffsparse.permutation import Permutation
 from diffsparse.plan import AttentionPlan
-from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.fixed_masks import sampled_rows
-from diffsparse.strategies.k_means import k_means
+from diffsparse.strategies.clustered_tokens import Clusters, block_mass, most_clusters, plan_by_clusters
 from diffsparse.strategies.option_checks import check_integers, check_shares
-from diffsparse.strategies.planning_memory import slices
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
 from diffsparse.strategies.top_blocks import top_blocks
@@ -73,70 +66,15 @@ class SVG2:
         """The plan of a layer; see `Strategy.plan`."""
         grid = call.grid
         scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-        layout = block_layout(grid, self.query_block_size, self.key_block_size, query.device)
-        # In orders of their own the query and the key block of one place have nothing in common: only text is exact.
-        always = torch.ones_like(layout.always)
-        always[: layout.free_queries, : layout.free_keys] = False
-        # Tokens of both sides in float32 and in the order of their clusters.
-        bytes_a_head = 16 * query.shape[0] * grid.num_tokens * query.shape[-1]
-        parts = [
-            self._choose(query[:, heads], key[:, heads], grid, scale, always)
-            for heads in slices(query.shape[1], bytes_a_head)
-        ]
-        visible = torch.cat([part[0] for part in parts], dim=1)
-        mask = BlockMask.from_visible(visible, grid.num_tokens, self.query_block_size, self.key_block_size)
-        queries, keys = (Permutation(torch.cat([part[side] for part in parts])) for side in (1, 2))
-        return AttentionPlan(queries, mask, key_permutation=keys)
+        sizes = self.query_block_size, self.key_block_size
 
-    def _choose(
-        self, query: Tensor, key: Tensor, grid: TokenGrid, scale: float, always: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Block map [B, H, Q, K] and orders of queries and keys [H, S] of some heads [B, H, S, D]."""
-        batch, heads, _, dim = query.shape
-        labels, centroids, sizes = zip(
-            *(
-                _clusters_of_video(x, grid, min(clusters, blocks), self.iterations, self.seed)
-                for x, clusters, blocks in (
-                    (query, self.query_clusters, num_blocks(grid.num_video_tokens, self.query_block_size)),
-                    (key, self.key_clusters, num_blocks(grid.num_video_tokens, self.key_block_size)),
-                )
+        def choose(heads: slice, always: Tensor) -> tuple[Tensor, Clusters, Clusters]:
+            queries, keys = (
+                Clusters.of_video(x[:, heads], grid, most_clusters(clusters, grid, size), self.iterations, self.seed)
+                for x, clusters, size in zip((query, key), (self.query_clusters, self.key_clusters), sizes)
             )
-        )
-        queries, keys = (x.view(heads, -1, batch, dim).permute(2, 0, 1, 3) for x in centroids)  # [B, H, C, D]
-        scores = queries @ keys.transpose(-1, -2) * scale
-        # A cluster weighs as much as it has keys; an empty one nothing.
-        weights = (scores + sizes[1].float().log()[:, None]).softmax(-1)  # [B, H, Qc, Kc]
-        held_queries = _tokens_by_block(sizes[0], grid.num_tokens, self.query_block_size)  # [H, Qc, Q]
-        held_keys = _tokens_by_block(sizes[1], grid.num_tokens, self.key_block_size)  # [H, Kc, K]
-        share_of_block = held_queries / held_queries.sum(1, keepdim=True).clamp(min=1)
-        share_of_cluster = held_keys / sizes[1].clamp(min=1)[..., None]
-        mass = share_of_block.transpose(-1, -2) @ weights @ share_of_cluster  # [B, H, Q, K]
-        least = max(1, int(self.least * mass.shape[-1]))
-        visible = smallest_set(mass, self.mass, always) | top_blocks(mass, least, always)
-        return visible, _sorted_by_label(labels[0], grid), _sorted_by_label(labels[1], grid)
+            mass = block_mass(queries, keys, scale, grid.num_tokens, *sizes)
+            least = max(1, int(self.least * mass.shape[-1]))
+            return smallest_set(mass, self.mass, always) | top_blocks(mass, least, always), queries, keys
 
-
-def _clusters_of_video(
-    x: Tensor, grid: TokenGrid, clusters: int, iterations: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels [H, video tokens], centroids [H, C, B * D] and sizes [H, C] of the video tokens of x [B, H, S, D]."""
-    video = x[:, :, grid.text_before : grid.text_before + grid.num_video_tokens]
-    features = video.permute(1, 2, 0, 3).flatten(2).float()  # [H, video tokens, B * D]
-    first = sampled_rows(grid, clusters, seed, x.device) - grid.text_before
-    return k_means(features, features.index_select(1, first), iterations)
-
-
-def _tokens_by_block(sizes: Tensor, num_tokens: int, block_size: int) -> Tensor:
-    """How many tokens of each cluster lie in each block once they are sorted by cluster, [H, C, blocks] float32."""
-    end = sizes.cumsum(-1)[..., None]  # [H, C, 1]
-    begin = end - sizes[..., None]
-    blocks = torch.arange(num_blocks(num_tokens, block_size), device=sizes.device) * block_size
-    return (torch.minimum(end, blocks + block_size) - torch.maximum(begin, blocks)).clamp(min=0).float()
-
-
-def _sorted_by_label(labels: Tensor, grid: TokenGrid) -> Tensor:
-    """The order of all tokens: the video by cluster, then the text. [H, S] int64."""
-    video = torch.argsort(labels, dim=-1, stable=True) + grid.text_before
-    before = torch.arange(grid.text_before, device=labels.device)
-    after = torch.arange(grid.num_tokens - grid.text_after, grid.num_tokens, device=labels.device)
-    return torch.cat([video, torch.cat([before, after]).expand(len(labels), -1)], dim=-1)
+        return plan_by_clusters(query, grid, *sizes, choose)
