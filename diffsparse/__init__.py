@@ -43,11 +43,14 @@ if TYPE_CHECKING:
     from diffsparse.strategies.s2_attention import S2Attention as S2Attention
     from diffsparse.strategies.sample_attention import SampleAttention as SampleAttention
     from diffsparse.strategies.sliding_tile import SlidingTile as SlidingTile
+    from diffsparse.strategies.sol_attention import SolAttention as SolAttention
     from diffsparse.strategies.sparge_attention import SpargeAttention as SpargeAttention
     from diffsparse.strategies.sparse_d import SparseD as SparseD
     from diffsparse.strategies.sparse_vdit import SparseVDiT as SparseVDiT
     from diffsparse.strategies.sparse_video_gen import SparseVideoGen as SparseVideoGen
     from diffsparse.strategies.svg2 import SVG2 as SVG2
+    from diffsparse.strategies.svg_ear import SVGEAR as SVGEAR
+    from diffsparse.strategies.svoo import SVOO as SVOO
     from diffsparse.strategies.vmoba import VMoBA as VMoBA
     from diffsparse.strategies.x_attention import XAttention as XAttention
 
@@ -79,11 +82,14 @@ _HOMES = {
     "S2Attention": "strategies.s2_attention",
     "SampleAttention": "strategies.sample_attention",
     "SlidingTile": "strategies.sliding_tile",
+    "SolAttention": "strategies.sol_attention",
     "SpargeAttention": "strategies.sparge_attention",
     "SparseD": "strategies.sparse_d",
     "SparseVDiT": "strategies.sparse_vdit",
     "SparseVideoGen": "strategies.sparse_video_gen",
     "SVG2": "strategies.svg2",
+    "SVGEAR": "strategies.svg_ear",
+    "SVOO": "strategies.svoo",
     "VMoBA": "strategies.vmoba",
     "XAttention": "strategies.x_attention",
 }

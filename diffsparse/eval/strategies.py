@@ -112,10 +112,8 @@ def _dials(args: argparse.Namespace, sampling: Sampling, load: Callable[[], Any]
         dials.find(row, densities, calls)
         for density in densities:
             setting = dials.setting(row.name, density)
-            print(
-                f"{row.name} at {100 * density:g} %: {setting.option}={setting.value} runs {100 * setting.density:.1f} %",
-                flush=True,
-            )
+            found = f"{setting.option}={setting.value} runs {100 * setting.density:.1f} %"
+            print(f"{row.name} at {100 * density:g} %: {found}", flush=True)
     return dials
 
 

@@ -8,6 +8,7 @@ named here is compared by its `density`.
 from __future__ import annotations
 
 import dataclasses
+from statistics import NormalDist
 from typing import Any
 
 import diffsparse
@@ -24,9 +25,12 @@ from diffsparse.strategies.rain_fusion2 import RainFusion2
 from diffsparse.strategies.s2_attention import S2Attention
 from diffsparse.strategies.sample_attention import SampleAttention
 from diffsparse.strategies.sliding_tile import SlidingTile
+from diffsparse.strategies.sol_attention import SolAttention
 from diffsparse.strategies.sparge_attention import SpargeAttention
 from diffsparse.strategies.sparse_vdit import SparseVDiT
 from diffsparse.strategies.svg2 import SVG2
+from diffsparse.strategies.svg_ear import SVGEAR
+from diffsparse.strategies.svoo import SVOO
 from diffsparse.strategies.vmoba import VMoBA
 from diffsparse.strategies.x_attention import XAttention
 
@@ -53,6 +57,11 @@ def _stride_at(position: float) -> int:
     return round(1 / position)
 
 
+def _tau_at(position: float) -> float:
+    """The threshold that this share of normal scores is above, where it is not below their mean."""
+    return max(0.0, NormalDist().inv_cdf(1 - min(position, 0.5)))
+
+
 NAMED = (
     Row(REFERENCE, Adaptive(**BLOCKS)),
     Row("random blocks", Adaptive(candidates=RANDOM, equal_heads=True, front_load=0.0, **BLOCKS)),
@@ -68,11 +77,15 @@ NAMED = (
     # So that window and columns fit into 0.1.
     Row("SampleAttention", SampleAttention(window=0.05, block_size=64), "mass"),
     Row("SlidingTile", SlidingTile(tile=(4, 4, 4), **BLOCKS), "window", _window_at),
+    Row("SolAttention", SolAttention(**BLOCKS), "tau", _tau_at),
     # The released function that goes by density; the other one keeps all blocks whose tokens differ among themselves.
     Row("SpargeAttention", SpargeAttention(density=0.5, similarity=-0.1, **BLOCKS)),
     # By the relative error, or the scale of a model's values would decide.
     Row("SparseVDiT", SparseVDiT(relative=True, **BLOCKS)),
     Row("SVG2", SVG2(**BLOCKS), "mass"),
+    # With less for their mass than released, and SVOO with the lower of its released bounds, so that 0.1 is reached.
+    Row("SVGEAR", SVGEAR(least=0.025, **BLOCKS), "mass"),
+    Row("SVOO", SVOO(least=0.05, most=0.1, **BLOCKS), "mass"),
     Row("VMoBA", VMoBA(**BLOCKS), "threshold"),
     Row("XAttention", XAttention(**BLOCKS), "mass"),
 )

@@ -115,7 +115,9 @@ def plan_by_clusters(
     # Tokens of both sides in float32 and in the order of their clusters.
     bytes_a_head = grid.num_tokens * query.shape[0] * (16 * query.shape[-1] + bytes_a_token)
     parts = [choose(heads, always) for heads in slices(query.shape[1], bytes_a_head)]
-    visible = torch.cat([part[0] for part in parts], dim=1)
-    mask = BlockMask.from_visible(visible, grid.num_tokens, query_block_size, key_block_size)
-    queries, keys = (Permutation(torch.cat([part[side].order(grid) for part in parts])) for side in (1, 2))
-    return AttentionPlan(queries, mask, key_permutation=keys)
+    visible = torch.cat([visible for visible, _, _ in parts], dim=1)
+    return AttentionPlan(
+        Permutation(torch.cat([queries.order(grid) for _, queries, _ in parts])),
+        BlockMask.from_visible(visible, grid.num_tokens, query_block_size, key_block_size),
+        key_permutation=Permutation(torch.cat([keys.order(grid) for _, _, keys in parts])),
+    )

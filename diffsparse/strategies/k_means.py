@@ -19,17 +19,22 @@ def k_means(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tens
         The label of each token [H, S] int64, by the centroids as they are in the end; the centroids [H, C, F]; how
         many tokens each cluster has [H, C] int64.
     """
-    clusters = centroids.shape[1]
     for _ in range(iterations):
-        labels = nearest(x, centroids)
-        sizes = cluster_sizes(labels, clusters)
-        order = torch.argsort(labels, dim=-1, stable=True)
-        by_cluster = x.gather(1, order[..., None].expand_as(x))
-        sums = torch.segment_reduce(by_cluster, "sum", lengths=sizes, axis=1, unsafe=True)
-        means = sums / sizes.clamp(min=1)[..., None]
-        centroids = torch.where(sizes[..., None] > 0, means, centroids)
+        centroids, _ = cluster_means(x, nearest(x, centroids), centroids)
     labels = nearest(x, centroids)
-    return labels, centroids, cluster_sizes(labels, clusters)
+    return labels, centroids, cluster_sizes(labels, centroids.shape[1])
+
+
+def cluster_means(x: Tensor, labels: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of the tokens of x [H, S, F] that carry each label [H, S], and how many these are, [H, C] int64.
+
+    Where no token does, it is the one `before` [H, C, F]. Sums are made in a fixed order.
+    """
+    sizes = cluster_sizes(labels, before.shape[1])
+    order = torch.argsort(labels, dim=-1, stable=True)
+    by_cluster = x.gather(1, order[..., None].expand_as(x))
+    sums = torch.segment_reduce(by_cluster, "sum", lengths=sizes, axis=1, unsafe=True)
+    return torch.where(sizes[..., None] > 0, sums / sizes.clamp(min=1)[..., None], before), sizes
 
 
 def nearest(x: Tensor, centroids: Tensor) -> Tensor:

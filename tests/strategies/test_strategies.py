@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsparse import (
     SVG2,
+    SVGEAR,
+    SVOO,
     Adaptive,
     Dense,
     DraftAttention,
@@ -24,6 +26,7 @@ from diffsparse import (
     S2Attention,
     SampleAttention,
     SlidingTile,
+    SolAttention,
     SpargeAttention,
     SparseD,
     SparseVDiT,
@@ -46,6 +49,9 @@ LISTED = [
     DraftAttention(density=0.3, patch=(2, 4), **SMALL),
     RainFusion2(density=0.3, window=(2, 4), **SMALL),
     SVG2(query_clusters=6, key_clusters=10, mass=0.5, iterations=2, **SMALL),
+    SVGEAR(query_clusters=6, key_clusters=10, mass=0.5, iterations=2, **SMALL),
+    SVOO(query_clusters=6, key_clusters=10, mass=0.5, sampled_rows=16, **SMALL),
+    SolAttention(tau=0.8, **SMALL),
     XAttention(mass=0.5, stride=4, **SMALL),
     SparseD(density=0.3, **SMALL),
     S2Attention(local_blocks=2, stride=4, block_size=16),
