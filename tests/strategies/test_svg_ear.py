@@ -12,9 +12,9 @@ from diffsparse.grid import TokenGrid
 from diffsparse.strategies.strategy import AttentionCall
 from diffsparse.strategies.svg_ear import errors_of_means
 
-GRID = TokenGrid(3, 5, 7, 2, 9)
+GRID = TokenGrid(4, 8, 10, 2, 9)
 SIZES = {"query_block_size": 16, "key_block_size": 8}
-OPTIONS = SVGEAR(query_clusters=5, key_clusters=9, mass=0.5, least=0.1, iterations=3, **SIZES)
+OPTIONS = SVGEAR(query_clusters=5, key_clusters=9, mass=0.5, least=0.2, iterations=3, **SIZES)
 
 
 @pytest.mark.parametrize("length", [None, 21])
@@ -41,12 +41,13 @@ def test_errors_are_those_of_weighted_values_and_their_means(length):
 def test_as_many_blocks_as_svg2_would_see_and_those_that_err_most():
     query, key, value = (x * scale for x, scale in zip(random_qkv(GRID), (3, 3, 1)))
     plan = OPTIONS.plan(query, key, value, AttentionCall(GRID))
-    by_mass = SVG2(query_clusters=5, key_clusters=9, mass=0.5, least=0.2, iterations=3, **SIZES)
+    by_mass = SVG2(query_clusters=5, key_clusters=9, mass=0.5, least=0.4, iterations=3, **SIZES)
     other = by_mass.plan(query, key, value, AttentionCall(GRID))
-    few = dataclasses.replace(by_mass, mass=0.0, least=0.1).plan(query, key, value, AttentionCall(GRID))
+    few = dataclasses.replace(by_mass, mass=0.0, least=0.2).plan(query, key, value, AttentionCall(GRID))
     assert torch.equal(plan.permutation.order, other.permutation.order)
     assert torch.equal(plan.key_permutation.order, other.key_permutation.order)
-    assert torch.equal(plan.mask.counts, other.mask.counts)
+    # Of blocks with as much mass SVG2 may see another one by each of its two rules.
+    assert set((other.mask.counts - plan.mask.counts).unique().tolist()) <= {0, 1}
     assert (plan.mask.visible() >= few.mask.visible()).all()
     assert not torch.equal(plan.mask.visible(), other.mask.visible())
     # A block of queries of one cluster, held against its mean query: what it leaves out errs less than what it sees.
