@@ -20,7 +20,7 @@ from diffsparse.rank_order import RankOrder
 from diffsparse.speed_check import SpeedCheck
 from diffsparse.steps import Step
 from diffsparse.strategies.calibrated import Calibrated
-from diffsparse.strategies.strategy import AttentionCall
+from diffsparse.strategies.strategy import AttentionCall, make_plan
 
 
 class Family(Protocol):
@@ -336,7 +336,7 @@ class Session:
             scale=scale,
             model=self.model_name,
         )
-        plan = self.config.strategy.plan(query, key, value, call)
+        plan = make_plan(self.config.strategy, query, key, value, call)
         if plan is not None and self.config.quantization is not None:
             plan = replace(plan, precision=self.config.quantization)
         return plan

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from diffsparse.grid import TokenGrid
@@ -49,3 +51,16 @@ class Strategy(Protocol):
             call: where and when.
         """
         ...
+
+
+def make_plan(
+    strategy: Strategy, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
+) -> AttentionPlan | None:
+    """`strategy.plan`, whatever the default device is.
+
+    What strategies make without a device is on the CPU and kept for later calls. Where that is the default device
+    anyway, nothing stands in for it: such a context costs time at each call of PyTorch.
+    """
+    is_cpu = torch.get_default_device().type == "cpu"
+    with contextlib.nullcontext() if is_cpu else torch.device("cpu"):
+        return strategy.plan(query, key, value, call)

@@ -28,6 +28,7 @@ from diffsparse import (
     SlidingTile,
     SolAttention,
     SpargeAttention,
+    SparseAttentionConfig,
     SparseD,
     SparseVDiT,
     SparseVideoGen,
@@ -37,7 +38,10 @@ from diffsparse import (
 from diffsparse.eval.named_config import exported_strategies
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import check_lists
+from diffsparse.pipelines.wan import WAN
 from diffsparse.plan import AttentionPlan
+from diffsparse.session import Session
+from diffsparse.steps import Step
 from diffsparse.strategies.strategy import AttentionCall
 
 SMALL = {"query_block_size": 16, "key_block_size": 16}
@@ -98,6 +102,16 @@ def test_every_query_block_sees_a_key_block_and_the_output_is_finite(strategy, g
         output = plan.attend(query, key, value)
         assert output.shape == query.shape
         assert output.isfinite().all()
+
+
+def test_a_session_plans_whatever_the_default_device_is(strategy):
+    # A grid of no other test, so that nothing of it is kept.
+    qkv = random_qkv(TokenGrid(3, 4, 11))
+    session = Session("model", WAN, ("layer",), SparseAttentionConfig(strategy, dense_steps=0.0, min_tokens=0))
+    session.begin(Step(0, 20, 0, is_first_of_generation=True), (3, 4, 11, 0, 0))
+    with torch.device("meta"):
+        output = session.attend(0, *qkv, None, None)
+    assert output.isfinite().all()
 
 
 def test_some_key_block_is_left_out(strategy):
