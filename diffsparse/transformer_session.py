@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from diffsparse.steps import StepClock
 
 class TransformerSession(Session):
     """The state of one enabled transformer, found by its layers through their handles.
+
+    It is that of the thread that called the transformer last. What another thread is still computing runs dense.
 
     Args:
         transformer: held weakly.
@@ -42,6 +45,9 @@ class TransformerSession(Session):
         self.clock = StepClock(pipeline)
         self.refused: set[int] = set()
         """Layers that could not be given a sparse processor."""
+        self._thread: int | None = None
+        self._lock = threading.RLock()
+        """Held where step, layout and plans are changed, and while a layer goes by them."""
         self._modules = tuple(weakref.ref(transformer.get_submodule(name)) for name in layer_names)
         self._argument_names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self.handles = tuple(_register(self, layer) for layer in range(len(layer_names)))
@@ -51,16 +57,36 @@ class TransformerSession(Session):
     def begin_call(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read step and layout off a call of the transformer; its forward pre-hook."""
         call = dict(zip(self._argument_names, args)) | kwargs
-        step = self.clock.tick(call.get(self.family.timestep))
-        layout = self._read_layout(transformer, call)
-        # Branches may differ in their text, but never in the size of the video.
-        if _video_size(layout) != _video_size(self.layout):
-            self.forget_plans()
-        self.begin(step, layout)
+        with self._lock:
+            step = self.clock.tick(call.get(self.family.timestep))
+            layout = self._read_layout(transformer, call)
+            # Branches may differ in their text, but never in the size of the video.
+            if _video_size(layout) != _video_size(self.layout) or self._thread != threading.get_ident():
+                self.forget_plans()
+            self._thread = threading.get_ident()
+            self.begin(step, layout)
         if self.config.strict:
             for layer in range(len(self.layer_names)):
                 if (reason := self.why_not_reached(layer)) is not None:
                     raise self.refusal(layer, reason)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        ranks: int = 1,
+        dense: Callable[[], Tensor] | None = None,
+    ) -> Tensor | None:
+        """As that of any session, for the thread that called the transformer last."""
+        with self._lock:
+            if self._thread in (None, threading.get_ident()):
+                return super().attend(layer, query, key, value, mask, scale, ranks, dense)
+        self.fall_back(layer, "another thread called the transformer meanwhile")
+        return None
 
     def _read_layout(self, transformer: nn.Module, call: Mapping[str, Any]) -> tuple[int | None, ...] | None:
         """What the family makes of a call. One that it did not foresee is no reason to lose a generation."""
@@ -77,8 +103,9 @@ class TransformerSession(Session):
 
     def end_call(self) -> None:
         """Let the plans go with the last call of a generation, so that what decodes its latents has their memory."""
-        if self.step is not None and self.step.is_last_of_generation:
-            self.forget_plans()
+        with self._lock:
+            if self.step is not None and self.step.is_last_of_generation:
+                self.forget_plans()
 
     def processor(self, layer: int) -> Any:
         """The processor that the layer has now."""

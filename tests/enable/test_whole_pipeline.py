@@ -9,10 +9,10 @@ import weakref
 import diffusers
 import pytest
 import torch
-from enabled import DENSE, SPARSE, config, contents, report_of, run
+from enabled import DENSE, FULL, SPARSE, config, contents, report_of, run
 from tiny_models import TINY, generate, tiny_wan_pipeline
 
-from diffsparse import Adaptive
+from diffsparse import Adaptive, session
 
 
 def test_a_pipeline_runs_dense_sparse_and_dense_again(pipeline):
@@ -116,6 +116,39 @@ def test_two_pipelines_in_two_threads_do_not_disturb_each_other():
     first, second = (report_of(pipeline) for pipeline in pipelines)
     assert (first.sparse_calls, first.dense_calls) == (3 * 3 * 2 * 2, 3 * 3 * 2 * 2)
     assert (second.sparse_calls, second.dense_calls) == (3 * 5 * 2 * 2, 0)
+
+
+@pytest.mark.parametrize("place", ["between two layers", "where a plan is made"])
+def test_two_threads_may_call_one_transformer(place, monkeypatch):
+    tiny = TINY["wan"]
+    model = tiny.make()
+    calls = [tiny.call(model, grid) for grid in [(3, 7, 5), (2, 3, 5)]]
+    stock = [run(model, call) for call in calls]
+    model.enable_sparse_attention(FULL)
+    outputs = []
+    other = threading.Thread(target=lambda: outputs.append(run(model, calls[1])))
+    # Where a plan is made the other waits, or the plan would be made for its grid.
+    owner, name, most_seconds = {
+        "between two layers": (model.blocks[1].attn1.to_q, "forward", None),
+        "where a plan is made": (session, "_is_finite", 0.2),
+    }[place]
+    original = getattr(owner, name)
+
+    def call_in_between(*args):
+        monkeypatch.setattr(owner, name, original)
+        other.start()
+        other.join(most_seconds)
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, call_in_between)
+    torch.testing.assert_close(run(model, calls[0]), stock[0])
+    other.join()
+    torch.testing.assert_close(outputs[0], stock[1])
+    report = report_of(model)
+    assert set(report.dense_reasons) <= {"another thread called the transformer meanwhile"}
+    assert report.sparse_calls + report.dense_calls == 2 * len(tiny.layers)
+    if place == "between two layers":
+        assert (report.sparse_calls, report.dense_calls) == (1 + 3, 2)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
