@@ -121,6 +121,17 @@ def as_config(config: Any) -> SparseAttentionConfig:
     return PRESETS[name]()
 
 
+def resolve_dense_layers(layers: tuple[int, ...], count: int, model_name: str) -> frozenset[int]:
+    """The layers of `count` that indices name, negative ones from the end."""
+    for layer in layers:
+        if not -count <= layer < count:
+            raise ValueError(
+                f"`dense_layers` names layer {layer}, but {model_name} has {count} "
+                f"self-attention layers: expected {-count} to {count - 1}."
+            )
+    return frozenset(layer % count for layer in layers)
+
+
 def _config_of_file(path: Path) -> SparseAttentionConfig:
     strategy = Calibrated.from_file(path)
     try:

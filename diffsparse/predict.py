@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from diffsparse.call_flops import CallFlops
-from diffsparse.config import SparseAttentionConfig, as_config
+from diffsparse.config import SparseAttentionConfig, as_config, resolve_dense_layers
 from diffsparse.grid import TokenGrid
 from diffsparse.pipelines.families import find_family
 from diffsparse.published_models import make_call
-from diffsparse.session import resolve_dense_layers
 from diffsparse.speed_check import LEAST_SPEED_UP
 from diffsparse.strategies.adaptive import Adaptive
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.autocast import as_autocast, with_autocast_as_now, without_autocast
-from diffsparse.config import SparseAttentionConfig
+from diffsparse.config import SparseAttentionConfig, resolve_dense_layers
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import MAX_HEAD_DIM, pick_backend
 from diffsparse.plan import AttentionPlan
@@ -368,17 +368,6 @@ def grid_of(layout: tuple[int | None, ...], num_tokens: int) -> TokenGrid:
         text_before=left if text_before is None else text_before,
         text_after=left if text_after is None else text_after,
     )
-
-
-def resolve_dense_layers(layers: tuple[int, ...], count: int, model_name: str) -> frozenset[int]:
-    """The layers of `count` that indices name, negative ones from the end."""
-    for layer in layers:
-        if not -count <= layer < count:
-            raise ValueError(
-                f"`dense_layers` names layer {layer}, but {model_name} has {count} "
-                f"self-attention layers: expected {-count} to {count - 1}."
-            )
-    return frozenset(layer % count for layer in layers)
 
 
 def _hides_keys_only(mask: Tensor) -> bool:
