@@ -14,7 +14,7 @@ from torch import Tensor
 from diffsparse.autocast import as_autocast, with_autocast_as_now, without_autocast
 from diffsparse.config import SparseAttentionConfig, resolve_dense_layers
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels.block_sparse import MAX_HEAD_DIM, pick_backend
+from diffsparse.kernels.block_sparse import DTYPES, MAX_HEAD_DIM, pick_backend
 from diffsparse.plan import AttentionPlan
 from diffsparse.rank_order import RankOrder
 from diffsparse.speed_check import SpeedCheck
@@ -266,6 +266,8 @@ class Session:
             return f"{query.shape[2]} tokens where the layout says {grid.num_tokens}"
         if query.shape[3] > MAX_HEAD_DIM:
             return f"head dim {query.shape[3]} above {MAX_HEAD_DIM}"
+        if query.dtype not in DTYPES:
+            return f"{query.dtype}, which no backend computes in"
         if mask is not None and not (self.family.padding_mask and _hides_keys_only(mask)):
             return "attention mask"
         if ranks > 1 and self.family.text_apart is None and grid.num_video_tokens < grid.num_tokens:

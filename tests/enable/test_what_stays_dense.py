@@ -20,6 +20,16 @@ def test_head_dim_above_256_runs_dense():
     assert report_of(model).dense_reasons == {"head dim 260 above 256": 1}
 
 
+def test_float64_runs_dense():
+    model = TINY["wan"].make().double()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    call = {name: x.double() if x.is_floating_point() else x for name, x in call.items()}
+    stock = run(model, call)
+    model.enable_sparse_attention(SPARSE)
+    assert torch.equal(run(model, call), stock)
+    assert report_of(model).dense_reasons == {"torch.float64, which no backend computes in": 3}
+
+
 def test_a_mask_of_all_pairs_runs_dense():
     # SkyReels-V2 where it generates block by block.
     model = TINY["skyreels_v2"].make(num_frame_per_block=3)
