@@ -41,7 +41,7 @@ class TransformerSession(Session):
         config: SparseAttentionConfig,
         pipeline: Any = None,
     ) -> None:
-        super().__init__(type(transformer).__name__, family, layer_names, config)
+        super().__init__(family.class_name(transformer), family, layer_names, config)
         self.clock = StepClock(pipeline)
         self.refused: set[int] = set()
         """Layers that could not be given a sparse processor."""

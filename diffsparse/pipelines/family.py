@@ -86,6 +86,11 @@ class Family:
                 f"Layout or None, got {self.layout!r}."
             )
 
+    def class_name(self, transformer: nn.Module) -> str:
+        """The transformer's class or, for a subclass (as FSDP makes one), the nearest base that is named here."""
+        names = [cls.__name__ for cls in type(transformer).__mro__]
+        return next((name for name in names if name in self.transformers), names[0])
+
     def layer_names(self, transformer: nn.Module) -> tuple[str, ...]:
         """Names of the transformer's self-attention modules, in the order they run."""
         names = [name for name, _ in transformer.named_modules()]

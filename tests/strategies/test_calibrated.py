@@ -183,6 +183,17 @@ def test_another_model_is_refused_before_anything_is_attached(file):
         assert is_stock(model)
 
 
+def test_a_subclass_takes_the_plans_of_its_base(file):
+    # As `fully_shard` of FSDP makes one of the transformer that it is given.
+    pipe = tiny_wan_pipeline()
+    pipe.enable_sparse_attention(file)
+    expected = generate(pipe)
+    pipe.disable_sparse_attention()
+    pipe.transformer.__class__ = type("FSDPWanTransformer3DModel", (type(pipe.transformer),), {})
+    pipe.enable_sparse_attention(file)
+    assert torch.equal(generate(pipe), expected)
+
+
 def test_a_broken_file_leaves_the_pipeline_alone(file):
     file.write_bytes(file.read_bytes()[:-5])
     pipe = tiny_wan_pipeline()
