@@ -160,7 +160,9 @@ class StepClock:
                 begin = self._begun[1] if self._begun[0] is timesteps else 0
             if self._watch.takes_part(timesteps, current, timestep):
                 return current, len(timesteps), name, begin
-            timesteps = None
+            # One that was told how many steps there are and takes none may have copies that run the loop.
+            if scheduler._step_index is not None or getattr(scheduler, "num_inference_steps", None) is None:
+                timesteps = None
         return *self._by_timestep(_value(timestep), timesteps), name, 0
 
     def _beginning(self, timestep: Any, timesteps: Any) -> int:

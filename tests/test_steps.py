@@ -221,6 +221,20 @@ def test_a_loop_of_the_users_own_goes_by_its_timesteps_whatever_the_pipelines_sc
         assert [i for i, step in enumerate(seen) if step.is_first_of_generation] == ([0, 4] if believed else [0])
 
 
+def test_copies_of_the_scheduler_may_run_the_loop():
+    # As SkyReels-V2 has one for each frame in its pipelines of diffusion forcing.
+    scheduler = UniPCMultistepScheduler()
+    pipeline = Pipeline(scheduler=scheduler)
+    clock = StepClock(pipeline)
+    for count in (10, 10, 7):
+        scheduler.set_timesteps(count)
+        seen = ticks(clock, scheduler.timesteps.tolist(), calls_per_step=2)
+        # The scheduler is believed for as many calls as a step may have.
+        expected = [0] * 4 + [i for i in range(2, count) for _ in range(2)]
+        assert [(step.index, step.total) for step in seen] == [(i, count) for i in expected]
+        assert [i for i, step in enumerate(seen) if step.is_first_of_generation] == [0]
+
+
 def test_many_branches_of_one_step_do_not_make_the_scheduler_look_idle():
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(3)
