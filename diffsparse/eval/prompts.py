@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -36,6 +37,10 @@ def read_prompts(name: str, option: str = "--prompts") -> list[str]:
     for line, prompt in numbered:
         if not prompt.strip():
             continue
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{file}, line {line}, is cut inside a character: {prompt.strip()!r}.") from error
         if prompt.strip() in lines_of:
             raise ValueError(
                 f"{file} has the prompt {prompt.strip()!r} twice, in lines {lines_of[prompt.strip()]} and {line}. "
@@ -61,14 +66,18 @@ def prompt_or_first(prompt: str | None) -> str:
 
 
 def _from_text(file: Path, text: str) -> list[tuple[int, str]]:
-    return list(enumerate(text.splitlines(), start=1))
+    # Not splitlines, which also ends a line at what JSON and CSV may have inside a prompt, as U+2028.
+    return list(enumerate(text.split("\n"), start=1))
 
 
 def _from_csv(file: Path, text: str) -> list[tuple[int, str]]:
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    if "prompt" not in (reader.fieldnames or ()):
-        raise ValueError(f"{file} must have a column `prompt`, its first line is {text.splitlines()[:1]}.")
-    return [(reader.line_num, row["prompt"] or "") for row in reader]
+    reader = csv.DictReader(io.StringIO(text))
+    try:
+        if "prompt" not in (reader.fieldnames or ()):
+            raise ValueError(f"{file} must have a column `prompt`, its first line is {text.splitlines()[:1]}.")
+        return [(reader.line_num, row["prompt"] or "") for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{file} cannot be read as CSV after line {reader.line_num}: {error}.") from error
 
 
 def _from_jsonl(file: Path, text: str) -> list[tuple[int, str]]:

@@ -29,6 +29,16 @@ def test_every_kind_of_file_gives_its_prompts_in_order(tmp_path, name, text):
     assert read_prompts(write(tmp_path, name, text)) == ["a cat, asleep", "a “dog”"]
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\x85", "\x0c"])
+@pytest.mark.parametrize(
+    ("name", "text"), [("p.txt", "{}\nb"), ("p.csv", "prompt\n{}\nb\n"), ("p.jsonl", '"{}"\n"b"\n')]
+)
+def test_only_the_end_of_a_line_ends_a_prompt(tmp_path, name, text, inside):
+    # JSON must have \x0c escaped.
+    written = "\\f" if (name, inside) == ("p.jsonl", "\x0c") else inside
+    assert read_prompts(write(tmp_path, name, text.format(f"a{written}cat"))) == [f"a{inside}cat", "b"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
@@ -38,7 +48,9 @@ def test_every_kind_of_file_gives_its_prompts_in_order(tmp_path, name, text):
         ("p.csv", "text\na cat\n", "column `prompt`"),
         ("p.csv", "", "column `prompt`"),
         ("p.jsonl", '"a cat"\n{', "line 2, is not JSON"),
+        ("p.csv", f'prompt\na cat\n"{"z" * 140_000}"\n', "as CSV after line 2: field larger"),
         ("p.jsonl", '{"text": "a cat"}', "line 1"),
+        ("p.jsonl", '"a cat"\n"a dog \\ud83d"', "line 2, is cut inside a character"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_said(tmp_path, name, text, says):
