@@ -71,7 +71,10 @@ def read_options(text: str, options: str) -> dict[str, Any]:
     """
     try:
         call = ast.parse(f"f({options})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+        # In f(a=1)(b=2) what is called is no name.
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError("a bracket is closed that none opens")
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("every option needs a name")
         return {
             str(k.arg): k.value.id if isinstance(k.value, ast.Name) else ast.literal_eval(k.value)

@@ -40,6 +40,8 @@ def test_every_strategy_that_diffsparse_exports_has_its_name():
         ("fast:dense_steps=20", "`dense_steps` must be"),
         ("adaptive:density", "OPTION=VALUE"),
         ("adaptive:density=0.2)+(1", "OPTION=VALUE"),
+        ("adaptive:density=0.2)(tail=False", "OPTION=VALUE"),
+        ("adaptive:density=0.2)(", "OPTION=VALUE"),
         ("adaptive:density=__import__('os').getpid()", "OPTION=VALUE"),
         ("adaptive:**{}", "OPTION=VALUE"),
         ("fast:strategy=dense", "no option 'strategy'"),
