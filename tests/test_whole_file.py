@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import re
+
 import pytest
 
 from diffsparse.whole_file import whole_file
@@ -19,6 +22,12 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, err
         write_half()
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_an_error_that_names_no_file_gets_the_name_of_this_one(tmp_path):
+    path = tmp_path / "a.json"
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{path}'")), whole_file(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
