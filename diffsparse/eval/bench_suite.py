@@ -73,11 +73,19 @@ def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str]
     today = datetime.now(timezone.utc).date().isoformat()
     record: dict[str, Any] = {"suite": name, "machine": machine, "date": today, "attention": {}, "transformers": {}}
     if output.exists():
-        record = json.loads(output.read_text())
-        if (record.get("suite"), record.get("machine")) != (name, machine):
+        try:
+            found = json.loads(output.read_text())
+            # With all that a record has.
+            record = {key: found[key] for key in record}
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"`--output` {output} holds suite {record.get('suite')!r} of another machine or version, "
-                f"{record.get('machine')}. Name another file, or remove this one."
+                f"`--output` {output} holds no results of a suite ({type(error).__name__}: {error}). Name another "
+                f"file, or remove this one."
+            ) from error
+        if (record["suite"], record["machine"]) != (name, machine):
+            raise ValueError(
+                f"`--output` {output} holds suite {record['suite']!r} of another machine or version, "
+                f"{record['machine']}. Name another file, or remove this one."
             )
     for geometry in SUITES[name]:
         if geometry.name not in record["attention"]:
@@ -123,7 +131,7 @@ def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable
             errors[name] = error_of_sampled_rows(query, key, value, key_blocks, counts, call(), tail)
             if not errors[name] <= LARGEST_ERRORS[precision]:
                 raise ValueError(
-                    f"{name} at {geometry.name} is off by {errors[name]:.1e}, {LARGEST_ERRORS[precision]:.0e} is "
+                    f"{name} at {geometry.name} is off by {errors[name]:.2e}, {LARGEST_ERRORS[precision]:g} is "
                     f"allowed: nothing was timed. `diffsparse doctor` tests the kernels one by one."
                 )
             calls[name] = call

@@ -100,6 +100,15 @@ def test_what_is_measured_is_not_measured_again(suite, tmp_path, monkeypatch):
         run(output)
 
 
+@pytest.mark.parametrize("damaged", ["", '{"suite": "tiny", "att', "[]", "null", '{"suite": "tiny"}'])
+def test_a_damaged_file_is_named_and_left_as_it_is(suite, tmp_path, damaged):
+    output = tmp_path / "speed.json"
+    output.write_text(damaged)
+    with pytest.raises(ValueError, match=f"`--output` {output} holds no results of a suite"):
+        run(output)
+    assert output.read_text() == damaged
+
+
 def test_a_wrong_kernel_is_not_timed(suite, tmp_path, monkeypatch):
     right = block_sparse_eager.attend
 
