@@ -71,6 +71,8 @@ def titles_strip(pane_width: int, gap: int, titles: tuple[str, str], subtitles: 
     top = margin
     for line in lines:
         for text, size, colour, left, width in line:
+            # A line break, as a prompt may have, cannot be drawn on a line.
+            text = " ".join(text.split())
             draw.text((left + margin, top), text, colour, _font(text, size, width - 2 * margin), anchor="lt")
         top += line[0][1] + margin
     return np.asarray(strip)

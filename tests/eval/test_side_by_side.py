@@ -54,6 +54,13 @@ def inked_columns(*args, **kwargs):
     return np.flatnonzero((canvas[:-320] != BACKGROUND).any(axis=(0, 2)))
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\x85"])
+def test_a_heading_of_two_lines_stands_on_one(end):
+    video = noise()
+    one, two = (side_by_side(video, video, ("a", "b"), heading=f"a red{space}circle") for space in (" ", end))
+    assert np.array_equal(one, two)
+
+
 def test_titles_are_drawn_over_their_own_pane_however_long():
     middle = 320
     assert inked_columns(("", "")).size == 0
