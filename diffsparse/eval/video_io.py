@@ -108,7 +108,7 @@ def as_bytes(frames: NDArray[Any]) -> Image:
 
 
 def _read_folder(folder: Path) -> Iterator[Image]:
-    import imageio.v3
+    import PIL.Image
 
     files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
@@ -116,9 +116,14 @@ def _read_folder(folder: Path) -> Iterator[Image]:
         raise ValueError(f"{folder} has no images in it; expected files that end in {expected}.")
     for file in sorted(files, key=_by_numbers):
         try:
-            yield imageio.v3.imread(file, plugin="pillow", mode="RGB")
+            with PIL.Image.open(file) as picture:
+                if picture.mode[0] in "IF":
+                    # Pillow would cut off what is above 255.
+                    raise ValueError("its grey has more than 8 bits. Save it with 8 bits a channel")
+                frame = np.asarray(picture.convert("RGB"))
         except Exception as error:
             raise ValueError(f"{file} cannot be read as an image: {error}") from error
+        yield frame
 
 
 def _by_numbers(file: Path) -> list[tuple[int, str]]:

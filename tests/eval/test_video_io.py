@@ -7,6 +7,7 @@ from pathlib import Path
 import imageio.v3
 import imageio_ffmpeg
 import numpy as np
+import PIL.Image
 import pytest
 
 from diffsparse.eval.video_io import as_bytes, read_frames, write_images, write_video
@@ -58,6 +59,12 @@ def test_grey_and_transparent_images_are_read_as_rgb(tmp_path):
     imageio.v3.imwrite(tmp_path / "0.png", np.full((4, 5), 7, dtype=np.uint8))
     imageio.v3.imwrite(tmp_path / "1.png", np.full((4, 5, 4), 7, dtype=np.uint8))
     assert [frame.shape for frame in read_frames(tmp_path)] == [(4, 5, 3)] * 2
+
+
+def test_grey_of_more_than_8_bits_is_an_error_and_not_white(tmp_path):
+    PIL.Image.fromarray(np.full((20, 30), 60 * 257, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png cannot be read.*more than 8 bits"):
+        list(read_frames(tmp_path))
 
 
 def test_floats_are_rounded_and_cut_off():
