@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     results = sweep.carry_out(args, "strategies", functools.partial(_prepare, args))
     if results is not None:
+        if "dials" not in results.settings:
+            raise ValueError("--merge: these are results of another command, not of `diffsparse eval strategies`.")
         print(as_markdown(results, args.seconds))
         if args.plot is not None:
             draw(results, args.plot)
@@ -107,6 +109,8 @@ def _dials(args: argparse.Namespace, sampling: Sampling, load: Callable[[], Any]
             f"{args.dials} has no dials of {', '.join(row.name for row in missing)}. "
             f"Find them before the shards: the same command with --find-dials and without --shard."
         )
+    if missing:
+        check_output_file("--dials", args.dials)
     calls = record_calls(load(), pair.prompt, pair.seed, sampling, args.dense_steps) if missing else []
     for row, densities in missing.items():
         dials.find(row, densities, calls)

@@ -8,6 +8,7 @@ import diffsparse
 from diffsparse.eval import cli, recorded_calls, sweep
 from diffsparse.eval.named_config import exported_strategies
 from diffsparse.eval.strategy_rows import ROWS, WINDOWS
+from diffsparse.eval.sweep_results import Pair, Score, SweepResults, Variant
 
 COMMAND = ["eval", "strategies", "--device", "cpu", "--steps", "2", "--prompts", "2", "--densities", "0.3", "0.6"]
 
@@ -77,6 +78,20 @@ def test_a_plot_that_cannot_be_written_is_found_before_the_work(run, monkeypatch
     monkeypatch.setattr(sweep, "load_pipeline", lambda *args: pytest.fail("loaded"))
     assert run("--plot", "/nowhere/plot.png") == 2
     assert "--plot must name a file in a folder that exists, got /nowhere/plot.png" in capsys.readouterr().err
+
+
+def test_dials_that_cannot_be_written_are_not_looked_for(run, monkeypatch, capsys):
+    monkeypatch.setattr(recorded_calls, "generate", lambda *args: pytest.fail("worked for nothing"))
+    assert run("--find-dials", "--dials", "nowhere/dials.json") == cli.USER_ERROR
+    assert "--dials must name a file in a folder that exists" in capsys.readouterr().err
+
+
+def test_results_of_another_command_are_refused(tmp_path, capsys):
+    ablation = SweepResults({})
+    ablation.scores[Pair("a cat", 0), Variant("adaptive", 0.5, True)] = Score(20.0, 0.9, 0.5, 1.0, 2.0)
+    ablation.write(tmp_path / "ablation.json")
+    assert cli.main(["eval", "strategies", "--merge", str(tmp_path / "ablation.json")]) == cli.USER_ERROR
+    assert "--merge: these are results of another command" in capsys.readouterr().err
 
 
 def test_an_unknown_strategy_is_refused(capsys):
