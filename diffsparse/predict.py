@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -329,3 +330,5 @@ def _check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ValueError(f"`{name}` must be above 0, got {value}.")
+        if value == math.inf:
+            raise ValueError(f"`{name}` must be finite, got {value}.")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,6 +221,7 @@ def test_fewer_steps_than_a_plan_lasts_pay_for_one(wan):
         ({"density": 25.0}, "`density` must be at most 1, got 25.0"),
         ({"density": 0.0}, "`density` must be above 0, got 0.0"),
         ({"efficiency": -1.0}, "`efficiency` must be above 0, got -1.0"),
+        ({"efficiency": math.inf}, "`efficiency` must be finite, got inf"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be above 0, got 0"),
         ({"config": "slow"}, "names no preset"),
     ],
