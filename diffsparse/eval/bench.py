@@ -19,6 +19,7 @@ from diffsparse.eval.bench_plot import draw
 from diffsparse.eval.bench_suite import SUITES, run_suite
 from diffsparse.eval.bench_table import as_markdown
 from diffsparse.eval.output_file import check_output_file
+from diffsparse.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -205,7 +206,8 @@ def run(args: argparse.Namespace) -> int:
         }
     finally:
         torch.set_num_threads(threads_before)
-    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    with whole_file(args.output) as unfinished:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"Written to {args.output}")
     return 0
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsparse.eval.output_file import check_output_file
+from diffsparse.whole_file import whole_file
 
 if TYPE_CHECKING:
     from diffsparse.eval.backend_states import BackendState
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     console.print("Sparse attention can run here." if works else "No backend can run here: see the reasons above.")
     if args.json is not None:
         found = as_dict(alike, states, taken)
-        args.json.write_text(json.dumps(found, indent=2, default=dtype_name, allow_nan=False) + "\n")
+        with whole_file(args.json) as unfinished:
+            unfinished.write_text(json.dumps(found, indent=2, default=dtype_name, allow_nan=False) + "\n")
     return 0 if works else 1
 
 

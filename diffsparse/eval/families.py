@@ -17,6 +17,7 @@ from diffsparse.pipelines.families import FAMILIES
 from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.left_alone import LEFT_ALONE
 from diffsparse.processors import attention_calls
+from diffsparse.whole_file import whole_file
 
 INTRODUCTION = """\
 # Transformers of diffusers
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
         print(page(rows()), end="")
     else:
         check_output_file("--output", args.output)
-        args.output.write_text(page(rows()), encoding="utf-8")
+        with whole_file(args.output) as unfinished:
+            unfinished.write_text(page(rows()), encoding="utf-8")
     return 0
 
 

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from diffsparse.eval.output_file import check_output_file
     from diffsparse.predict import predict_sparse_attention
     from diffsparse.published_models import CALLS, published_transformer
+    from diffsparse.whole_file import whole_file
 
     size = re.fullmatch(r"(\d+)x(\d+)", args.size)
     if size is None:
@@ -66,5 +67,6 @@ def run(args: argparse.Namespace) -> int:
     )
     print(prediction)
     if args.json is not None:
-        args.json.write_text(json.dumps(prediction.as_dict(), indent=2) + "\n")
+        with whole_file(args.json) as unfinished:
+            unfinished.write_text(json.dumps(prediction.as_dict(), indent=2, allow_nan=False) + "\n")
     return 0

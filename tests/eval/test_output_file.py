@@ -1,7 +1,9 @@
+import errno
 import os
 
 import pytest
 
+from diffsparse.eval import cli
 from diffsparse.eval.output_file import check_output_file
 
 
@@ -41,3 +43,16 @@ def test_the_folder_of_an_old_file_has_to_take_a_new_one(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(ValueError, match=r"--json .* cannot be written: no permission"):
         check_output_file("--json", tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("command", ["plan --family flux --size 1024x1024 --gpu H200 --json", "families --output"])
+def test_an_old_file_outlives_a_new_one_that_cannot_be_written(tmp_path, monkeypatch, capsys, command):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = tmp_path / "old"
+    file.write_text("old")
+    monkeypatch.setattr(os, "replace", full)
+    assert cli.main([*command.split(), str(file)]) == cli.USER_ERROR
+    assert f"No space left on device: '{file}'" in capsys.readouterr().err
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["old"]
