@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser(argv).parse_args(argv)
     try:
         exit_code: int = args.run(args)
-        sys.stdout.flush()
+        # There is none where the shell has closed it.
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("diffsparse: interrupted", file=sys.stderr)
         return INTERRUPTED

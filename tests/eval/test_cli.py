@@ -58,6 +58,13 @@ def test_every_option_has_a_help_text():
                 assert not (isinstance(action.default, list) and "%(default)s" in action.help), name
 
 
+def test_a_closed_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(doctor, "run", lambda args: print("to nobody") or 0)
+    # As Python has it after `>&-` in a shell.
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["doctor"]) == 0
+
+
 def test_the_exit_code_is_the_commands(monkeypatch):
     monkeypatch.setattr(doctor, "run", lambda args: 7)
     assert cli.main(["doctor"]) == 7
