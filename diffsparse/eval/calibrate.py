@@ -97,7 +97,8 @@ def _config(text: str) -> NamedConfig:
 
 
 def _prompts(args: argparse.Namespace, knows_its_sampling: bool) -> list[str]:
-    prompts = read_prompts(args.prompt_file or ("demo" if knows_its_sampling else "general"), "--prompt-file")
+    default_set = "demo" if knows_its_sampling else "general"
+    prompts = read_prompts(default_set if args.prompt_file is None else args.prompt_file, "--prompt-file")
     if not 1 <= args.prompts <= len(prompts):
         raise ValueError(f"--prompts must be 1 to {len(prompts)}, the prompts there are; got {args.prompts}.")
     return prompts[: args.prompts]

@@ -25,7 +25,9 @@ def read_prompts(name: str, option: str = "--prompts") -> list[str]:
     """
     file = SHIPPED.get(name, Path(name))
     if not file.is_file():
-        raise ValueError(f"{option} must be {' or '.join(SHIPPED)} or a file, got {name}, which is neither.")
+        raise ValueError(
+            f"{option} must be {' or '.join(SHIPPED)} or a file, got {name or 'nothing'}, which is neither."
+        )
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

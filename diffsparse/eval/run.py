@@ -111,7 +111,8 @@ def read_job(args: argparse.Namespace) -> Job:
         frames = follows.agreed("--frames", follows.frames, frames)
         fixed = dict(follows.sparse)
     model = choose_model(args.model, size, frames, args.steps)
-    prompts = read_prompts(args.prompts or ("demo" if model.knows_its_sampling else "general"))
+    default_set = "demo" if model.knows_its_sampling else "general"
+    prompts = read_prompts(default_set if args.prompts is None else args.prompts)
     if args.num_prompts is not None:
         if not 1 <= args.num_prompts <= len(prompts):
             raise ValueError(

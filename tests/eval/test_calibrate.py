@@ -99,6 +99,7 @@ def test_an_interruption_leaves_the_plans_of_whole_prompts_or_nothing(tiny_model
         (["--prompts", 0], "--prompts must be 1 to"),
         (["--prompts", 10**6], "--prompts must be 1 to"),
         (["--prompt-file", "nowhere.txt"], "--prompt-file must be demo or general or a file, got nowhere.txt"),
+        (["--prompt-file", ""], "--prompt-file must be demo or general or a file, got nothing"),
         (["--strategy", "adaptiv"], "--strategy adaptiv: 'adaptiv' is neither"),
         (["--strategy", "sparsed:density=2"], "--strategy sparsed:density=2: `density`"),
         (["--seed", -1], "--seed"),

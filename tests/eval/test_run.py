@@ -144,6 +144,7 @@ def test_a_record_tells_time_memory_density_and_where(tiny_model, prompts, tmp_p
         (["--num-prompts", 3], "1 to 2"),
         (["--model", "./nowhere"], "no folder"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--prompts", ""], "--prompts must be demo or general or a file, got nothing"),
         (["--output", "/proc/nowhere"], "--output"),
         (["--output", "/dev/full"], "--output"),
         (["--frames", 10**9], "disk"),
