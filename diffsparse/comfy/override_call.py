@@ -37,6 +37,11 @@ class OverrideCall:
     enable_gqa: bool
     low_precision_attention: bool
 
+    @property
+    def is_cross_attention(self) -> bool:
+        """Whether the key is shorter than the query. In self-attention it is as long, or longer with a cache."""
+        return self.key.shape[-2] < self.query.shape[-2]
+
     def query_heads_first(self) -> Tensor:
         """The query alone as [B, H, S, D], without a copy."""
         return self._split(self.query)

@@ -71,14 +71,18 @@ class SampledTransformer:
         """What stands in `transformer_options["optimized_attention_override"]`."""
         stand_in = function if self.previous is None else functools.partial(self.previous, function)
         dense = functools.partial(stand_in, *args, **kwargs)
-        if self._layer is not None and self._awaits_attention:
-            self._awaits_attention = False
-            call = read_call(*args, **kwargs)
-            output = self._attend(self._layer, call, dense)
-            if output is not None:
-                self.ran_sparse = True
-                return call.give_back(output)
-        return dense()
+        if self._layer is None or not self._awaits_attention:
+            return dense()
+        call = read_call(*args, **kwargs)
+        if call.is_cross_attention:
+            # The block's self-attention never came here.
+            return dense()
+        self._awaits_attention = False
+        output = self._attend(self._layer, call, dense)
+        if output is None:
+            return dense()
+        self.ran_sparse = True
+        return call.give_back(output)
 
     def _attend(self, layer: int, call: OverrideCall, dense: Callable[[], Tensor]) -> Tensor | None:
         """Sparse attention of a layer, [B, H, S, D]; None, and counted, where it stays dense."""

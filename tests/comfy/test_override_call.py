@@ -37,3 +37,13 @@ def test_a_call_says_whether_it_may_be_approximated():
     x = torch.randn(1, 5, 8)
     assert read_call(x, x, x, 2).low_precision_attention
     assert not read_call(x, x, x, 2, low_precision_attention=False).low_precision_attention
+
+
+@pytest.mark.parametrize("skip_reshape", [False, True])
+def test_attention_to_fewer_tokens_is_cross_attention(skip_reshape):
+    shape = (1, 2, 9, 8) if skip_reshape else (1, 9, 16)
+    query, longer = torch.randn(shape), torch.randn(*shape[:-2], 12, shape[-1])
+    options = {"heads": 2, "skip_reshape": skip_reshape}
+    assert read_call(longer, query, query, **options).is_cross_attention
+    assert not read_call(query, query, query, **options).is_cross_attention
+    assert not read_call(query, longer, longer, **options).is_cross_attention

@@ -138,10 +138,13 @@ def test_no_plan_outlives_its_run(monkeypatch, stops):
     assert len(plans) == 0
 
 
-def test_attention_that_another_node_replaced_is_found_and_said(caplog):
+@pytest.mark.parametrize("cross_attention_too", [True, False])
+def test_attention_that_another_node_replaced_is_found_and_said(cross_attention_too, caplog):
     model = standins.patcher()
     block = model.diffusion_model.blocks[1]
-    block.self_attn.forward = block.cross_attn.forward = lambda x, *args, **kwargs: x
+    block.self_attn.forward = lambda x, *args, **kwargs: x
+    if cross_attention_too:
+        block.cross_attn.forward = block.self_attn.forward
     report = run(standins.patched(model, start_percent=0.0))
     assert report.sparse_calls == 5
     assert report.dense_reasons == {"another node has replaced the attention of its block": 5}
