@@ -181,9 +181,14 @@ class DiffSparseAttention:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, plan_file: str = NO_FILE, **others: Any) -> int:
-        """What changes when the plan file does, so that ComfyUI reads it again."""
-        return 0 if plan_file == NO_FILE else find_plans(plan_file).stat().st_mtime_ns
+    def IS_CHANGED(cls, plan_file: str | None = NO_FILE, **others: Any) -> int:
+        """What changes when the plan file does, so that ComfyUI reads it again.
+
+        Args:
+            plan_file: its name; None where another node says it, for what changes when any plan file does.
+        """
+        names = plan_names() if plan_file is None else (plan_file,)
+        return sum(find_plans(name).stat().st_mtime_ns for name in names if name != NO_FILE)
 
     def patch(
         self,

@@ -147,14 +147,16 @@ def test_a_plan_file_that_is_not_there_is_said_before_anything_runs(tmp_path):
         assert "is no plan file in" in check(plan_file=name)
 
 
-def test_a_new_file_of_the_same_name_is_read_again(tmp_path):
+# ComfyUI gives None for what another node says.
+@pytest.mark.parametrize("plan_file", ["plan.safetensors", None])
+def test_a_new_file_of_the_same_name_is_read_again(plan_file, tmp_path):
     file = tmp_path / "models" / "diffsparse" / "plan.safetensors"
     file.parent.mkdir(parents=True)
     stamps = []
     for seconds in (10, 20):
         file.touch()
         os.utime(file, (seconds, seconds))
-        stamps.append(DiffSparseAttention.IS_CHANGED(plan_file="plan.safetensors", model=None))
+        stamps.append(DiffSparseAttention.IS_CHANGED(plan_file=plan_file, model=None))
     assert stamps[0] != stamps[1]
     assert DiffSparseAttention.IS_CHANGED(plan_file="none") == DiffSparseAttention.IS_CHANGED()
 
