@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -106,9 +107,10 @@ def _hunyuan_video(model: Any, call: Mapping[str, Any]) -> Layout:
 
 
 def _flux(model: Any, call: Mapping[str, Any]) -> Layout:
-    """[text | image | reference images]."""
-    grid = _grid(call["x"], (1, model.patch_size, model.patch_size))
-    return Layout(*grid, call["context"].shape[1], None)
+    """[what a node puts before the text, text | image | reference images]."""
+    patch = (1, model.patch_size, model.patch_size)
+    references = sum(math.prod(_grid(latents, patch)) for latents in call.get("ref_latents") or ())
+    return Layout(*_grid(call["x"], patch), None, references)
 
 
 def _cogvideox(model: Any, call: Mapping[str, Any]) -> Layout:

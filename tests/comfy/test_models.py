@@ -45,13 +45,19 @@ def layout(class_name, module, **call):
             (5, 6, 11, 0, None),
         ),
         ("HunyuanVideo", {"patch_size": [1, 1], "double_blocks": []}, {"x": IMAGE}, (1, 13, 20, None, 0)),
-        ("Flux", {"patch_size": 2}, {"x": IMAGE, "context": TEXT}, (1, 7, 10, 9, None)),
-        ("Chroma", {"patch_size": 2}, {"x": IMAGE, "context": TEXT}, (1, 7, 10, 9, None)),
+        ("Flux", {"patch_size": 2}, {"x": IMAGE, "context": TEXT}, (1, 7, 10, None, 0)),
+        (
+            "Flux",
+            {"patch_size": 2},
+            {"x": IMAGE, "context": TEXT, "ref_latents": [IMAGE, IMAGE[..., :5]]},
+            (1, 7, 10, None, 70 + 21),
+        ),
+        ("Chroma", {"patch_size": 2}, {"x": IMAGE, "context": TEXT, "ref_latents": None}, (1, 7, 10, None, 0)),
         (
             "QwenImageTransformer2DModel",
             {"patch_size": 2},
-            {"x": VIDEO[:, :, :1], "context": TEXT},
-            (1, 6, 11, 9, None),
+            {"x": VIDEO[:, :, :1], "context": TEXT, "ref_latents": [VIDEO[:, :, :2]]},
+            (1, 6, 11, None, 2 * 66),
         ),
         (
             "CogVideoXTransformer3DModel",
