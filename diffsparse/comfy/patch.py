@@ -144,6 +144,7 @@ class SparsePatch:
             return executor(*args, **kwargs)
         finally:
             _put_back(options, before)
+            transformer.previous = None
             if transformer.ran_sparse:
                 self._clock.mark_sparse()
 

@@ -36,7 +36,7 @@ class SampledTransformer:
         blocks = model.named_blocks(module)
         self.session = Session(type(module).__name__, model, tuple(blocks), config)
         self.previous: AttentionFunction | None = None
-        """The override that was there before ours; dense calls go through it."""
+        """During a call of the model, the override that was there before ours; dense calls go through it."""
         self.ran_sparse = False
         """Whether any attention of the last call of the model was sparse."""
         self._why_dense: str | None = None

@@ -52,6 +52,18 @@ def test_options_are_left_as_they_were_after_each_call():
     assert not any("optimized_attention_override" in options for options in guider.seen_options)
 
 
+def test_what_another_node_has_set_is_not_kept():
+    sparse = standins.patched(standins.patcher())
+    other = sparse.clone()
+    override = counting([])
+    other.model_options["transformer_options"]["optimized_attention_override"] = override
+    run(other)
+    held = weakref.ref(override)
+    del other, override
+    gc.collect()
+    assert held() is None
+
+
 def test_text_is_not_taken_for_video():
     report = run(standins.patched(standins.patcher(standins.HunyuanVideo), start_percent=0.0))
     # Two joint layers, five steps; the text refiner counts for nothing.
