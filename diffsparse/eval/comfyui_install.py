@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: no ComfyUI is there, or something else has the folder's name.
     """
     folder = node_folder(args.path)
-    if folder.exists() and not is_ours(folder):
+    if os.path.lexists(folder) and not is_ours(folder):
         raise ValueError(
             f"{folder} is there already and is not DiffSparse's. Move it away, then run the command again."
         )
@@ -57,9 +58,13 @@ def node_folder(comfyui: Path) -> Path:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder is one that this command made."""
+    """Whether a folder is one that this command made. What a link leads to, such as a checkout, is the user's own."""
     project = folder / "pyproject.toml"
-    return project.is_file() and 'DisplayName = "DiffSparse"' in project.read_text(encoding="utf-8")
+    return (
+        not folder.is_symlink()
+        and project.is_file()
+        and 'DisplayName = "DiffSparse"' in project.read_text(encoding="utf-8")
+    )
 
 
 def files() -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 
 from diffsparse.eval.comfyui_install import SOURCE, add_arguments, files, is_ours, node_folder
@@ -18,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     """
     folder = node_folder(args.path)
     if not is_ours(folder):
-        state = "is not DiffSparse's" if folder.exists() else "is not there"
+        state = "is not DiffSparse's" if os.path.lexists(folder) else "is not there"
         raise ValueError(f"{folder} {state}, so there is nothing to remove.")
     for source in files():
         (folder / source.relative_to(SOURCE)).unlink(missing_ok=True)

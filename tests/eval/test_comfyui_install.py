@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
@@ -79,6 +80,21 @@ def test_a_folder_of_somebody_else_is_left_alone(command, comfyui, capsys):
     assert cli.main([command, str(comfyui)]) == cli.USER_ERROR
     assert "is not DiffSparse's" in capsys.readouterr().err
     assert listing(other) == ["pyproject.toml"]
+
+
+@pytest.mark.parametrize("command", ["comfyui-install", "comfyui-uninstall"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_link_and_what_it_leads_to_are_left_alone(command, broken, comfyui, tmp_path, capsys):
+    checkout = tmp_path / "checkout"
+    if not broken:
+        shutil.copytree(SOURCE, checkout)
+    link = comfyui / "custom_nodes" / "comfyui-diffsparse"
+    link.symlink_to(checkout, target_is_directory=True)
+    before = listing(tmp_path)
+    assert cli.main([command, str(comfyui)]) == cli.USER_ERROR
+    assert "is not DiffSparse's" in capsys.readouterr().err
+    assert listing(tmp_path) == before
+    assert link.is_symlink()
 
 
 def test_where_the_package_is_missing_the_folder_says_how_to_install_it(monkeypatch):
