@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsparse.config import PLAN_FILE_SUFFIX
+from diffsparse.whole_file import unfinished_name
 
 FOLDER = "diffsparse"
 NO_FILE = "none"
@@ -43,21 +44,22 @@ def new_plans(name: str) -> Path:
     """Where a file that the user calls `name` is to be written, in the first of ComfyUI's folders, which is made.
 
     Raises:
-        ValueError: the name is not one of a file alone, or the folder cannot be written to.
+        ValueError: the name is not one of a file alone, or no file of that name can be written there.
     """
     check_new_name(name)
     folders = _folders()
     if folders is None:
         raise ValueError("DiffSparse Calibrate writes into ComfyUI's models folder, and no ComfyUI runs here.")
-    folder = Path(folders.get_folder_paths(FOLDER)[0])
+    path = Path(folders.get_folder_paths(FOLDER)[0]) / (name.strip().removesuffix(PLAN_FILE_SUFFIX) + PLAN_FILE_SUFFIX)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The name under which it will be written, which is longer than its own.
+        probe = unfinished_name(path)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"DiffSparse Calibrate cannot write to {folder}: {error.strerror}.") from error
-    return folder / (name.strip().removesuffix(PLAN_FILE_SUFFIX) + PLAN_FILE_SUFFIX)
+        raise ValueError(f"DiffSparse Calibrate cannot write {path}: {error.strerror}.") from error
+    return path
 
 
 def check_new_name(name: str) -> None:

@@ -58,5 +58,10 @@ def test_a_name_that_is_more_than_a_name_is_refused(tmp_path, name):
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_sampling(tmp_path):
     (tmp_path / "models").write_text("a file where the folder should be")
-    with pytest.raises(ValueError, match=r"cannot write to .*diffsparse"):
+    with pytest.raises(ValueError, match=r"cannot write .*diffsparse.*plan"):
         new_plans("plan")
+
+
+def test_a_name_that_is_too_long_is_found_before_the_sampling(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot write .*nnn.safetensors.*: File name too long"):
+        new_plans("n" * 250)
