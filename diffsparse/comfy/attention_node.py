@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 DENSITIES = {"auto": 0.25, "quality": 0.4, "balanced": 0.25, "fast": 0.15}
 """What each preset keeps; "custom" goes by the number below it."""
 
+PRESETS = (*DENSITIES, "custom")
+
 QUANTIZE = ("off", "int8", "int8_int8", "int8_fp8", "fp8")
 CUSTOM_DENSITY = 0.25
 AUTO_MIN_TOKENS = -1
@@ -51,7 +53,7 @@ class DiffSparseAttention:
                     {"default": True, "tooltip": "Off: the model passes through untouched, to the last bit."},
                 ),
                 "preset": (
-                    (*DENSITIES, "custom"),
+                    PRESETS,
                     {
                         "default": "auto",
                         "tooltip": (
@@ -209,8 +211,9 @@ class DiffSparseAttention:
         """The model with sparse attention, or `model` itself where the node is off or knows nothing of the model.
 
         Raises:
-            ValueError: `dense_blocks` makes no sense for this model, the window ends before it starts, the plan file
-                cannot be used or is for another model, or the model is of no known kind and `strict` is on.
+            ValueError: there is no such preset, `dense_blocks` makes no sense for this model, the window ends before it
+                starts, the plan file cannot be used or is for another model, or the model is of no known kind and
+                `strict` is on.
         """
         if not enabled:
             show_on_node("DiffSparse: off, the model passes through.", node_id)
@@ -229,6 +232,8 @@ class DiffSparseAttention:
                 f"start_percent {start_percent} is after end_percent {end_percent}, so that nothing would be sparse. "
                 f"To switch the node off, set enabled to false."
             )
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}.")
         num_blocks = len(known.named_blocks(module))
         blocks = parse_dense_blocks(dense_blocks, num_blocks)
         if plan_file != NO_FILE and (preset, density) != ("auto", CUSTOM_DENSITY):

@@ -140,6 +140,11 @@ def test_strict_raises_where_attention_cannot_be_sparse_and_the_model_works_afte
     assert torch.equal(standins.sample(model), dense)
 
 
+def test_a_preset_that_another_node_gives_has_to_be_one():
+    with pytest.raises(ValueError, match="preset 'Fast' is none of auto, quality, balanced, fast, custom"):
+        DiffSparseAttention().patch(standins.patcher(), preset="Fast")
+
+
 def test_a_plan_file_that_is_not_there_is_said_before_anything_runs(tmp_path):
     check = DiffSparseAttention.VALIDATE_INPUTS
     assert check(plan_file="none") is True
