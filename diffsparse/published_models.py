@@ -1,4 +1,4 @@
-"""Transformers as published, without weights, and calls of them: tensors on the meta device have only a shape."""
+"""Transformers as published, without weights, and calls of them: large tensors have only a shape."""
 
 from __future__ import annotations
 
@@ -68,8 +68,9 @@ def make_call(
 ) -> dict[str, Any]:
     """Named arguments of one call of the transformer for a video, or an image, of this many pixels.
 
-    All tensors are on the meta device but position ids, which layouts read. The text is as long as the pipeline pads
-    it, or at most lets it be. `vae` is how many frames and pixels a side become one, where it is not the published VAE.
+    What a pipeline draws or encodes is on the meta device; masks, timestep, guidance and places are as it gives them.
+    The text is as long as the pipeline pads it, or at most lets it be. `vae` is how many frames and pixels a side
+    become one, where it is not the published VAE.
 
     Raises:
         ValueError: a class that is not in `CALLS`, or a size that the model cannot make.
@@ -107,11 +108,19 @@ def _tensor(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
+def _timestep(value: float = 500.0) -> Tensor:
+    return torch.full((1,), value)
+
+
+def _mask(tokens: int) -> Tensor:
+    return torch.ones(1, tokens, dtype=torch.long)
+
+
 def _wan(config: Any, frames: int, height: int, width: int) -> dict[str, Any]:
     return {
         "hidden_states": _tensor(1, config["in_channels"], frames, height, width),
         "encoder_hidden_states": _tensor(1, 512, config["text_dim"]),
-        "timestep": _tensor(1),
+        "timestep": _timestep(),
     }
 
 
@@ -119,28 +128,37 @@ def _hunyuan_video(config: Any, frames: int, height: int, width: int) -> dict[st
     return {
         "hidden_states": _tensor(1, config["in_channels"], frames, height, width),
         "encoder_hidden_states": _tensor(1, 256, config["text_embed_dim"]),
-        "encoder_attention_mask": _tensor(1, 256),
+        "encoder_attention_mask": _mask(256),
         "pooled_projections": _tensor(1, config["pooled_projection_dim"]),
-        "timestep": _tensor(1),
-    } | _guidance(config)
+        "timestep": _timestep(),
+    } | _guidance(config, 6000.0)
 
 
 def _cogvideox(config: Any, frames: int, height: int, width: int) -> dict[str, Any]:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
     patch = config["patch_size_t"] or 1
-    return {
-        # The pipeline fills up the last patch in time.
-        "hidden_states": _tensor(1, -(-frames // patch) * patch, config["in_channels"], height, width),
+    # The pipeline fills up the last patch in time.
+    patches = -(-frames // patch)
+    call = {
+        "hidden_states": _tensor(1, patches * patch, config["in_channels"], height, width),
         "encoder_hidden_states": _tensor(1, config["max_text_seq_length"], config["text_embed_dim"]),
-        "timestep": _tensor(1),
+        "timestep": _timestep(),
     }
+    if config["use_rotary_positional_embeddings"]:
+        size = height // config["patch_size"], width // config["patch_size"]
+        call["image_rotary_emb"] = get_3d_rotary_pos_embed(
+            config["attention_head_dim"], None, size, patches, grid_type="slice", max_size=size
+        )
+    return call
 
 
 def _ltx(config: Any, frames: int, height: int, width: int) -> dict[str, Any]:
     return {
         "hidden_states": _tensor(1, frames * height * width, config["in_channels"]),
         "encoder_hidden_states": _tensor(1, 128, config["caption_channels"]),
-        "encoder_attention_mask": _tensor(1, 128),
-        "timestep": _tensor(1),
+        "encoder_attention_mask": _mask(128),
+        "timestep": _timestep(),
         "num_frames": frames,
         "height": height,
         "width": width,
@@ -153,23 +171,23 @@ def _flux(config: Any, frames: int, height: int, width: int) -> dict[str, Any]:
         "hidden_states": _tensor(1, height * width, config["in_channels"]),
         "encoder_hidden_states": _tensor(1, 512, config["joint_attention_dim"]),
         "pooled_projections": _tensor(1, config["pooled_projection_dim"]),
-        "timestep": _tensor(1),
+        "timestep": _timestep(0.5),
         "img_ids": torch.cartesian_prod(*places).float(),
-        "txt_ids": _tensor(512, 3),
-    } | _guidance(config)
+        "txt_ids": torch.zeros(512, 3),
+    } | _guidance(config, 3.5)
 
 
 def _qwen_image(config: Any, frames: int, height: int, width: int) -> dict[str, Any]:
     return {
         "hidden_states": _tensor(1, height * width, config["in_channels"]),
         "encoder_hidden_states": _tensor(1, 512, config["joint_attention_dim"]),
-        "timestep": _tensor(1),
+        "timestep": _timestep(0.5),
         "img_shapes": [[(1, height, width)]],
     }
 
 
-def _guidance(config: Any) -> dict[str, Any]:
-    return {"guidance": _tensor(1)} if config["guidance_embeds"] else {}
+def _guidance(config: Any, value: float) -> dict[str, Any]:
+    return {"guidance": torch.full((1,), value)} if config["guidance_embeds"] else {}
 
 
 # Image pipelines pack 2 x 2 latent pixels of 8 x 8 pixels before they call the transformer.

@@ -68,6 +68,7 @@ SUITES: dict[str, tuple[Geometry, ...]] = {
 def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str], None], rounds: int = ROUNDS) -> None:
     """Measure what `output` does not hold yet, and add it."""
     from diffsparse.eval.bench_machine import describe_machine
+    from diffsparse.published_models import make_call, published_transformer
 
     machine = describe_machine(device)
     today = datetime.now(timezone.utc).date().isoformat()
@@ -98,7 +99,9 @@ def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str]
         results = record["transformers"].setdefault(geometry.name, {})
         for preset in TRANSFORMER_PRESETS:
             if preset not in results:
-                results[preset] = bench_transformer(subject, device, preset, max(1, rounds // 2))
+                model = published_transformer(subject.family)
+                call = make_call(model, subject.height, subject.width, subject.num_frames)
+                results[preset] = bench_transformer(model, call, device, preset, max(1, rounds // 2))
                 say(f"{geometry.name}: {preset}: {results[preset]['speed_up']:.2f}x a step")
                 _write(record, output)
 

@@ -5,9 +5,8 @@ Speed with random weights is honest; what comes out is not looked at.
 
 from __future__ import annotations
 
-import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,137 +21,36 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Subject:
-    """A transformer and one call of it.
+    """A published transformer and the size of what it makes."""
 
-    Attributes:
-        class_name: of diffusers.
-        config: of the model as published; a number of layers is put in its place.
-        layers: the entries of the config that say how many layers there are.
-        inputs: shapes of the call's tensors.
-        constants: what else the call takes, as numbers for a batch of one.
-        extras: makes what is left, on the default device.
-    """
-
-    class_name: str
-    config: dict[str, Any]
-    layers: dict[str, int]
-    inputs: dict[str, tuple[int, ...]]
-    constants: dict[str, float]
-    extras: Callable[[], dict[str, Any]] = dict
-
-    @property
-    def num_layers(self) -> int:
-        """Of the whole model."""
-        return sum(self.layers.values())
-
-    def build(self, device: torch.device, dtype: torch.dtype, num_layers: int) -> nn.Module:
-        """The transformer with `num_layers` of each kind."""
-        import diffusers
-        import torch
-
-        with torch.device(device):
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)
-            try:
-                model: nn.Module = getattr(diffusers, self.class_name)(
-                    **self.config, **{name: min(num_layers, total) for name, total in self.layers.items()}
-                )
-            finally:
-                torch.set_default_dtype(before)
-        return model.eval().requires_grad_(False)
-
-    def call(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of one call, fresh."""
-        import torch
-
-        tensors = {name: torch.randn(shape, device=device, dtype=dtype) for name, shape in self.inputs.items()}
-        numbers = {name: torch.full((1,), value, device=device) for name, value in self.constants.items()}
-        with torch.device(device):
-            extras = self.extras()
-        return tensors | numbers | extras | {"return_dict": False}
+    family: str
+    height: int
+    width: int
+    num_frames: int
 
 
-def _flux_ids() -> dict[str, torch.Tensor]:
-    import torch
-
-    image = torch.zeros(64, 64, 3)
-    image[..., 1] += torch.arange(64)[:, None]
-    image[..., 2] += torch.arange(64)
-    return {"img_ids": image.reshape(-1, 3), "txt_ids": torch.zeros(512, 3)}
-
-
-def _hunyuan_mask() -> dict[str, torch.Tensor]:
-    import torch
-
-    return {"encoder_attention_mask": torch.ones(1, 256, dtype=torch.long)}
-
-
-def _cogvideox_rotary(frames: int, height: int, width: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Cosines and sines for this many tokens; the pipeline makes them outside of the transformer."""
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-
-    head_dim, size = 64, (height, width)
-    rotary = get_3d_rotary_pos_embed(head_dim, None, size, frames, grid_type="slice", max_size=size)
-    return {"image_rotary_emb": rotary}
-
-
-# The configurations are those of the models as published on the Hugging Face hub.
 SUBJECTS = {
-    "Wan 2.1 14B, 720p, 81 frames": Subject(
-        "WanTransformer3DModel",
-        {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824},
-        {"num_layers": 40},
-        {"hidden_states": (1, 16, 21, 90, 160), "encoder_hidden_states": (1, 512, 4096)},
-        {"timestep": 500},
-    ),
-    "HunyuanVideo, 720p, 129 frames": Subject(
-        "HunyuanVideoTransformer3DModel",
-        {},
-        {"num_layers": 20, "num_single_layers": 40},
-        {
-            "hidden_states": (1, 16, 33, 90, 160),
-            "encoder_hidden_states": (1, 256, 4096),
-            "pooled_projections": (1, 768),
-        },
-        {"timestep": 500, "guidance": 6000},
-        _hunyuan_mask,
-    ),
-    "CogVideoX 1.5, 768p, 81 frames": Subject(
-        "CogVideoXTransformer3DModel",
-        {
-            "num_attention_heads": 48,
-            "patch_size_t": 2,
-            "patch_bias": False,
-            "use_rotary_positional_embeddings": True,
-        },
-        {"num_layers": 42},
-        # 81 frames are 21 latents, which the pipeline fills up to 22.
-        {"hidden_states": (1, 22, 16, 96, 170), "encoder_hidden_states": (1, 226, 4096)},
-        {"timestep": 500},
-        functools.partial(_cogvideox_rotary, 11, 48, 85),
-    ),
-    "FLUX.1, 1024 x 1024": Subject(
-        "FluxTransformer2DModel",
-        {"guidance_embeds": True},
-        {"num_layers": 19, "num_single_layers": 38},
-        {
-            "hidden_states": (1, 4096, 64),
-            "encoder_hidden_states": (1, 512, 4096),
-            "pooled_projections": (1, 768),
-        },
-        {"timestep": 0.5, "guidance": 3.5},
-        _flux_ids,
-    ),
+    "Wan 2.1 14B, 720p, 81 frames": Subject("wan", 720, 1280, 81),
+    "HunyuanVideo, 720p, 129 frames": Subject("hunyuan_video", 720, 1280, 129),
+    "CogVideoX 1.5, 768p, 81 frames": Subject("cogvideox", 768, 1360, 81),
+    "FLUX.1, 1024 x 1024": Subject("flux", 1024, 1024, 1),
 }
+"""By the name of the geometry in `bench_suite.SUITES`."""
 
 
 def bench_transformer(
-    subject: Subject, device: torch.device, config: Any, rounds: int, num_layers: int = NUM_LAYERS
+    whole: nn.Module,
+    call: Mapping[str, Any],
+    device: torch.device,
+    config: Any,
+    rounds: int,
+    num_layers: int = NUM_LAYERS,
 ) -> dict[str, Any]:
     """Seconds of a step, dense and sparse in turn: medians over rounds of `STEPS` steps, planning included.
 
     Args:
-        subject: what is measured.
+        whole: the transformer with all its layers, without weights.
+        call: of `make_call`; what is on the meta device is drawn.
         device: a GPU, or a CPU for trying.
         config: as for `enable_sparse_attention`; its dense steps are left out. By default all stays dense where sparse
             attention is not faster, and the density is None.
@@ -162,14 +60,19 @@ def bench_transformer(
     import dataclasses
 
     import torch
+    from torch.utils._pytree import tree_map_only
 
     from diffsparse.config import as_config
     from diffsparse.enable import disable_sparse_attention, enable_sparse_attention, sparse_attention_report
     from diffsparse.speed_check import seconds_of
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model: Any = subject.build(device, dtype, num_layers)
-    call = subject.call(device, dtype)
+    model = with_few_layers(whole, num_layers, device, dtype)
+    arguments = tree_map_only(
+        torch.Tensor,
+        lambda x: torch.randn(x.shape, device=device, dtype=dtype) if x.is_meta else x.to(device),
+        {**call, "return_dict": False},
+    )
     config = dataclasses.replace(as_config(config), dense_steps=0.0)
     ran = 0
 
@@ -178,7 +81,7 @@ def bench_transformer(
         with torch.no_grad():
             for _ in range(STEPS):
                 ran += 1
-                model(**call | {"timestep": call["timestep"] * (1 - 1e-3 * (ran % STEPS))})
+                model(**arguments | {"timestep": arguments["timestep"] * (1 - 1e-3 * (ran % STEPS))})
 
     seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
     report = None
@@ -192,12 +95,30 @@ def bench_transformer(
             for name, value in took.items():
                 seconds[name].append(value / STEPS)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    built = sum(min(num_layers, total) for total in subject.layers.values())
     assert report is not None
     return {
-        "layers_measured": built,
-        "layers_of_model": subject.num_layers,
+        "layers_measured": sum(_layer_counts(model).values()),
+        "layers_of_model": sum(_layer_counts(whole).values()),
         "seconds_per_step": medians,
         "speed_up": statistics.median(a / b for a, b in zip(seconds["dense"], seconds["sparse"])),
         "density": report.density,
     }
+
+
+def with_few_layers(model: Any, num_layers: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """A new transformer of the same config with at most `num_layers` of each kind."""
+    import torch
+
+    few = {name: min(num_layers, total) for name, total in _layer_counts(model).items()}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return type(model).from_config(model.config, **few).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _layer_counts(model: Any) -> dict[str, int]:
+    """The entries of a transformer's config that say how many layers of each kind there are."""
+    return {name: model.config[name] for name in ("num_layers", "num_single_layers") if name in model.config}

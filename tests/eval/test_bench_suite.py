@@ -2,37 +2,32 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 from peer_standins import install_flash_attn
-from torch.utils._pytree import tree_leaves
 
 from diffsparse import Adaptive, SparseAttentionConfig
 from diffsparse.call_flops import CallFlops
 from diffsparse.eval import bench, bench_suite, bench_transformer
 from diffsparse.eval.bench_suite import SUITES, Geometry, measure
 from diffsparse.eval.bench_table import as_markdown
-from diffsparse.eval.bench_transformer import SUBJECTS, Subject
+from diffsparse.eval.bench_transformer import SUBJECTS, with_few_layers
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import block_sparse_eager
 from diffsparse.pipelines.families import find_family
+from diffsparse.published_models import PUBLISHED, make_call, published_transformer
 
 SMALL = Geometry("small", TokenGrid(2, 8, 9), 2, 16)
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 OTHER = dataclasses.replace(SMALL, name="other")
-TRANSFORMER = Subject(
-    "WanTransformer3DModel",
-    {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32, "text_dim": 8},
-    {"num_layers": 5},
-    {"hidden_states": (1, 16, 3, 16, 16), "encoder_hidden_states": (1, 4, 8)},
-    {"timestep": 500},
-)
+TRANSFORMER = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=16, ffn_dim=32, text_dim=8, num_layers=5)
+CALL = make_call(TRANSFORMER, 128, 128, 9)
 SMALL_BLOCKS = SparseAttentionConfig(Adaptive(query_block_size=16, key_block_size=16), min_tokens=0)
 
 
@@ -193,44 +188,48 @@ def test_the_published_file_is_shown_and_its_page_has_the_tables():
 
 @pytest.mark.parametrize("geometry", SUITES["gpu"], ids=lambda geometry: geometry.name)
 def test_every_geometry_has_a_transformer_with_its_tokens(geometry):
-    subject, meta = SUBJECTS[geometry.name], torch.device("meta")
-    model, call = subject.build(meta, torch.float32, 1), subject.call(meta, torch.float32)
-    assert all(x.is_meta for x in tree_leaves(call) if isinstance(x, torch.Tensor))
+    subject = SUBJECTS[geometry.name]
+    model = with_few_layers(published_transformer(subject.family), 1, torch.device("meta"), torch.float32)
+    call = make_call(model, subject.height, subject.width, subject.num_frames)
     family = find_family(model)
     grid = geometry.grid
-    # What a layout reads of the extras has to have numbers.
-    assert family.layout(model, call | subject.extras()) == (
+    assert family.layout(model, call) == (
         *(grid.frames, grid.height, grid.width),
         *(grid.text_before, grid.text_after),
     )
-    shapes = [shape for shape, _ in CallFlops.of(model, family.layer_names(model), call).attention]
-    assert shapes == [(1, geometry.heads, grid.num_tokens, geometry.head_dim)] * len(subject.layers)
+    layers = family.layer_names(model)
+    assert len(layers) == len({name.split(".")[0] for name in layers})  # one of each kind
+    shapes = [shape for shape, _ in CallFlops.of(model, layers, call).attention]
+    assert shapes == [(1, geometry.heads, grid.num_tokens, geometry.head_dim)] * len(layers)
+
+
+def test_every_transformer_has_its_geometry():
+    assert list(SUBJECTS) == [geometry.name for geometry in SUITES["gpu"]]
 
 
 def test_the_rotary_embedding_goes_with_a_sparse_call():
-    subject = SUBJECTS["CogVideoX 1.5, 768p, 81 frames"]
-    small = dataclasses.replace(
-        subject,
-        config=subject.config | {"num_attention_heads": 1, "text_embed_dim": 8},
-        inputs={"hidden_states": (1, 4, 16, 12, 16), "encoder_hidden_states": (1, 10, 8)},
-        extras=functools.partial(subject.extras.func, 2, 6, 8),
+    model = CogVideoXTransformer3DModel(
+        **PUBLISHED["cogvideox"][1] | {"num_attention_heads": 1, "num_layers": 1},
+        text_embed_dim=8,
+        max_text_seq_length=10,
     )
-    cos, sin = small.call(CPU, torch.float32)["image_rotary_emb"]
+    call = make_call(model, 96, 128, 13)
+    cos, sin = call["image_rotary_emb"]
     assert cos.shape == sin.shape == (2 * 6 * 8, 64)
-    result = bench_transformer.bench_transformer(small, CPU, SMALL_BLOCKS, 1)
+    result = bench_transformer.bench_transformer(model, call, CPU, SMALL_BLOCKS, 1)
     assert 0.2 < result["density"] < 0.6
 
 
 def test_a_transformer_that_its_config_leaves_dense_is_shown_so():
     # It has less than the 4,096 tokens from which on "balanced" computes sparsely.
-    result = bench_transformer.bench_transformer(TRANSFORMER, CPU, "balanced", 1)
+    result = bench_transformer.bench_transformer(TRANSFORMER, CALL, CPU, "balanced", 1)
     assert result["density"] is None
     record = record_of({}) | {"attention": {}, "transformers": {"small": {"balanced": result}}}
     assert as_markdown(record).splitlines()[-1].endswith("x | dense |")
 
 
 def test_a_transformer_takes_turns_with_itself():
-    result = bench_transformer.bench_transformer(TRANSFORMER, CPU, SMALL_BLOCKS, 1, num_layers=2)
+    result = bench_transformer.bench_transformer(TRANSFORMER, CALL, CPU, SMALL_BLOCKS, 1, num_layers=2)
     assert (result["layers_measured"], result["layers_of_model"]) == (2, 5)
     seconds = result["seconds_per_step"]
     assert result["speed_up"] == pytest.approx(seconds["dense"] / seconds["sparse"])
