@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 from diffsparse.eval.bench_plot import draw
 from diffsparse.eval.bench_suite import SUITES, run_suite
 from diffsparse.eval.bench_table import as_markdown
-from diffsparse.eval.output_file import check_output_file
-from diffsparse.whole_file import whole_file
+from diffsparse.eval.output_file import check_output_file, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -206,8 +205,7 @@ def run(args: argparse.Namespace) -> int:
         }
     finally:
         torch.set_num_threads(threads_before)
-    with whole_file(args.output) as unfinished:
-        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(args.output, record)
     console.print(f"Written to {args.output}")
     return 0
 
@@ -215,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
 def _show(file: Path, plot: Path | None) -> None:
     """Print the results of a suite in a file as Markdown, and draw them."""
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text(encoding="utf-8"))
         print(as_markdown(record), end="")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

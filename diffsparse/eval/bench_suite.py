@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from diffsparse.eval.bench_transformer import SUBJECTS, bench_transformer
 from diffsparse.eval.dense_attention import EXACT, dense_candidates
+from diffsparse.eval.output_file import write_json
 from diffsparse.eval.sparse_peers import sparse_peers
 from diffsparse.eval.timing import seconds_in_rounds
 from diffsparse.grid import TokenGrid
-from diffsparse.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str]
     record: dict[str, Any] = {"suite": name, "machine": machine, "date": today, "attention": {}, "transformers": {}}
     if output.exists():
         try:
-            found = json.loads(output.read_text())
+            found = json.loads(output.read_text(encoding="utf-8"))
             # With all that a record has.
             record = {key: found[key] for key in record}
         except (ValueError, KeyError, TypeError) as error:
@@ -91,7 +91,7 @@ def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str]
     for geometry in SUITES[name]:
         if geometry.name not in record["attention"]:
             record["attention"][geometry.name] = asdict(geometry) | measure(geometry, device, rounds, say)
-            _write(record, output)
+            write_json(output, record)
     for geometry in SUITES[name]:
         subject = SUBJECTS.get(geometry.name)
         if subject is None:
@@ -103,7 +103,7 @@ def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str]
                 call = make_call(model, subject.height, subject.width, subject.num_frames)
                 results[preset] = bench_transformer(model, call, device, preset, max(1, rounds // 2))
                 say(f"{geometry.name}: {preset}: {results[preset]['speed_up']:.2f}x a step")
-                _write(record, output)
+                write_json(output, record)
 
 
 def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -276,11 +276,6 @@ def extra_memory(call: Callable[[], object], device: torch.device) -> int | None
     call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def _write(record: Mapping[str, Any], path: Path) -> None:
-    with whole_file(path) as unfinished:
-        unfinished.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _sparse(

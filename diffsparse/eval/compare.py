@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 from diffsparse.eval.compare_runs import compare_runs, rows_of_runs
 from diffsparse.eval.comparison import compare, windows_of
 from diffsparse.eval.lpips_metric import Lpips, NoLpips, add_lpips_arguments, lpips_or_reason
-from diffsparse.eval.output_file import check_output_file
+from diffsparse.eval.output_file import check_output_file, write_json
 from diffsparse.eval.run_folder import MANIFEST
-from diffsparse.whole_file import whole_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +33,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{of_run} is a run, {other} is not: name two runs, or the frames of a video in {of_run}.")
     of_both = (_of_runs if all(are_runs) else _of_videos)(args.a, args.b, lpips)
     if args.json is not None:
-        contents = {"a": str(args.a), "b": str(args.b)} | of_both
-        with whole_file(args.json) as unfinished:
-            unfinished.write_text(json.dumps(contents, indent=2, allow_nan=False) + "\n")
+        write_json(args.json, {"a": str(args.a), "b": str(args.b)} | of_both)
     return 0
 
 

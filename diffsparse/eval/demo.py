@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import shlex
 import time
@@ -18,10 +17,10 @@ from diffsparse.eval.doctor import devices, versions
 from diffsparse.eval.generate import Generation, Sampling, choose_device, generate, load_pipeline
 from diffsparse.eval.head_picture import draw_head_classes
 from diffsparse.eval.lpips_metric import add_lpips_arguments, lpips_or_reason
+from diffsparse.eval.output_file import write_json
 from diffsparse.eval.prompts import prompt_or_first
 from diffsparse.eval.side_by_side import side_by_side
 from diffsparse.eval.video_io import write_video
-from diffsparse.whole_file import whole_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -179,8 +178,7 @@ def _write(demo: Demo, args: argparse.Namespace, device: str) -> None:
     write_video(folder / "side_by_side.mp4", pair, fps)
     if demo.attention.density is not None:
         draw_head_classes(demo.attention, picture)
-    with whole_file(report) as unfinished:
-        unfinished.write_text(json.dumps(_as_dict(demo, args, device), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_json(report, _as_dict(demo, args, device))
 
 
 def _in_short(demo: Demo) -> str:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffsparse.eval.output_file import write_json
 from diffsparse.eval.recorded_calls import RecordedCall, density_of, error_of
 from diffsparse.eval.with_tail import with_tail
 from diffsparse.strategies.strategy import Strategy
-from diffsparse.whole_file import whole_file
 
 LEAST, MOST = 0.005, 1.0
 """The ends of every dial."""
@@ -114,8 +114,7 @@ class Dials:
             errors = (error_of(with_tail(row.at(position), tail), calls) for tail in (False, True))
             setting = Setting(row.option, str(row.value_at(position)), position, measured[position], *errors)
             self.settings.setdefault(row.name, {})[str(density)] = dataclasses.asdict(setting)
-        with whole_file(self._file) as unfinished:
-            unfinished.write_text(json.dumps(self._contents, indent=1), encoding="utf-8")
+        write_json(self._file, self._contents)
 
 
 def find_position(measure: Callable[[float], float], density: float, measured: dict[float, float]) -> float:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import json
 import math
 import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsparse.eval.output_file import check_output_file
-from diffsparse.whole_file import whole_file
+from diffsparse.eval.output_file import check_output_file, write_json
 
 if TYPE_CHECKING:
     from diffsparse.eval.backend_states import BackendState
@@ -65,9 +63,7 @@ def run(args: argparse.Namespace) -> int:
     works = any(state.works for of_device in states.values() for state in of_device)
     console.print("Sparse attention can run here." if works else "No backend can run here: see the reasons above.")
     if args.json is not None:
-        found = as_dict(alike, states, taken)
-        with whole_file(args.json) as unfinished:
-            unfinished.write_text(json.dumps(found, indent=2, default=dtype_name, allow_nan=False) + "\n")
+        write_json(args.json, as_dict(alike, states, taken), dtype_name)
     return 0 if works else 1
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 import shlex
 from pathlib import Path
@@ -25,6 +24,7 @@ from diffsparse.eval.inspect_pictures import draw_heads, draw_maps
 from diffsparse.eval.inspect_watch import Watch, watching
 from diffsparse.eval.model_choice import add_model_arguments, choose_model
 from diffsparse.eval.named_config import read_config
+from diffsparse.eval.output_file import write_json
 from diffsparse.eval.prompts import prompt_or_first
 from diffsparse.whole_file import whole_file
 
@@ -189,11 +189,9 @@ def _write(data: dict[str, Any], watch: Watch, folder: Path) -> None:
         pictures[shown["file"]] = file.read_bytes()
     if any(transformer["num_heads"] for transformer in data["transformers"]):
         draw_heads(data, folder / HEADS)
-    page = as_page(data, pictures)
-    numbers = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    for name, contents in ((NUMBERS, numbers), (PAGE, page)):
-        with whole_file(folder / name) as unfinished:
-            unfinished.write_text(contents, encoding="utf-8")
+    write_json(folder / NUMBERS, data)
+    with whole_file(folder / PAGE) as unfinished:
+        unfinished.write_text(as_page(data, pictures), encoding="utf-8")
 
 
 def _print(data: dict[str, Any], folder: Path, console: Any) -> None:

@@ -1,9 +1,14 @@
-"""A file that a command shall write, looked at before it works for it."""
+"""A file that a command writes, looked at before it works for it."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from diffsparse.whole_file import whole_file
 
 
 def check_output_file(option: str, file: Path) -> None:
@@ -18,3 +23,10 @@ def check_output_file(option: str, file: Path) -> None:
     # A new file is written beside an old one, so that the folder has to allow it too.
     if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
         raise ValueError(f"{option} {file} cannot be written: no permission. Name another file.")
+
+
+def write_json(file: Path, contents: dict[str, Any], default: Callable[[Any], str] | None = None) -> None:
+    """Write a file whole or not at all; `default` names what JSON has no word for, but for numbers that are none."""
+    text = json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False, default=default)
+    with whole_file(file) as unfinished:
+        unfinished.write_text(text + "\n", "utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 
@@ -38,10 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the prediction."""
     from diffsparse.eval.named_config import read_config
-    from diffsparse.eval.output_file import check_output_file
+    from diffsparse.eval.output_file import check_output_file, write_json
     from diffsparse.predict import predict_sparse_attention
     from diffsparse.published_models import CALLS, published_transformer
-    from diffsparse.whole_file import whole_file
 
     size = re.fullmatch(r"(\d+)x(\d+)", args.size)
     if size is None:
@@ -67,6 +65,5 @@ def run(args: argparse.Namespace) -> int:
     )
     print(prediction)
     if args.json is not None:
-        with whole_file(args.json) as unfinished:
-            unfinished.write_text(json.dumps(prediction.as_dict(), indent=2, allow_nan=False) + "\n")
+        write_json(args.json, prediction.as_dict())
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffsparse.eval.demo import make_writable
 from diffsparse.eval.head_picture import draw_head_classes
 from diffsparse.eval.lpips_metric import add_lpips_arguments, lpips_or_reason
+from diffsparse.eval.output_file import write_json
 from diffsparse.eval.report_clips import make_clips
 from diffsparse.eval.report_data import collect
 from diffsparse.eval.report_markdown import as_markdown
@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     make_writable(output)
     clips, left_out = make_clips(data, args.max_megabytes * 1e6)
     page = as_page(data, clips, left_out, _head_pictures(data))
-    as_json = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    for name, contents in (("report.html", page), ("report.md", as_markdown(data)), ("report.json", as_json)):
+    write_json(output / "report.json", data)
+    for name, contents in (("report.html", page), ("report.md", as_markdown(data))):
         with whole_file(output / name) as unfinished:
             unfinished.write_text(contents, encoding="utf-8")
     _print(data, output)

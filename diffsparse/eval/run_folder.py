@@ -23,6 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from diffsparse.eval.output_file import write_json
 from diffsparse.eval.video_io import write_images
 from diffsparse.whole_file import whole_file
 
@@ -175,12 +176,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}). Name another folder.") from error
     return found
-
-
-def write_json(file: Path, contents: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    with whole_file(file) as unfinished:
-        unfinished.write_text(json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
 
 
 def _check_agreement(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

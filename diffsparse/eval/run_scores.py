@@ -9,7 +9,8 @@ from typing import Any
 from diffsparse.eval.comparison import compare, windows_of
 from diffsparse.eval.lpips_metric import Lpips, NoLpips
 from diffsparse.eval.named_config import DENSE
-from diffsparse.eval.run_folder import Pair, RunFolder, write_json
+from diffsparse.eval.output_file import write_json
+from diffsparse.eval.run_folder import Pair, RunFolder
 
 SCORES_VERSION = 2
 """Raised when a metric changes or one is added: scores of older versions are computed again."""

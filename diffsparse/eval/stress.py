@@ -7,7 +7,6 @@ of its own, so that one that dies or hangs is told from the others.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -17,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsparse.eval.bench_suite import BLOCK_SIZE
-from diffsparse.eval.output_file import check_output_file
+from diffsparse.eval.output_file import check_output_file, write_json
 from diffsparse.eval.stress_load import busy_device
 from diffsparse.eval.stress_trial import CALLS, DENSE, RIGHT, SIZES, Outcome, Subject, try_subject
-from diffsparse.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -189,8 +187,7 @@ def stress(
             running = count_running()
             record["outcomes"].append(asdict(outcome) | {"busy_processes": running})
             record["left"] -= 1
-            with whole_file(args.output) as unfinished:
-                unfinished.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(args.output, record)
             console.print(f"{subject.name}: {outcome.verdict}, {outcome.right} right", markup=False)
             if running < args.processes:
                 console.print(f"Only {running} of the {args.processes} processes beside it still run.")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from diffsparse.eval.metrics import as_json
+from diffsparse.eval.output_file import write_json
 from diffsparse.eval.report_data import as_number
-from diffsparse.whole_file import whole_file
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class SweepResults:
                 pair = Pair(video["prompt"], video["seed"])
                 variant = Variant(video["row"], video["at_density"], video["tail"])
                 # Older files know nothing of LPIPS.
-                values = {field.name: video[field.name] for field in dataclasses.fields(Score) if field.name in video}
-                results.scores[pair, variant] = Score(**values | {"psnr_db": as_number(values["psnr_db"])})
+                names = [field.name for field in dataclasses.fields(Score) if field.name in video]
+                results.scores[pair, variant] = Score(**{name: as_number(video[name]) for name in names})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file} holds no results that can be read ({type(error).__name__}: {error}). Name another file."
@@ -122,12 +122,10 @@ class SweepResults:
         videos = [
             vars(pair)
             | {"row": variant.row, "at_density": variant.density, "tail": variant.tail}
-            | dataclasses.asdict(score)
-            | {"psnr_db": as_json(score.psnr_db)}
+            | {name: as_json(x) if isinstance(x, float) else x for name, x in vars(score).items()}
             for (pair, variant), score in self.scores.items()
         ]
-        with whole_file(file) as unfinished:
-            unfinished.write_text(json.dumps({"settings": self.settings, "videos": videos}, indent=1), encoding="utf-8")
+        write_json(file, {"settings": self.settings, "videos": videos})
 
     @property
     def variants(self) -> list[Variant]:

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from diffsparse.eval.output_file import write_json
 from diffsparse.eval.train_demo_transformer import MAX_SEQUENCE_LENGTH, TIMESTEP_SHIFT, TextToLatents
 
 GUIDANCE_SCALE = 4.0
@@ -37,7 +38,7 @@ def export_pipeline(
         transformer=copy.deepcopy(model.transformer).to(dtype).eval(),
     )
     pipe.save_pretrained(folder)
-    (folder / "demo.json").write_text(json.dumps(call_settings(grid) | {"fps": FRAMES_PER_SECOND}, indent=2) + "\n")
+    write_json(folder / "demo.json", call_settings(grid) | {"fps": FRAMES_PER_SECOND})
     return pipe
 
 
