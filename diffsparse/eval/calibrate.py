@@ -7,11 +7,11 @@ import dataclasses
 from pathlib import Path
 
 import diffsparse
-from diffsparse.config import PLAN_FILE_SUFFIX
+from diffsparse.config import PLAN_FILE_SUFFIX, SparseAttentionConfig
 from diffsparse.eval.demo import LARGEST_SEED, make_writable
 from diffsparse.eval.generate import choose_device, generate
 from diffsparse.eval.model_choice import add_model_arguments, choose_model
-from diffsparse.eval.named_config import NamedConfig, read_config
+from diffsparse.eval.named_config import read_config
 from diffsparse.eval.prompts import read_prompts
 from diffsparse.plan_recorder import PlanRecorder
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from diffsparse.eval.run_progress import RunProgress
 
     console = Console(highlight=False)
-    named = _config(args.strategy)
+    config = _config(args.strategy)
     model = choose_model(args.model, args.size, args.frames, args.steps)
     prompts = _prompts(args, model.knows_its_sampling)
     if not 0 <= args.seed <= LARGEST_SEED:
@@ -58,18 +58,18 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     make_writable(output.parent)
 
-    recorder = PlanRecorder(named.config.strategy)
+    recorder = PlanRecorder(config.strategy)
     pipe = model.load(device, args.offload)
     # Nothing is timed: the plans are for other machines as well.
-    config = dataclasses.replace(named.config, strategy=recorder, min_tokens=named.config.fewest_tokens)
-    diffsparse.enable_sparse_attention(pipe, config)
+    recording = dataclasses.replace(config, strategy=recorder, min_tokens=config.fewest_tokens)
+    diffsparse.enable_sparse_attention(pipe, recording)
     try:
         with RunProgress(console, len(prompts), model.sampling.num_inference_steps) as progress:
             for prompt in prompts:
                 progress.start(f"prompt {recorder.num_prompts + 1}")
                 made = generate(pipe, prompt, args.seed, model.sampling, progress.step)
                 recorder.end_prompt()
-                _save(output, recorder, named)
+                _save(args, recorder, config)
                 progress.end(f"“{prompt}”", f"{made.total_seconds:.1f} s")
     except KeyboardInterrupt:
         if recorder.num_prompts:
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config(text: str) -> NamedConfig:
+def _config(text: str) -> SparseAttentionConfig:
     try:
         return read_config(text)
     except ValueError as error:
@@ -104,11 +104,11 @@ def _prompts(args: argparse.Namespace, knows_its_sampling: bool) -> list[str]:
     return prompts[: args.prompts]
 
 
-def _save(output: Path, recorder: PlanRecorder, named: NamedConfig) -> None:
+def _save(args: argparse.Namespace, recorder: PlanRecorder, config: SparseAttentionConfig) -> None:
     try:
-        recorder.save(output, named.config)
+        recorder.save(args.output, config)
     except ValueError as error:
         raise ValueError(
-            f"--strategy {named.text} leaves nothing to write: {error}. Short videos are dense unless min_tokens=0 is "
-            f"among its options, and so are the first dense_steps."
+            f"--strategy {args.strategy} leaves nothing to write: {error}. Short videos are dense unless min_tokens=0 "
+            f"is among its options, and so are the first dense_steps."
         ) from error

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from diffsparse.eval.run_progress import RunProgress
 
     console = Console(highlight=False)
-    named = read_config(args.config)
+    config = read_config(args.config)
     model = choose_model(args.model, args.size, args.frames, args.steps)
     prompt = prompt_or_first(args.prompt)
     if not 0 <= args.seed <= LARGEST_SEED:
@@ -86,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     make_writable(args.output)
 
-    config = named.config
     # Nothing is timed: sparse attention is looked at whether or not it is faster here.
     config = dataclasses.replace(config, min_tokens=config.fewest_tokens)
     pipe = model.load(device, args.offload)
@@ -105,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         "model": args.model,
         "prompt": prompt,
         "seed": args.seed,
-        "config": named.text,
+        "config": args.config.strip(),
         "config_in_full": repr(config),
         "sampling": dataclasses.asdict(model.sampling),
         "sampled_rows": SAMPLED_ROWS,

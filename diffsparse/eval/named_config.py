@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import diffsparse
@@ -14,15 +13,7 @@ DENSE = "dense"
 """The name of what every config is compared with."""
 
 
-@dataclass(frozen=True)
-class NamedConfig:
-    """A config and the text that stands for it."""
-
-    text: str
-    config: SparseAttentionConfig
-
-
-def read_config(text: str) -> NamedConfig:
+def read_config(text: str) -> SparseAttentionConfig:
     """The config of NAME or NAME:OPTION=VALUE,…, where NAME is a preset, a strategy that diffsparse exports, or a file
     of plans.
 
@@ -54,7 +45,8 @@ def read_config(text: str) -> NamedConfig:
         )
     strategy = _made(text, config.strategy, {key: values[key] for key in values if key in of_strategy})
     changes = {key: values[key] for key in values if key not in of_strategy}
-    return NamedConfig(text.strip(), _made(text, config, {"strategy": strategy} | changes))
+    made: SparseAttentionConfig = _made(text, config, {"strategy": strategy} | changes)
+    return made
 
 
 def exported_strategies() -> dict[str, type]:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         width=int(size[1]),
         num_frames=frames,
         num_inference_steps=args.steps,
-        config=read_config(args.config).config,
+        config=read_config(args.config),
         density=args.density,
         gpu=args.gpu,
         efficiency=args.efficiency,

@@ -122,7 +122,7 @@ def _read_part(text: str, part: str, fixed: Mapping[str, Any]) -> Part:
         reason = " ".join(str(error).split())
         raise ValueError(reason if reason.startswith("--config") else f"--config {text}: {reason}") from error
     if name in PRESETS or name.endswith(PLAN_FILE_SUFFIX) or name.lower() in exported_strategies():
-        config = read_config(part).config
+        config = read_config(part)
         given = read_options(text, options)
         for option, value in fixed.items():
             if given.get(option, value) != value:

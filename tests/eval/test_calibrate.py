@@ -36,7 +36,7 @@ def test_the_file_makes_the_video_of_the_strategy_it_was_made_by(tiny_model, tmp
     file = tmp_path / "plan.safetensors"
     assert start(tiny_model, file, strategy=strategy) == 0
     (of_strategy, expected), (of_file, report) = (
-        video(tiny_model, each) for each in (read_config(strategy).config, str(file))
+        video(tiny_model, each) for each in (read_config(strategy), str(file))
     )
     assert torch.equal(of_file, of_strategy)
     assert report.as_dict() == expected.as_dict()
@@ -57,7 +57,7 @@ def test_the_file_says_what_it_was_made_for(tiny_model, tmp_path):
     made = load_plans(tmp_path / "plan.safetensors")
     assert (made.model, made.num_layers, made.num_heads) == ("WanTransformer3DModel", 2, 2)
     assert (made.num_prompts, made.num_steps) == (2, 3)
-    assert made.strategy == repr(read_config(LASTING).config.strategy)
+    assert made.strategy == repr(read_config(LASTING).strategy)
     assert made.settings["dense_steps"] == 0.4
     assert made.library_version == diffsparse.__version__
     assert {entry.from_step for entry in made.entries} == {1}
@@ -125,8 +125,8 @@ def test_without_a_sparse_call_nothing_is_written(tiny_model, tmp_path, strategy
 def test_a_file_is_a_config_of_a_run(tiny_model, tmp_path):
     file = tmp_path / "plan.safetensors"
     start(tiny_model, file)
-    named = read_config(f"{file}:replan_every=7")
-    assert named.config.replan_every == 7
-    assert named.config.strategy.path == str(file)
+    config = read_config(f"{file}:replan_every=7")
+    assert config.replan_every == 7
+    assert config.strategy.path == str(file)
     with pytest.raises(ValueError, match="no option 'density'"):
         read_config(f"{file}:density=0.2")

@@ -50,7 +50,7 @@ def test_a_run_writes_page_pictures_and_numbers(written):
 def test_the_numbers_are_those_of_the_run(written, tiny_model):
     data = json.loads((written / "inspect.json").read_text())
     pipe = load_pipeline(tiny_model, "cpu")
-    pipe.enable_sparse_attention(read_config(CONFIG).config)
+    pipe.enable_sparse_attention(read_config(CONFIG))
     generate(pipe, HOSTILE.strip(), 3, Sampling.read(tiny_model))
     report = pipe.sparse_attention_report()
     assert data["summary"]["density"] == report.density

@@ -8,7 +8,7 @@ from diffsparse.eval.named_config import exported_strategies, read_config
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_named_as_elsewhere(name):
-    assert read_config(name).config == PRESETS[name]()
+    assert read_config(name) == PRESETS[name]()
 
 
 @pytest.mark.parametrize(
@@ -22,13 +22,13 @@ def test_a_preset_is_named_as_elsewhere(name):
     ],
 )
 def test_options_go_to_the_strategy_or_to_the_config(text, config):
-    assert read_config(text).config == config
+    assert read_config(text) == config
 
 
 def test_every_strategy_that_diffsparse_exports_has_its_name():
     assert exported_strategies().items() >= {"adaptive": Adaptive, "dense": Dense}.items()
     for name in exported_strategies():
-        assert name == type(read_config(name).config.strategy).__name__.lower()
+        assert name == type(read_config(name).strategy).__name__.lower()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from diffsparse.speed_check import SpeedCheck
 @pytest.mark.parametrize("text", ["fast", "adaptive:density=0.2,dense_steps=1e-1", "dense:backend=eager"])
 def test_a_sparse_config_is_read_as_everywhere(text):
     config = read_run_config(text)
-    assert config.parts == (read_config(text).config,)
+    assert config.parts == (read_config(text),)
     assert config.kind == "sparse attention"
 
 
