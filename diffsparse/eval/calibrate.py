@@ -8,10 +8,10 @@ from pathlib import Path
 
 import diffsparse
 from diffsparse.config import PLAN_FILE_SUFFIX, SparseAttentionConfig
-from diffsparse.eval.demo import LARGEST_SEED, make_writable
-from diffsparse.eval.generate import choose_device, generate
+from diffsparse.eval.generate import check_seeds, choose_device, generate
 from diffsparse.eval.model_choice import add_model_arguments, choose_model
 from diffsparse.eval.named_config import read_config
+from diffsparse.eval.output_file import make_writable
 from diffsparse.eval.prompts import read_prompts
 from diffsparse.plan_recorder import PlanRecorder
 
@@ -50,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args.strategy)
     model = choose_model(args.model, args.size, args.frames, args.steps)
     prompts = _prompts(args, model.knows_its_sampling)
-    if not 0 <= args.seed <= LARGEST_SEED:
-        raise ValueError(f"--seed must be between 0 and {LARGEST_SEED}, got {args.seed}.")
+    check_seeds("--seed", [args.seed])
     output: Path = args.output
     if output.suffix != PLAN_FILE_SUFFIX or output.is_dir():
         raise ValueError(f"--output must be a file that ends in {PLAN_FILE_SUFFIX}, got {output}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shlex
 import time
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from diffsparse.config import MIN_TOKENS, PRESETS, SparseAttentionConfig, as_config
 from diffsparse.eval.comparison import Comparison, compare
 from diffsparse.eval.doctor import devices, versions
-from diffsparse.eval.generate import Generation, Sampling, choose_device, generate, load_pipeline
+from diffsparse.eval.generate import Generation, Sampling, check_seeds, choose_device, generate, load_pipeline
 from diffsparse.eval.head_picture import draw_head_classes
 from diffsparse.eval.lpips_metric import add_lpips_arguments, lpips_or_reason
-from diffsparse.eval.output_file import write_json
+from diffsparse.eval.output_file import make_writable, write_json
 from diffsparse.eval.prompts import prompt_or_first
 from diffsparse.eval.side_by_side import side_by_side
 from diffsparse.eval.video_io import write_video
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from diffsparse.report import SparseAttentionReport
 
 MODEL = Path(__file__).parent.parent / "assets" / "demo"
-
-LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(highlight=False)
-    sampling = _sampling(args)
+    check_seeds("--seed", [args.seed])
+    sampling = Sampling.read(args.model, args.steps)
     prompt = prompt_or_first(args.prompt)
     device = choose_device(args.device)
     lpips = lpips_or_reason(args.lpips_net, args.lpips_backbone)
@@ -98,28 +96,6 @@ def run(args: argparse.Namespace) -> int:
     _write(demo, args, device)
     _print(demo, args, console)
     return 0
-
-
-def _sampling(args: argparse.Namespace) -> Sampling:
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {args.steps}.")
-    if not 0 <= args.seed <= LARGEST_SEED:
-        raise ValueError(f"--seed must be between 0 and {LARGEST_SEED}, got {args.seed}.")
-    sampling = Sampling.read(args.model)
-    return sampling if args.steps is None else dataclasses.replace(sampling, num_inference_steps=args.steps)
-
-
-def make_writable(folder: Path) -> None:
-    """Make the folder, and find out now whether a file can be written there."""
-    probe = folder / f".writable.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"Nothing can be written to --output {folder}: {error.strerror}. Name another folder."
-        ) from error
 
 
 def _warn_of_cut_prompt(pipe: Any, prompt: str, sampling: Sampling, console: Console) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SAMPLING_FILE = "demo.json"
+
+LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ class Sampling:
         return self.num_frames * self.height * self.width * 3
 
     @classmethod
-    def read(cls, folder: Path) -> Sampling:
-        """Read it from the folder of a pipeline.
+    def read(cls, folder: Path, steps: int | None = None) -> Sampling:
+        """Read it from the folder of a pipeline; `steps`, where given, are those of --steps.
 
         Raises:
-            ValueError: the folder or the file is missing or damaged, with what is wrong.
+            ValueError: the folder or the file is missing or damaged, with what is wrong; or no step.
         """
+        if steps is not None and steps < 1:
+            raise ValueError(f"--steps must be at least 1, got {steps}.")
         file = folder / SAMPLING_FILE
         for needed in (folder / "model_index.json", file):
             if not needed.is_file():
@@ -58,7 +62,7 @@ class Sampling:
         wrong = {name: value for name, value in chosen.items() if not _is_positive_number(value)}
         if wrong:
             raise ValueError(f"{file} is damaged: expected numbers above 0, got {wrong}. {_WAY_OUT}")
-        return cls(**chosen)
+        return cls(**chosen | ({} if steps is None else {"num_inference_steps": steps}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +88,13 @@ class Generation:
     def other_seconds(self) -> float:
         """What is not denoising: text encoder and VAE."""
         return self.total_seconds - sum(self.step_seconds)
+
+
+def check_seeds(option: str, seeds: Iterable[int]) -> None:
+    """Raise ValueError unless torch takes the seeds; `option` is what names them on the command line."""
+    for seed in seeds:
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"{option} must be between 0 and {LARGEST_SEED}, got {seed}.")
 
 
 def choose_device(name: str | None) -> str:

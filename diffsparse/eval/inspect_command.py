@@ -14,9 +14,8 @@ from typing import Any
 
 import diffsparse
 from diffsparse.config import SparseAttentionConfig
-from diffsparse.eval.demo import LARGEST_SEED, make_writable
 from diffsparse.eval.doctor import devices, versions
-from diffsparse.eval.generate import choose_device, generate
+from diffsparse.eval.generate import check_seeds, choose_device, generate
 from diffsparse.eval.inspect_data import collect
 from diffsparse.eval.inspect_measures import SAMPLED_ROWS
 from diffsparse.eval.inspect_page import as_page, head_name, in_words, percent
@@ -24,7 +23,7 @@ from diffsparse.eval.inspect_pictures import draw_heads, draw_maps
 from diffsparse.eval.inspect_watch import Watch, watching
 from diffsparse.eval.model_choice import add_model_arguments, choose_model
 from diffsparse.eval.named_config import read_config
-from diffsparse.eval.output_file import write_json
+from diffsparse.eval.output_file import make_writable, write_json
 from diffsparse.eval.prompts import prompt_or_first
 from diffsparse.whole_file import whole_file
 
@@ -79,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     model = choose_model(args.model, args.size, args.frames, args.steps)
     prompt = prompt_or_first(args.prompt)
-    if not 0 <= args.seed <= LARGEST_SEED:
-        raise ValueError(f"--seed must be between 0 and {LARGEST_SEED}, got {args.seed}.")
+    check_seeds("--seed", [args.seed])
     num_steps = model.sampling.num_inference_steps
     watch = Watch(_steps(args.at_steps, num_steps), None if args.heads is None else _heads(args.heads))
     device = choose_device(args.device)

@@ -1,4 +1,4 @@
-"""A file that a command writes, looked at before it works for it."""
+"""Files that a command writes, and their folder: looked at before it works for them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ def check_output_file(option: str, file: Path) -> None:
     # A new file is written beside an old one, so that the folder has to allow it too.
     if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
         raise ValueError(f"{option} {file} cannot be written: no permission. Name another file.")
+
+
+def make_writable(folder: Path) -> None:
+    """Make the folder, and find out now whether a file can be written there."""
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"Nothing can be written to --output {folder}: {error.strerror}. Name another folder."
+        ) from error
 
 
 def write_json(file: Path, contents: dict[str, Any], default: Callable[[Any], str] | None = None) -> None:

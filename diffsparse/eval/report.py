@@ -7,10 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsparse.eval.demo import make_writable
 from diffsparse.eval.head_picture import draw_head_classes
 from diffsparse.eval.lpips_metric import add_lpips_arguments, lpips_or_reason
-from diffsparse.eval.output_file import write_json
+from diffsparse.eval.output_file import make_writable, write_json
 from diffsparse.eval.report_clips import make_clips
 from diffsparse.eval.report_data import collect
 from diffsparse.eval.report_markdown import as_markdown

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from diffsparse.eval.config_file import config_texts
-from diffsparse.eval.demo import LARGEST_SEED, make_writable
 from diffsparse.eval.environment import environment
-from diffsparse.eval.generate import choose_device
+from diffsparse.eval.generate import check_seeds, choose_device
 from diffsparse.eval.model_choice import add_model_arguments, choose_model
 from diffsparse.eval.named_config import DENSE
+from diffsparse.eval.output_file import make_writable
 from diffsparse.eval.prompts import read_prompts
 from diffsparse.eval.protocol import PROTOCOLS, choose_protocol
 from diffsparse.eval.run_config import read_run_config, read_run_configs
@@ -119,9 +119,7 @@ def read_job(args: argparse.Namespace) -> Job:
                 f"--num-prompts must be 1 to {len(prompts)}, the prompts there are; got {args.num_prompts}."
             )
         prompts = prompts[: args.num_prompts]
-    for seed in args.seeds:
-        if not 0 <= seed <= LARGEST_SEED:
-            raise ValueError(f"--seeds must be between 0 and {LARGEST_SEED}, got {seed}.")
+    check_seeds("--seeds", args.seeds)
     if len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"--seeds must differ, got {args.seeds}.")
     rank, num_ranks = _from_launcher("RANK", least=0), _from_launcher("WORLD_SIZE", least=1)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffsparse.eval.demo import LARGEST_SEED, MODEL
-from diffsparse.eval.generate import Sampling, choose_device, generate, load_pipeline
+from diffsparse.eval.demo import MODEL
+from diffsparse.eval.generate import Sampling, check_seeds, choose_device, generate, load_pipeline
 from diffsparse.eval.lpips_metric import Lpips, NoLpips, add_lpips_arguments, lpips_for, lpips_or_reason
 from diffsparse.eval.metrics import FrameScores, psnr_db, ssim
 from diffsparse.eval.output_file import check_output_file
@@ -69,16 +69,10 @@ def prepared(args: argparse.Namespace) -> tuple[Sampling, str, Callable[[], Any]
             raise ValueError(f"--densities must be above 0 and at most 1, got {density:g}. For 25 % say 0.25.")
     if not 0 <= args.dense_steps <= 1:
         raise ValueError(f"--dense-steps must be a share from 0 to 1, got {args.dense_steps:g}. For 20 % say 0.2.")
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {args.steps}.")
-    for seed in args.seeds:
-        if not 0 <= seed <= LARGEST_SEED:
-            raise ValueError(f"--seeds must be between 0 and {LARGEST_SEED}, got {seed}.")
+    check_seeds("--seeds", args.seeds)
     if args.output is not None:
         check_output_file("--output", args.output)
-    sampling, device = Sampling.read(args.model), choose_device(args.device)
-    if args.steps is not None:
-        sampling = Sampling(**(vars(sampling) | {"num_inference_steps": args.steps}))
+    sampling, device = Sampling.read(args.model, args.steps), choose_device(args.device)
     return sampling, device, functools.cache(lambda: load_pipeline(args.model, device))
 
 
