@@ -14,7 +14,6 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from diffsparse.eval.data_parallel import Workers
 from diffsparse.eval.demo_tokenizer import build_tokenizer
 from diffsparse.eval.generate import choose_device
 from diffsparse.eval.synthetic_video import demo_prompts
@@ -31,7 +30,6 @@ from diffsparse.eval.train_demo_transformer import (
 )
 from diffsparse.eval.training_run import TrainingRun
 
-ALONE = Workers()
 NOTES = "Read the contact sheet: colours, textures, backgrounds and directions should follow the caption."
 
 
@@ -42,7 +40,6 @@ def train(
     recipe: Recipe | None = None,
     *,
     steps: int | None = None,
-    workers: Workers = ALONE,
     device: torch.device | str = "cpu",
     batch_scale: int = 1,
 ) -> tuple[AutoencoderKLWan, TextToLatents, PreTrainedTokenizerFast]:
@@ -52,7 +49,7 @@ def train(
     vae.to(device)
     model.to(device)
     run = TrainingRun(output, "transformer", 60 * minutes, steps)
-    train_transformer(model, tokenizer, vae, run, seed, workers=workers, phases=recipe.phases, batch_scale=batch_scale)
+    train_transformer(model, tokenizer, vae, run, seed, phases=recipe.phases, batch_scale=batch_scale)
     return vae.cpu(), model.cpu(), tokenizer
 
 
@@ -78,22 +75,15 @@ def main() -> None:
     parser.add_argument(
         "--batch-scale", type=int, help=f"times the clips a step; {GPU_BATCH_SCALE} if not given on a GPU, else 1"
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes on a CPU that train together, a thread each")
     parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint, do not train")
     parser.add_argument("--pipeline", type=Path, help="where to export to; OUTPUT/pipeline if not given")
     parser.add_argument("--samples", type=int, default=6, help="prompts on the contact sheet")
     parser.add_argument("--notes", default=NOTES, help="what comes out, for the model card")
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
-    if arguments.workers > 1 and device != "cpu":
-        parser.error(f"--workers {arguments.workers} is for a CPU; on {device} use --batch-scale")
     on_gpu = device.startswith("cuda")
     batch_scale = arguments.batch_scale or (GPU_BATCH_SCALE if on_gpu else 1)
-    if arguments.workers > 1 and not arguments.export_only:
-        build(arguments.output, Recipe(), arguments.seed)
-        (arguments.output / "meeting").unlink(missing_ok=True)
-        torch.multiprocessing.spawn(_train_together, (arguments,), nprocs=arguments.workers)
-    elif not arguments.export_only:
+    if not arguments.export_only:
         if on_gpu:
             torch.set_float32_matmul_precision("high")
         recipe = Recipe(phases=GPU_PHASES if on_gpu else PHASES)
@@ -110,23 +100,11 @@ def main() -> None:
         write_model_card(
             folder,
             log,
-            options=f"--minutes {arguments.minutes:g} --seed {arguments.seed} --workers {arguments.workers} "
-            f"--device {device} --batch-scale {batch_scale}",
+            options=f"--minutes {arguments.minutes:g} --seed {arguments.seed} --device {device} "
+            f"--batch-scale {batch_scale}",
             prompts=prompts,
             notes=arguments.notes,
         )
-
-
-def _train_together(rank: int, arguments: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    workers = Workers.join(rank, arguments.workers, (arguments.output / "meeting").absolute())
-    train(
-        arguments.output,
-        arguments.minutes,
-        arguments.seed,
-        workers=workers,
-        batch_scale=arguments.batch_scale or 1,
-    )
 
 
 def build(output: Path, recipe: Recipe, seed: int) -> tuple[AutoencoderKLWan, TextToLatents, PreTrainedTokenizerFast]:

@@ -14,7 +14,6 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from diffsparse.eval.data_parallel import Workers
 from diffsparse.eval.stacked_muon import StackedMuon
 from diffsparse.eval.train_demo_latents import LatentPool
 from diffsparse.eval.training_run import TrainingRun, WeightAverage
@@ -23,15 +22,14 @@ MAX_SEQUENCE_LENGTH = 64
 CAPTION_DROPOUT = 0.12
 TIMESTEP_SHIFT = 5.0
 LEARNING_RATE = 2e-3
-ALONE = Workers()
 
 
 @dataclass(frozen=True)
 class Phase:
     """A part of the run, up to the share `until` of its time, at one latent grid (frames, height, width).
 
-    Each worker renders `first_clips` into its pool of latents, or as many as a step needs; each of its steps adds
-    `new_clips` to them and draws `batch` clips, times the run's `batch_scale`.
+    First `first_clips` are rendered into a pool of latents, or as many as a step needs; each step adds `new_clips` to
+    them and draws `batch` clips, times the run's `batch_scale`.
     """
 
     until: float
@@ -127,7 +125,6 @@ def train_transformer(
     run: TrainingRun,
     seed: int,
     *,
-    workers: Workers = ALONE,
     phases: tuple[Phase, ...] = PHASES,
     batch_scale: int = 1,
 ) -> None:
@@ -149,9 +146,10 @@ def train_transformer(
             optimizer.load_state_dict(values)
     pool: LatentPool | None = None
     losses: list[Tensor] = []
-    while (progress := workers.agree(run.progress())) < 1:
+    while (progress := run.progress()) < 1:
         phase = next(phase for phase in phases if progress < phase.until)
-        generator = workers.generator(seed, run.step)
+        # one for every step: a resumed run goes on as it would have
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
         batch = batch_scale * phase.batch
         if pool is None or pool.grid != phase.grid:
             pool = LatentPool(vae, phase.grid)
@@ -166,21 +164,19 @@ def train_transformer(
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
-        workers.average_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         run.step += 1
         average.update(run.step)
         losses = [*losses, loss.detach()][-20:]
-        if run.step % 20 == 0 and workers.writes:
+        if run.step % 20 == 0:
             # read only here: reading a number waits for the GPU
             loss_now = torch.stack(losses).mean().item()
             run.log(loss=loss_now, grid="x".join(map(str, phase.grid)), gradient_norm=norm.item())
-        if workers.writes and run.save_is_due():
+        if run.save_is_due():
             run.save(state())
-    if workers.writes:
-        run.save(state())
+    run.save(state())
     model.load_state_dict(average.weights)
 
 
