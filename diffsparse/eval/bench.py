@@ -270,7 +270,7 @@ def bench_attention(case: AttentionCase, repeats: int, device: torch.device, bac
     import torch
     from torch.nn import functional as F
 
-    from diffsparse.eval.timing import seconds_in_turn
+    from diffsparse.eval.timing import seconds_in_rounds
     from diffsparse.kernels.block_sparse import block_sparse_attention
 
     query, key, value = case.inputs(device)
@@ -294,14 +294,14 @@ def bench_attention(case: AttentionCase, repeats: int, device: torch.device, bac
             validate=False,
         )
 
-    dense_seconds, sparse_seconds = seconds_in_turn(dense, sparse, repeats, device)
+    seconds = seconds_in_rounds({"dense": dense, "sparse": sparse}, repeats, device)
     return Speed(
         case=case,
         backend=backend,
         executed_density=float(counts.float().mean()) / -(-case.tokens // case.key_block_size),
-        dense_seconds=statistics.median(dense_seconds),
-        sparse_seconds=statistics.median(sparse_seconds),
-        speed_up=statistics.median(a / b for a, b in zip(dense_seconds, sparse_seconds)),
+        dense_seconds=statistics.median(seconds["dense"]),
+        sparse_seconds=statistics.median(seconds["sparse"]),
+        speed_up=statistics.median(a / b for a, b in zip(seconds["dense"], seconds["sparse"])),
     )
 
 

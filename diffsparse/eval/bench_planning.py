@@ -45,7 +45,7 @@ def bench_planning(
     from torch.nn import functional as F
 
     from diffsparse.config import SparseAttentionConfig
-    from diffsparse.eval.timing import seconds_in_turn
+    from diffsparse.eval.timing import seconds_in_rounds
     from diffsparse.kernels.backends import takes_orders
     from diffsparse.kernels.block_sparse import backend_taken
     from diffsparse.strategies.adaptive import Adaptive
@@ -72,14 +72,12 @@ def bench_planning(
     def dense() -> None:
         F.scaled_dot_product_attention(query, key, value)
 
-    dense_seconds, plan_seconds = seconds_in_turn(
-        dense, lambda: strategy.plan(query, key, value, call), repeats, device
-    )
-    _, permute_seconds = seconds_in_turn(dense, permute, repeats, device)
+    calls = {"dense": dense, "plan": lambda: strategy.plan(query, key, value, call), "permute": permute}
+    seconds = {name: statistics.median(each) for name, each in seconds_in_rounds(calls, repeats, device).items()}
     return Overhead(
-        dense_seconds=statistics.median(dense_seconds),
-        plan_seconds=statistics.median(plan_seconds),
-        permute_seconds=statistics.median(permute_seconds),
+        dense_seconds=seconds["dense"],
+        plan_seconds=seconds["plan"],
+        permute_seconds=seconds["permute"],
         replan_every=SparseAttentionConfig().replan_every,
     )
 

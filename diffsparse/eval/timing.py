@@ -15,18 +15,10 @@ SHORTEST_TURN = 0.02
 """Seconds of work below which the start of a call, and the clock, weigh too much."""
 
 
-def seconds_in_turn(
-    one: Callable[[], object], other: Callable[[], object], repeats: int, device: torch.device
-) -> tuple[list[float], list[float]]:
-    """Seconds of each call of one and other, called in turn, after a first call of each that is not counted."""
-    pairs = [(seconds_of(one, device), seconds_of(other, device)) for _ in range(repeats + 1)][1:]
-    return [a for a, _ in pairs], [b for _, b in pairs]
-
-
 def seconds_in_rounds(
     calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round, after a round that is not counted.
+    """Seconds of every call in every round, after two rounds that are not counted.
 
     A call too short for the clock is repeated within its turn, and the mean taken.
     """

@@ -63,13 +63,17 @@ def test_lists_have_about_the_density(ragged, density):
         assert float(counts.float().mean()) / 128 == pytest.approx(density, rel=0.1)
 
 
-def test_calls_take_turns_after_a_first_pair_that_is_not_counted():
-    calls = []
-    dense, sparse = timing.seconds_in_turn(
-        lambda: calls.append("dense"), lambda: calls.append("sparse"), 2, torch.device("cpu")
-    )
-    assert calls == ["dense", "sparse"] * 3
-    assert len(dense) == len(sparse) == 2
+def test_calls_take_turns_and_short_ones_are_repeated(monkeypatch):
+    made = []
+
+    def seconds_of(call, device, repeats=1):
+        made.append((call(), repeats))
+        return {"short": timing.SHORTEST_TURN / 3, "long": 1.0}[call()]
+
+    monkeypatch.setattr(timing, "seconds_of", seconds_of)
+    seconds = timing.seconds_in_rounds({"short": lambda: "short", "long": lambda: "long"}, 2, torch.device("cpu"))
+    assert made[-4:] == [("short", 3), ("long", 1)] * 2
+    assert {name: len(each) for name, each in seconds.items()} == {"short": 2, "long": 2}
 
 
 def test_a_wrong_kernel_is_not_measured(tmp_path, monkeypatch, capsys):
