@@ -23,7 +23,6 @@ from diffsparse.eval.output_file import check_output_file, write_json
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
-    from torch import Tensor
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -51,33 +50,6 @@ class AttentionCase:
         query = torch.empty((1, 1, 1, self.head_dim), dtype=getattr(torch, self.dtype), device=device)
         blocks = self.query_block_size, self.key_block_size
         return next(name for name in BACKENDS if why_not(name, query, *blocks) is None)
-
-    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value [1, H, S, D], the same for the same sizes."""
-        import torch
-
-        generator = torch.Generator().manual_seed(0)
-        query, key, value = (
-            torch.randn((1, self.heads, self.tokens, self.head_dim), generator=generator)
-            .to(getattr(torch, self.dtype))
-            .to(device)
-            for _ in range(3)
-        )
-        return query, key, value
-
-    def lists(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Key blocks [1, H, Q, C] and counts [1, H, Q] of about the density, in random order."""
-        import torch
-
-        generator = torch.Generator().manual_seed(1)
-        rows, columns = -(-self.tokens // self.query_block_size), -(-self.tokens // self.key_block_size)
-        mean = self.density * columns
-        counts = torch.full((1, self.heads, rows), mean)
-        if self.ragged:
-            counts = 1 + (2 * mean - 2) * torch.rand((1, self.heads, rows), generator=generator)
-        counts = counts.round().clamp(1, columns).to(torch.int32)
-        shuffled = torch.rand((1, self.heads, rows, columns), generator=generator).argsort(dim=-1)
-        return shuffled[..., : int(counts.max())].to(torch.int32).contiguous().to(device), counts.to(device)
 
 
 @dataclass(frozen=True)
@@ -267,33 +239,16 @@ def parse_block_sizes(blocks: str) -> tuple[int, int]:
 
 def bench_attention(case: AttentionCase, repeats: int, device: torch.device, backend: str) -> Speed:
     """Time dense attention and the sparse kernel in turn."""
-    import torch
     from torch.nn import functional as F
 
+    from diffsparse.eval.random_attention import random_inputs, random_lists, sparse_call
     from diffsparse.eval.timing import seconds_in_rounds
-    from diffsparse.kernels.block_sparse import block_sparse_attention
 
-    query, key, value = case.inputs(device)
-    key_blocks, counts = case.lists(device)
-    tail = torch.ones((1, 1), dtype=torch.bool, device=device) if case.tail else None
-
-    def dense() -> None:
-        F.scaled_dot_product_attention(query, key, value)
-
-    def sparse() -> None:
-        block_sparse_attention(
-            query,
-            key,
-            value,
-            key_blocks,
-            counts,
-            query_block_size=case.query_block_size,
-            key_block_size=case.key_block_size,
-            tail=tail,
-            backend=backend,
-            validate=False,
-        )
-
+    blocks = case.query_block_size, case.key_block_size
+    query, key, value = random_inputs(case.tokens, case.heads, case.head_dim, device, case.dtype)
+    lists, counts = random_lists(case.tokens, case.heads, case.density, device, blocks, raggedness=float(case.ragged))
+    sparse = sparse_call(query, key, value, lists, counts, blocks, tail=case.tail, backend=backend)
+    dense = functools.partial(F.scaled_dot_product_attention, query, key, value)
     seconds = seconds_in_rounds({"dense": dense, "sparse": sparse}, repeats, device)
     return Speed(
         case=case,

@@ -41,20 +41,17 @@ def bench_planning(
     grid: TokenGrid, heads: int, head_dim: int, dtype: str, density: float, repeats: int, device: torch.device
 ) -> Overhead:
     """Plan and permute random inputs laid out as projections leave them, in turn with dense attention."""
-    import torch
     from torch.nn import functional as F
 
     from diffsparse.config import SparseAttentionConfig
+    from diffsparse.eval.random_attention import random_inputs
     from diffsparse.eval.timing import seconds_in_rounds
     from diffsparse.kernels.backends import takes_orders
     from diffsparse.kernels.block_sparse import backend_taken
     from diffsparse.strategies.adaptive import Adaptive
     from diffsparse.strategies.strategy import AttentionCall
 
-    shape = 1, grid.num_tokens, heads, head_dim
-    query, key, value = (
-        torch.randn(shape, device=device, dtype=getattr(torch, dtype)).transpose(1, 2) for _ in range(3)
-    )
+    query, key, value = random_inputs(grid.num_tokens, heads, head_dim, device, dtype)
     strategy = Adaptive(density=density)
     call = AttentionCall(grid)
     plan = strategy.plan(query, key, value, call)

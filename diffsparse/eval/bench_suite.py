@@ -8,7 +8,6 @@ clocks of a GPU under load favour none of them.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +18,14 @@ from typing import TYPE_CHECKING, Any
 from diffsparse.eval.bench_transformer import SUBJECTS, bench_transformer
 from diffsparse.eval.dense_attention import EXACT, dense_candidates
 from diffsparse.eval.output_file import write_json
+from diffsparse.eval.random_attention import (
+    BLOCK_SIZE,
+    error_of_sampled_rows,
+    mean_density,
+    random_inputs,
+    random_lists,
+    sparse_call,
+)
 from diffsparse.eval.sparse_peers import sparse_peers
 from diffsparse.eval.timing import seconds_in_rounds
 from diffsparse.grid import TokenGrid
@@ -27,7 +34,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-BLOCK_SIZE = 128
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.25)
 PRECISIONS = ("native", "int8", "int8_int8", "int8_fp8")
 TAIL = " + tail"
@@ -35,7 +41,6 @@ TAIL = " + tail"
 DENSITY_WITH_TAIL = 0.25
 ROUNDS = 5
 TRANSFORMER_PRESETS = ("balanced",)
-SAMPLED_ROWS = 64
 # Relative error of sampled rows against float64: rounding of bf16, of INT8 scores, of INT8 or FP8 weights and values.
 LARGEST_ERRORS = {"native": 1e-2, "int8": 2e-2, "int8_int8": 2.5e-2, "int8_fp8": 6e-2}
 
@@ -112,21 +117,21 @@ def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable
 
     from diffsparse.eval.bench_planning import bench_planning
 
-    tokens = geometry.grid.num_tokens
-    query, key, value = random_inputs(geometry, device)
+    tokens, heads = geometry.grid.num_tokens, geometry.heads
+    query, key, value = random_inputs(tokens, heads, geometry.head_dim, device)
     dtype = str(query.dtype).removeprefix("torch.")
 
     def say_here(line: str) -> None:
         say(f"{geometry.name}: {line}")
 
     calls: dict[str, Callable[[], Tensor]] = dict(dense_candidates(query, key, value, say_here))
-    lists = {density: random_lists(geometry, density, device) for density in DENSITIES}
+    lists = {density: random_lists(tokens, heads, density, device) for density in DENSITIES}
     densities: dict[str, float] = {}
     errors: dict[str, float] = {}
     for precision in PRECISIONS:
         for density, tail in [*((density, False) for density in lists), (DENSITY_WITH_TAIL, True)]:
             key_blocks, counts = lists[density]
-            call = _sparse(query, key, value, key_blocks, counts, precision, tail)
+            call = sparse_call(query, key, value, key_blocks, counts, precision=precision, tail=tail)
             name = f"{precision}{TAIL if tail else ''} {density:g}"
             if reason := _why_not(call):
                 say_here(f"{name} cannot run: {reason}")
@@ -149,7 +154,7 @@ def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable
     seconds = seconds_in_rounds(calls, rounds, device)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     best_dense = min((name for name in EXACT if name in medians), key=lambda name: medians[name])
-    operations = 4 * tokens**2 * geometry.head_dim * geometry.heads
+    operations = 4 * tokens**2 * geometry.head_dim * heads
     rows = {}
     for name, median in medians.items():
         density = densities.get(name, 1.0)
@@ -169,7 +174,7 @@ def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable
                 rows[name]["share_of_linear"] = own_dense / median * density
         say_here(f"{name}: {median * 1e3:.2f} ms, {rows[name]['tflops']:.0f} TFLOP/s")
     peaks = {name: extra_memory(calls[name], device) for name in calls}
-    overhead = bench_planning(geometry.grid, geometry.heads, geometry.head_dim, dtype, 0.25, rounds, device)
+    overhead = bench_planning(geometry.grid, heads, geometry.head_dim, dtype, 0.25, rounds, device)
     say_here(f"planning and permuting {overhead.share_of_dense:.1%} of dense")
     inputs = 3 * query.numel() * query.element_size()
     if device.type == "cuda":
@@ -185,83 +190,9 @@ def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable
     }
 
 
-def random_inputs(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key, value [1, H, S, D], normal, laid out as projections leave them, fresh for each run.
-
-    bf16 on a GPU, fp32 on a CPU.
-    """
-    import torch
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shape = 1, geometry.grid.num_tokens, geometry.heads, geometry.head_dim
-    query, key, value = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
-    return query, key, value
-
-
-def random_lists(geometry: Geometry, density: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Key blocks [1, H, Q, C] and counts [1, H, Q]: ragged, from half to one and a half times the mean.
-
-    They ascend, as those of a plan do: query blocks that run at the same time then share what the cache holds.
-    """
-    import torch
-
-    blocks = -(-geometry.grid.num_tokens // BLOCK_SIZE)
-    spread = min(0.5, 1 / density - 1)
-    factors = 1 + spread * (2 * torch.rand((1, geometry.heads, blocks), device=device) - 1)
-    counts = (density * blocks * factors).round().clamp(1, blocks).to(torch.int32)
-    ranks = torch.rand((1, geometry.heads, blocks, blocks), device=device).argsort(dim=-1)
-    is_listed = ranks < counts[..., None]
-    # Those that are not listed come last, whichever they are.
-    ascending = is_listed.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return ascending[..., : int(counts.max())].to(torch.int32).contiguous(), counts
-
-
 def method_of(name: str) -> str:
     """The name of a sparse call without the density that ends it."""
     return name.rsplit(maxsplit=1)[0]
-
-
-def mean_density(counts: Tensor) -> float:
-    """The share of the key blocks that counts [1, H, Q] of self-attention list."""
-    return float(counts.float().mean()) / counts.shape[2]
-
-
-def error_of_sampled_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_blocks: Tensor,
-    counts: Tensor,
-    output: Tensor,
-    tail: bool = False,
-) -> float:
-    """Relative L2 error of some rows of some heads against float64, with or without the means of skipped blocks."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    squared_error = squared_size = 0.0
-    for _ in range(SAMPLED_ROWS):
-        row, head = (int(torch.randint(size, (), generator=generator)) for size in (query.shape[2], query.shape[1]))
-        block = row // BLOCK_SIZE
-        listed = set(key_blocks[0, head, block, : int(counts[0, head, block])].tolist())
-        (keys, sizes), (values, _) = (_seen(x[0, head], listed, tail) for x in (key, value))
-        logits = keys @ query[0, head, row].double() / math.sqrt(query.shape[3]) + sizes.log()
-        expected = logits.softmax(dim=0) @ values
-        squared_error += float((output[0, head, row].double() - expected).square().sum())
-        squared_size += float(expected.square().sum())
-    return math.sqrt(squared_error / squared_size)
-
-
-def _seen(x: Tensor, listed: set[int], tail: bool) -> tuple[Tensor, Tensor]:
-    """What a query block sees of a head's keys or values x [S, D]: rows [n, D], and of how many tokens each is [n]."""
-    import torch
-
-    blocks = x.split(BLOCK_SIZE)
-    tokens = [blocks[number].double() for number in sorted(listed)]
-    skipped = [block for number, block in enumerate(blocks) if number not in listed] if tail else []
-    sizes = [1] * sum(map(len, tokens)) + [len(block) for block in skipped]
-    means = [block.mean(dim=0, keepdim=True, dtype=torch.float64) for block in skipped]
-    return torch.cat([*tokens, *means]), torch.tensor(sizes, dtype=torch.float64, device=x.device)
 
 
 def extra_memory(call: Callable[[], object], device: torch.device) -> int | None:
@@ -276,38 +207,6 @@ def extra_memory(call: Callable[[], object], device: torch.device) -> int | None
     call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def _sparse(
-    query: Tensor, key: Tensor, value: Tensor, key_blocks: Tensor, counts: Tensor, precision: str, tail: bool
-) -> Callable[[], Tensor]:
-    import torch
-
-    from diffsparse.kernels.block_sparse import block_sparse_attention
-    from diffsparse.kernels.schedule import heavy_first
-
-    # As a plan keeps it.
-    schedule = heavy_first(counts.expand(*query.shape[:2], -1))
-    in_all_heads = torch.ones((1, 1), dtype=torch.bool, device=query.device) if tail else None
-
-    def call() -> Tensor:
-        output = block_sparse_attention(
-            query,
-            key,
-            value,
-            key_blocks,
-            counts,
-            query_block_size=BLOCK_SIZE,
-            key_block_size=BLOCK_SIZE,
-            tail=in_all_heads,
-            schedule=schedule,
-            precision=precision,
-            validate=False,
-        )
-        assert not isinstance(output, tuple)
-        return output
-
-    return call
 
 
 def _why_not(call: Callable[[], object]) -> str | None:

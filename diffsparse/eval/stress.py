@@ -15,8 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsparse.eval.bench_suite import BLOCK_SIZE
 from diffsparse.eval.output_file import check_output_file, write_json
+from diffsparse.eval.random_attention import BLOCK_SIZE
 from diffsparse.eval.stress_load import busy_device
 from diffsparse.eval.stress_trial import CALLS, DENSE, RIGHT, SIZES, Outcome, Subject, try_subject
 

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffsparse.eval.bench_suite import (
-    BLOCK_SIZE,
-    LARGEST_ERRORS,
-    SUITES,
-    error_of_sampled_rows,
-    random_inputs,
-    random_lists,
-)
+from diffsparse.eval.bench_suite import LARGEST_ERRORS, SUITES
+from diffsparse.eval.random_attention import BLOCK_SIZE, error_of_sampled_rows, random_inputs, random_lists
 from diffsparse.eval.stress_trial import DENSE, RepeatedCall, Subject
 from diffsparse.kernels.backends import BACKENDS, left_to
 from diffsparse.kernels.self_test import SmallCase, largest_error
@@ -45,8 +39,9 @@ def _full(subject: Subject, has_tail: bool) -> RepeatedCall:
     """One call as of Wan 2.1 14B on a GPU, of a tiny video elsewhere."""
     device = torch.device(subject.device)
     geometry = SUITES["gpu" if device.type == "cuda" else "tiny"][0]
-    query, key, value = random_inputs(geometry, device)
-    key_blocks, counts = random_lists(geometry, 1.0 if subject.backend == DENSE else DENSITY, device)
+    tokens = geometry.grid.num_tokens
+    query, key, value = random_inputs(tokens, geometry.heads, geometry.head_dim, device)
+    key_blocks, counts = random_lists(tokens, geometry.heads, 1.0 if subject.backend == DENSE else DENSITY, device)
 
     # Not `block_sparse_attention`: that tests a backend first, and refuses one that fails.
     def call() -> Sequence[Tensor]:
@@ -76,7 +71,7 @@ def _full(subject: Subject, has_tail: bool) -> RepeatedCall:
         )
         return error_of_sampled_rows(q, k, v, blocks, n, output, has_tail)
 
-    name = f"{geometry.grid.num_tokens} tokens{', tail' * has_tail}"
+    name = f"{tokens} tokens{', tail' * has_tail}"
     return RepeatedCall(name, call, error, LARGEST_ERRORS[subject.precision])
 
 

@@ -71,15 +71,6 @@ def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, cap
     assert "| ours, native + tail | " in table
 
 
-def test_random_lists_ascend_and_are_ragged():
-    key_blocks, counts = bench_suite.random_lists(dataclasses.replace(SMALL, grid=TokenGrid(10, 16, 16)), 0.5, CPU)
-    assert counts.unique().numel() > 3
-    for blocks, count in zip(key_blocks.flatten(0, 2).tolist(), counts.flatten().tolist()):
-        assert blocks[:count] == sorted(set(blocks[:count]))
-        assert blocks[0] >= 0
-        assert blocks[count - 1] < 20
-
-
 def test_what_is_measured_is_not_measured_again(suite, tmp_path, monkeypatch):
     output = tmp_path / "speed.json"
     monkeypatch.setattr(bench_suite, "SUITES", {"tiny": (SMALL,)})

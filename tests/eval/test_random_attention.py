@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffsparse.eval.random_attention import random_lists
+from diffsparse.kernels.block_sparse import check_lists
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("raggedness", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.1, 0.25, 0.8, 1.0])
+def test_lists_have_about_the_density_and_are_as_ragged_as_asked(density, raggedness):
+    torch.manual_seed(0)
+    key_blocks, counts = random_lists(4096, 2, density, CPU, (64, 32), raggedness)
+    check_lists(key_blocks, counts, 128)
+    assert counts.shape == (1, 2, 64)
+    # Four standard deviations of the mean of 128 counts between 0 and twice theirs; without that, rounding.
+    mean = density * 128
+    assert float(counts.float().mean()) == pytest.approx(mean, rel=0.2 if raggedness else 0.05)
+    furthest = min(raggedness, 1 / density - 1) * mean
+    assert int((counts - mean).abs().max()) <= furthest + 1
+    assert (counts.unique().numel() > 1) == (furthest > 0)
+
+
+def test_lists_ascend():
+    key_blocks, counts = random_lists(2560, 2, 0.5, CPU)
+    for blocks, count in zip(key_blocks.flatten(0, 2).tolist(), counts.flatten().tolist()):
+        assert blocks[:count] == sorted(set(blocks[:count]))
