@@ -19,7 +19,6 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     joined; grey is what would be linear, and dense calls are marks at 100 %.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     results = record["attention"]
@@ -55,4 +54,4 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     figure.axes[0].plot([], [], color="grey", linewidth=6, alpha=0.25, label="linear")
     figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     with whole_file(path) as unfinished:
-        FigureCanvasAgg(figure).print_png(str(unfinished))
+        figure.savefig(unfinished, format="png")

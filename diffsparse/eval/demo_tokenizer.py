@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from diffsparse.eval.synthetic_video import random_scene
 
 
-def build_tokenizer(seed: int = 0, num_captions: int = 2000, vocab_size: int = 480) -> PreTrainedTokenizerFast:
+def build_tokenizer(seed: int = 0, num_captions: int = 2000) -> PreTrainedTokenizerFast:
     """A tokenizer that takes one token for most caption words; 0, 1, 2 are pad, eos and unk as in UMT5."""
     generator = torch.Generator().manual_seed(seed)
     captions = [random_scene(generator).caption for _ in range(num_captions)]
@@ -17,7 +17,7 @@ def build_tokenizer(seed: int = 0, num_captions: int = 2000, vocab_size: int = 4
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=480,
         special_tokens=["<pad>", "</s>", "<unk>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

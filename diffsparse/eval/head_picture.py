@@ -36,7 +36,6 @@ def draw_head_classes(report: SparseAttentionReport, path: Path) -> None:
     Raises:
         ValueError: no transformer of the report has run.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -64,7 +63,7 @@ def draw_head_classes(report: SparseAttentionReport, path: Path) -> None:
         title="Height of a bar and number in %: density, the share of key blocks computed exactly",
     )
     with whole_file(path) as unfinished:
-        FigureCanvasAgg(figure).print_png(str(unfinished))
+        figure.savefig(unfinished, format="png")
 
 
 def _draw_panel(panel: Any, report: TransformerReport) -> None:

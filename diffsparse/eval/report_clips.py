@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffsparse.eval.html_page import data_uri
 from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.report_data import as_number
 from diffsparse.eval.run_folder import Pair, RunFolder
@@ -71,8 +71,8 @@ def make_clip(run: dict[str, Any], video: dict[str, Any]) -> Clip:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "clip.mp4"
         write_video(file, panes, fps)
-        encoded = base64.b64encode(file.read_bytes()).decode()
-    return Clip(video, f"data:video/mp4;base64,{encoded}", panes.shape[2] // 3, panes.shape[1], len(panes), fps)
+        uri = data_uri("video/mp4", file.read_bytes())
+    return Clip(video, uri, panes.shape[2] // 3, panes.shape[1], len(panes), fps)
 
 
 def three_panes(dense: Image, sparse: Image) -> Image:

@@ -21,7 +21,6 @@ def draw(results: SweepResults, path: Path) -> None:
         ValueError: that is all of them.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = [row for row in table_rows(results) if math.isfinite(row.psnr_db)]
@@ -52,7 +51,7 @@ def draw(results: SweepResults, path: Path) -> None:
     panel.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     with whole_file(path) as unfinished:
-        FigureCanvasAgg(figure).print_png(str(unfinished))
+        figure.savefig(unfinished, format="png")
 
 
 def front(rows: list[TableRow]) -> list[TableRow]:
