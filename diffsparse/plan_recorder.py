@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -103,25 +103,19 @@ class PlanRecorder:
         self.num_prompts += 1
 
     def save(self, path: Path, config: SparseAttentionConfig) -> None:
-        """Write what the prompts so far agree on as a plan file, whole or not at all.
-
-        Args:
-            path: of the file.
-            config: that the plans were made with, before this recorder took the place of its strategy.
+        """Write what the prompts so far agree on, as `calibration` gives it, to a plan file, whole or not at all.
 
         Raises:
             ValueError: nothing was planned.
             OSError: the file cannot be written.
         """
-        settings: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS}
-        save_plans(path, self.calibration(repr(config.strategy), settings, diffsparse.__version__))
+        save_plans(path, self.calibration(config))
 
-    def calibration(self, strategy: str, settings: dict[str, Any], library_version: str) -> Calibration:
+    def calibration(self, config: SparseAttentionConfig) -> Calibration:
         """What the prompts so far agree on.
 
         Args:
-            strategy: as text.
-            settings, library_version: as of `Calibration`.
+            config: that the plans were made with, before this recorder took the place of its strategy.
 
         Raises:
             ValueError: nothing was planned.
@@ -150,11 +144,11 @@ class PlanRecorder:
             grid=made_for.grid,
             query_block_size=made_for.query_block_size,
             key_block_size=made_for.key_block_size,
-            strategy=strategy,
+            strategy=repr(config.strategy),
             num_prompts=self.num_prompts,
             num_steps=made_for.num_steps,
-            settings=settings,
-            library_version=library_version,
+            settings={name: getattr(config, name) for name in SETTINGS},
+            library_version=diffsparse.__version__,
             maps=torch.stack(maps.tensors),
             orders=tuple(name_of_order(order, made_for.grid) or order for order in orders.tensors),
             entries=tuple(entries),

@@ -15,7 +15,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.packed_bits import unpack_bits
 from diffsparse.permutation import Permutation, axis_order
 from diffsparse.plan import AttentionPlan
-from diffsparse.plan_file import SETTINGS, load_plans, save_plans
+from diffsparse.plan_file import load_plans
 from diffsparse.plan_recorder import PlanRecorder
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -57,7 +57,7 @@ def recorded(*prompts, places=((0, 0),), heads=1, grid=GRID):
         for layer, step in places:
             recorder.plan(*qkv, AttentionCall(grid, layer, 2, step, 10, model="Example"))
         recorder.end_prompt()
-    return recorder.calibration("Example()", dict.fromkeys(SETTINGS), "0.1.0")
+    return recorder.calibration(SparseAttentionConfig())
 
 
 def rows_of(made, entry=0, head=0):
@@ -73,9 +73,7 @@ def test_a_plan_of_any_strategy_comes_back_from_a_file_as_it_was(strategy, grid,
     recorder = PlanRecorder(strategy)
     plan = recorder.plan(*qkv, call)
     recorder.end_prompt()
-    save_plans(
-        tmp_path / "a.safetensors", recorder.calibration(repr(strategy), {name: [] for name in SETTINGS}, "0.1.0")
-    )
+    recorder.save(tmp_path / "a.safetensors", SparseAttentionConfig(strategy))
     served = Calibrated("a.safetensors", load_plans(tmp_path / "a.safetensors")).plan(*qkv, call)
     assert torch.equal(served.mask.visible().expand(1, 3, -1, -1), plan.mask.visible().expand(1, 3, -1, -1))
     assert torch.equal(served.attend(*qkv), plan.attend(*qkv))
@@ -157,8 +155,7 @@ def test_the_experts_of_a_pipeline_share_a_file(tmp_path):
     expected = generate(pipe, steps=6, grid=(2, 6, 5))
     pipe.disable_sparse_attention()
     recorder.end_prompt()
-    calibration = recorder.calibration("", dict.fromkeys(SETTINGS) | settings | {"dense_layers": ()}, "")
-    save_plans(tmp_path / "a.safetensors", calibration)
+    recorder.save(tmp_path / "a.safetensors", SparseAttentionConfig(strategy, **settings))
     pipe.enable_sparse_attention(tmp_path / "a.safetensors")
     assert torch.equal(generate(pipe, steps=6, grid=(2, 6, 5)), expected)
     reports = pipe.sparse_attention_report().transformers
@@ -172,7 +169,7 @@ def test_a_prompt_counts_when_it_has_ended():
     recorder.plan(*qkv, AttentionCall(GRID))
     recorder.end_prompt()
     recorder.plan(*qkv, AttentionCall(GRID, layer=1))
-    assert [entry.layer for entry in recorder.calibration("", {}, "").entries] == [0]
+    assert [entry.layer for entry in recorder.calibration(SparseAttentionConfig()).entries] == [0]
 
 
 @pytest.mark.parametrize("plans", [[], [None]])
@@ -182,7 +179,7 @@ def test_nothing_planned_is_no_calibration(plans):
         recorder.plan(*[torch.zeros(1, 1, GRID.num_tokens, 8)] * 3, AttentionCall(GRID))
     recorder.end_prompt()
     with pytest.raises(ValueError, match="no attention call was planned"):
-        recorder.calibration("", {}, "")
+        recorder.calibration(SparseAttentionConfig())
 
 
 @pytest.mark.parametrize(
@@ -218,7 +215,7 @@ def test_threads_that_plan_at_once_keep_their_maps():
         calls = [AttentionCall(GRID, layer, 4, 0, 10, model="Example") for layer in range(4)]
         list(pool.map(lambda call: recorder.plan(*qkv, call), calls))
     recorder.end_prompt()
-    made = recorder.calibration("Example()", dict.fromkeys(SETTINGS), "0.1.0")
+    made = recorder.calibration(SparseAttentionConfig())
     for entry in made.entries:
         visible = unpack_bits(made.maps[entry.heads[0].block_map], BLOCKS)
         assert visible.nonzero()[:, 1].tolist() == [entry.layer] * BLOCKS
