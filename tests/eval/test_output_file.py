@@ -1,10 +1,12 @@
 import errno
+import json
+import math
 import os
 
 import pytest
 
 from diffsparse.eval import cli
-from diffsparse.eval.output_file import check_output_file
+from diffsparse.eval.output_file import check_output_file, write_json
 
 
 def test_a_file_in_a_folder_that_exists_is_right(tmp_path, monkeypatch):
@@ -56,3 +58,14 @@ def test_an_old_file_outlives_a_new_one_that_cannot_be_written(tmp_path, monkeyp
     assert cli.main([*command.split(), str(file)]) == cli.USER_ERROR
     assert f"No space left on device: '{file}'" in capsys.readouterr().err
     assert [each.read_text() for each in tmp_path.iterdir()] == ["old"]
+
+
+def test_json_is_written_whole_or_the_old_file_stays(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, {"×": [1, {1j}]}, str)
+    assert json.loads(file.read_text(encoding="utf-8")) == {"×": [1, "{1j}"]}
+    for contents in ({"a": math.nan}, {"a": 1j}):
+        with pytest.raises((ValueError, TypeError), match="JSON"):
+            write_json(file, contents)
+    assert json.loads(file.read_text(encoding="utf-8")) == {"×": [1, "{1j}"]}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from diffsparse.eval import sweep
 from diffsparse.eval.generate import Generation
 from diffsparse.eval.lpips_metric import Lpips
 from diffsparse.eval.metrics import psnr_db, ssim
-from diffsparse.eval.sweep_results import SweepResults, Variant
+from diffsparse.eval.sweep_results import Pair, Score, SweepResults, Variant
 from diffsparse.strategies.adaptive import Adaptive
 
 VARIANTS = {
@@ -252,3 +253,12 @@ def test_equal_videos_survive_the_file(tiny_model, tmp_path, generated):
     found = SweepResults.read(tmp_path / "r.json").scores
     assert found == results.scores
     assert {score.psnr_db for score in itertools.islice(found.values(), 3)} == {float("inf")}
+
+
+def test_videos_that_are_not_numbers_survive_the_file(tmp_path):
+    results, pair = SweepResults({}), Pair("a fox", 0)
+    score = Score(math.nan, math.nan, 0.25, 1.0, 2.0, math.nan)
+    results.scores[pair, Variant("row", 0.5, False)] = score
+    results.write(tmp_path / "a.json")
+    (found,) = SweepResults.read(tmp_path / "a.json").scores.values()
+    assert repr(found) == repr(score)
