@@ -1,19 +1,17 @@
 from __future__ import annotations
 
-import argparse
 import json
 
 import pytest
 import torch
+from commands import parsed
 
 from diffsparse.eval import bench, timing
 from diffsparse.kernels import block_sparse_eager, self_test
 
 
 def parse(*arguments):
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return parser.parse_args(arguments)
+    return parsed("bench", *arguments)
 
 
 SMALL = ("--tokens", "300", "--heads", "1", "--head-dim", "8", "--blocks", "64x32", "--repeats", "1")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.image
 import pytest
+from commands import run_command
 
 from diffsparse.eval import bench
 from diffsparse.eval.bench_plot import draw
@@ -93,6 +93,4 @@ def test_a_picture_that_cannot_be_written_is_no_fault_of_the_table(tmp_path, mon
 
 
 def run(*words):
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.run(parser.parse_args([str(word) for word in words]))
+    return run_command("bench", *words)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -8,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 from peer_standins import install_flash_attn
 
 from diffsparse import Adaptive, SparseAttentionConfig
 from diffsparse.call_flops import CallFlops
-from diffsparse.eval import bench, bench_suite, bench_transformer
+from diffsparse.eval import bench_suite, bench_transformer
 from diffsparse.eval.bench_suite import SUITES, Geometry, measure
 from diffsparse.eval.bench_table import as_markdown
 from diffsparse.eval.bench_transformer import SUBJECTS, with_few_layers
@@ -39,9 +39,7 @@ def suite(monkeypatch):
 
 
 def run(output, *arguments):
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.run(parser.parse_args(["--suite", "tiny", "--output", str(output), "--repeats", "1", *arguments]))
+    return run_command("bench", "--suite", "tiny", "--output", output, "--repeats", 1, *arguments)
 
 
 def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, capsys):
@@ -65,7 +63,7 @@ def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, cap
         ours["native 1"]["seconds"] / with_tail["seconds"] * with_tail["density"]
     )
 
-    assert bench.run(argparse.Namespace(table=output, plot=None)) == 0
+    assert run_command("bench", "--table", output) == 0
     table = capsys.readouterr().out
     assert "| ours, int8_fp8 | 100% |" in table
     assert "| ours, native + tail | " in table

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
+from commands import run_command
 
 import diffsparse.config
 from diffsparse.eval import calibrate
@@ -19,9 +18,7 @@ RENEWED = f"adaptive:density=0.3,dense_steps=0,replan_every=2,sampled_rows=8,{SM
 
 def start(model, output, *more, prompts=1, strategy=LASTING):
     argv = ["--model", model, "--prompts", prompts, "--strategy", strategy, "--device", "cpu", "--output", output]
-    parser = argparse.ArgumentParser()
-    calibrate.add_arguments(parser)
-    return calibrate.run(parser.parse_args([str(arg) for arg in [*argv, *more]]))
+    return run_command("calibrate", *argv, *more)
 
 
 def video(model, config, prompt="a red striped circle moves right over a blue checkered background"):

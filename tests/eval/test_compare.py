@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import argparse
 import json
 import math
 
 import numpy as np
 import pytest
+from commands import run_command
 
 from diffsparse.eval import compare
 from diffsparse.eval.comparison import WINDOW
@@ -25,9 +25,7 @@ def noise(frames, seed=0, height=32, width=48):
 
 
 def run(*argv):
-    parser = argparse.ArgumentParser()
-    compare.add_arguments(parser)
-    return compare.run(parser.parse_args([str(arg) for arg in argv]))
+    return run_command("eval", "compare", *argv)
 
 
 def test_a_known_difference_has_its_known_psnr(tmp_path, capsys):

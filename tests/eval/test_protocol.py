@@ -1,22 +1,20 @@
 from __future__ import annotations
 
-import argparse
 import json
 import re
 
 import pytest
+from commands import parsed, run_command
 
 from diffsparse import Adaptive, SparseAttentionConfig
-from diffsparse.eval import report, run, run_videos
+from diffsparse.eval import run, run_videos
 from diffsparse.eval.protocol import PROTOCOLS, PublishedRow, choose_protocol
 
 WAN, HUNYUAN = "Wan-AI/Wan2.1-T2V-14B-Diffusers", "hunyuanvideo-community/HunyuanVideo"
 
 
 def read_job(*words):
-    parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
-    return run.read_job(parser.parse_args(["--protocol", "scope", "--steps", "50", *words]))
+    return run.read_job(parsed("eval", "run", "--protocol", "scope", "--steps", 50, *words))
 
 
 @pytest.mark.parametrize(
@@ -86,12 +84,10 @@ def test_what_says_the_same_as_the_protocol_may_be_said():
 def test_the_report_has_the_published_rows_beside_ours_and_says_so(fake_run, tmp_path, capsys):
     folder = fake_run(["a cat"])
     manifest = json.loads((folder / "manifest.json").read_text())
-    parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
     for name, protocol in PROTOCOLS.items():
         manifest["settings"]["protocol"] = name
         (folder / "manifest.json").write_text(json.dumps(manifest))
-        assert report.run(parser.parse_args([str(folder), "--max-megabytes", "0"])) == 0
+        assert run_command("eval", "report", folder, "--max-megabytes", 0) == 0
         markdown = (folder / "report.md").read_text()
         rows = [line.split(" | ") for line in markdown.splitlines() if "published, not measured here" in line]
         assert len(rows) == len(protocol.rows)
@@ -120,6 +116,6 @@ def test_the_report_has_the_published_rows_beside_ours_and_says_so(fake_run, tmp
             assert "Published, not measured here: SCOPE, Tables 1 and 2" in shown
     del manifest["settings"]["protocol"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert report.run(parser.parse_args([str(folder), "--max-megabytes", "0"])) == 0
+    assert run_command("eval", "report", folder, "--max-megabytes", 0) == 0
     assert "published" not in ((folder / "report.md").read_text() + capsys.readouterr().out).lower()
     assert json.loads((folder / "report.json").read_text())["published"] == []

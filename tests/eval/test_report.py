@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import time
 
 import numpy as np
 import pytest
+from commands import run_command
 
 from diffsparse.eval import report
 from diffsparse.eval.lpips_metric import NoLpips
@@ -52,9 +52,7 @@ def open_report(browser_page, fake_run, monkeypatch):
                 pair = Pair(prompt, 0)
                 frames = dense_video() if name == "dense" else sparse_video(errors[name][prompt])
                 run.add(name, pair, frames, run.record(name, pair) | {"num_frames": NUM_FRAMES})
-        parser = argparse.ArgumentParser()
-        report.add_arguments(parser)
-        report.run(parser.parse_args([str(run.path)]))
+        run_command("eval", "report", run.path)
         page.goto((run.path / "report.html").as_uri())
         until = time.monotonic() + 20
         while not both_videos_are_there(page) and time.monotonic() < until:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 
 import pytest
+from commands import run_command
 from page_reader import HOSTILE, Page
 
 from diffsparse.eval import report
@@ -20,9 +20,7 @@ def no_lpips(monkeypatch):
 
 
 def make_report(*argv):
-    parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
-    return report.run(parser.parse_args([str(arg) for arg in argv]))
+    return run_command("eval", "report", *argv)
 
 
 def test_the_page_stands_alone(fake_run, capsys):

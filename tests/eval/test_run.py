@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import argparse
 import json
 
 import pytest
+from commands import run_command
 from noise_videos import Killed, fake_videos
 
 from diffsparse.eval import run, run_videos
@@ -21,9 +21,7 @@ def prompts(tmp_path):
 
 def start(model, prompts, output, *more):
     argv = ["--model", model, "--prompts", prompts, "--steps", 2, "--device", "cpu", "--output", output, *more]
-    parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
-    return run.run(parser.parse_args([str(arg) for arg in argv]))
+    return run_command("eval", "run", *argv)
 
 
 def contents(folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import multiprocessing
@@ -15,10 +14,11 @@ import sys
 import time
 
 import pytest
+from commands import run_command
 from noise_videos import Killed, fake_videos
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from diffsparse.eval import report, run, run_folder, run_videos
+from diffsparse.eval import run, run_folder, run_videos
 from diffsparse.eval.run_folder import Pair, RunFolder
 
 CONFIGS = [f"adaptive:density={d},min_tokens=0,query_block_size=2,key_block_size=2" for d in (0.3, 0.5, 0.7)]
@@ -38,15 +38,9 @@ def arguments(tiny_model, tmp_path):
     return make
 
 
-def start(module, argv):
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return module.run(parser.parse_args(list(map(str, argv))))
-
-
 def report_of(folder):
     """What the report says, but for times, memory, processes and paths, which differ from run to run."""
-    code = start(report, [folder, "--max-megabytes", 0])
+    code = run_command("eval", "report", folder, "--max-megabytes", 0)
     data = json.loads((folder / "report.json").read_text())
     videos = [
         {key: video[key] for key in ("config", "prompt", "seed", "scores", "density", "attention")}
@@ -65,7 +59,7 @@ def test_processes_of_a_launcher_make_what_one_makes_and_each_video_once(argumen
     """As `torchrun` and `accelerate launch` start them, but forked: nothing has to be imported again."""
     fewer = "--num-prompts", 2, "--seeds", 0, 1, "--config", CONFIGS[0]
     fake_videos(monkeypatch)
-    assert start(run, arguments("one", *fewer)) == 0
+    assert run_command("eval", "run", *arguments("one", *fewer)) == 0
     capfd.readouterr()
     # One alone would be done before the other begins.
     both, have_met = multiprocessing.get_context("fork").Barrier(2), []
@@ -76,7 +70,7 @@ def test_processes_of_a_launcher_make_what_one_makes_and_each_video_once(argumen
 
     fake_videos(monkeypatch, meet)
     two = LaunchConfig(1, 1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
-    assert elastic_launch(two, start)(run, arguments("two", *fewer)) == {0: 0, 1: 0}
+    assert elastic_launch(two, run_command)("eval", "run", *arguments("two", *fewer)) == {0: 0, 1: 0}
     made = re.findall(r"of 8: (.+): [\d.]+ s", capfd.readouterr().out)
     assert len(made) == len(set(made)) == 8
     processes = {json.loads(file.read_text())["process"] for file in (tmp_path / "two").glob("*/*.json")}
@@ -96,7 +90,7 @@ def test_who_is_left_makes_the_rest_when_the_other_is_killed(arguments, tmp_path
 
     def rank(number):
         os.environ |= {"RANK": str(number), "WORLD_SIZE": "2"}
-        sys.exit(start(run, arguments("killed")))
+        sys.exit(run_command("eval", "run", *arguments("killed")))
 
     with monkeypatch.context() as patch:
         fake_videos(patch, stop)
@@ -119,7 +113,7 @@ def test_who_is_left_makes_the_rest_when_the_other_is_killed(arguments, tmp_path
     fake_videos(monkeypatch)
     with RunFolder(tmp_path / "killed").claim(Pair(3, 0), wait=False) as mine:
         assert mine
-    assert start(run, arguments("whole")) == 0
+    assert run_command("eval", "run", *arguments("whole")) == 0
     killed = report_of(tmp_path / "killed")
     assert killed == report_of(tmp_path / "whole")
     assert (killed["code"], len(killed["videos"])) == (0, 12)
@@ -144,7 +138,7 @@ def test_a_run_killed_twice_anywhere_ends_as_an_uninterrupted_one(arguments, tmp
         return counted
 
     fake_videos(monkeypatch)
-    assert start(run, arguments("whole")) == 0
+    assert run_command("eval", "run", *arguments("whole")) == 0
     with monkeypatch.context() as patch:
         fake_videos(patch, lambda made: count_down())
         for name in ("write_images", "write_json", "_checksum"):
@@ -152,12 +146,12 @@ def test_a_run_killed_twice_anywhere_ends_as_an_uninterrupted_one(arguments, tmp
         num_kills = 0
         while num_kills < 2:
             try:
-                assert start(run, arguments("killed")) == 0
+                assert run_command("eval", "run", *arguments("killed")) == 0
                 pytest.fail("it was to be killed")
             except Killed:
                 num_kills += 1
                 left = anywhere.randrange(1, 20)
-    assert start(run, arguments("killed")) == 0
+    assert run_command("eval", "run", *arguments("killed")) == 0
     assert report_of(tmp_path / "killed") == report_of(tmp_path / "whole")
 
 
@@ -177,13 +171,13 @@ def test_a_disk_that_takes_no_more_costs_no_video_but_its_own(arguments, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "write_images", write)
         patch.setattr(RunFolder, "note_failure", no_reason)
-        assert start(run, arguments("run")) == 1
+        assert run_command("eval", "run", *arguments("run")) == 1
     shown = capsys.readouterr().out
     assert os.strerror(code) in shown
     assert "4 of 16 videos could not be made" in shown
     assert len(list((tmp_path / "run").glob("*/*.json"))) == 12
     assert not list((tmp_path / "run").glob("*/.*unfinished*"))
-    assert start(run, arguments("run")) == 0
+    assert run_command("eval", "run", *arguments("run")) == 0
 
 
 def test_no_hour_is_spent_on_a_video_that_the_disk_cannot_hold(arguments, monkeypatch, capsys):
@@ -191,7 +185,7 @@ def test_no_hour_is_spent_on_a_video_that_the_disk_cannot_hold(arguments, monkey
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(run, "_check_room", lambda *of: None)
     monkeypatch.setattr(run_videos.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert start(run, arguments("run")) == 1
+    assert run_command("eval", "run", *arguments("run")) == 1
     assert made == []
     # 9 frames of 64 x 64 x 3 bytes.
     assert "failed: OSError: the video may need 0.000111 GB, the disk has 1e-06 GB free" in capsys.readouterr().out
@@ -201,7 +195,7 @@ def test_a_config_that_the_model_cannot_have_is_found_before_the_first_video(arg
     made = fake_videos(monkeypatch)
     for config in ("fast:dense_layers=(99,)", "taylorseercache:cache_identifiers=['nowhere']"):
         with pytest.raises(ValueError, match=r"--config .* does not go with --model .*(99|nothing to keep)"):
-            start(run, arguments("run", "--config", config))
+            run_command("eval", "run", *arguments("run", "--config", config))
     assert made == []
     # Nor does the folder wait for its videos.
     assert not (tmp_path / "run" / "manifest.json").exists()
@@ -210,4 +204,4 @@ def test_a_config_that_the_model_cannot_have_is_found_before_the_first_video(arg
 def test_a_model_that_cannot_be_loaded_is_one_error_and_not_one_a_video(own_tiny_model, arguments):
     (own_tiny_model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="broken-model"):
-        start(run, arguments("run", "--model", own_tiny_model))
+        run_command("eval", "run", *arguments("run", "--model", own_tiny_model))

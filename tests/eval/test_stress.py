@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import functools
 import io
 import json
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import parsed
 from rich.console import Console
 
 from diffsparse.eval import child_process, cli, stress
@@ -40,9 +40,7 @@ def idle_load(monkeypatch):
 
 
 def parse(*arguments):
-    parser = argparse.ArgumentParser()
-    stress.add_arguments(parser)
-    return parser.parse_args(["--processes", "2", *arguments])
+    return parsed("stress", "--processes", 2, *arguments)
 
 
 def outcome(verdict="right", subject=SUBJECT, **fields):
