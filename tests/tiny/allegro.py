@@ -5,26 +5,22 @@ from typing import Any
 import torch
 from diffusers import AllegroTransformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        AllegroTransformer3DModel,
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "cross_attention_dim": HEADS * HEAD_DIM,
-            "caption_channels": TEXT_CHANNELS,
-            "num_layers": 3,
-            "sample_width": 10,
-            "sample_height": 14,
-            "sample_frames": 3,
-        },
-        changes,
-    )
+make = seeded(
+    AllegroTransformer3DModel,
+    {
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "cross_attention_dim": HEADS * HEAD_DIM,
+        "caption_channels": TEXT_CHANNELS,
+        "num_layers": 3,
+        "sample_width": 10,
+        "sample_height": 14,
+        "sample_frames": 3,
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

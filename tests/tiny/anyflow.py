@@ -6,11 +6,8 @@ import torch
 from diffusers import AnyFlowTransformer3DModel
 from tiny import wan
 from tiny.model import Grid, TinyModel, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(AnyFlowTransformer3DModel, wan.CONFIG, changes)
+make = seeded(AnyFlowTransformer3DModel, wan.CONFIG)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

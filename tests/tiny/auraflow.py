@@ -24,8 +24,7 @@ def make(**changes: Any) -> nn.Module:
             "caption_projection_dim": HEADS * HEAD_DIM,
             "pos_embed_max_size": 256,
         },
-        changes,
-    )
+    )(**changes)
     # What attention adds is small beside the rest of the model otherwise.
     for block in (*model.joint_transformer_blocks, *model.single_transformer_blocks):
         block.attn.to_v.weight.mul_(8)

@@ -16,34 +16,30 @@ from tiny.model import (
     class_since,
     seeded,
 )
-from torch import nn
 
 SHORT_GIST, LONG_GIST = 4, 6
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        class_since("0.42", "BriaFibo2Transformer2DModel"),
-        {
-            "in_channels": CHANNELS,
-            "patch_size": 2,
-            "dim": HEADS * HEAD_DIM,
-            "n_layers": 2,
-            "n_refiner_layers": 0,
-            "n_heads": HEADS,
-            "cap_feat_dim": TEXT_CHANNELS,
-            "injection_layer_ids": (1,),
-            "perceiver_num_layers": 1,
-            "min_num_gist_tokens": SHORT_GIST,
-            "max_num_gist_tokens": 8,
-            "gist_step": 2,
-            "gist_min_text_len": 4,
-            "gist_max_text_len": 12,
-            "axes_dims": (8, 12, 12),
-            "axes_lens": (64, 32, 32),
-        },
-        changes,
-    )
+make = seeded(
+    class_since("0.42", "BriaFibo2Transformer2DModel"),
+    {
+        "in_channels": CHANNELS,
+        "patch_size": 2,
+        "dim": HEADS * HEAD_DIM,
+        "n_layers": 2,
+        "n_refiner_layers": 0,
+        "n_heads": HEADS,
+        "cap_feat_dim": TEXT_CHANNELS,
+        "injection_layer_ids": (1,),
+        "perceiver_num_layers": 1,
+        "min_num_gist_tokens": SHORT_GIST,
+        "max_num_gist_tokens": 8,
+        "gist_step": 2,
+        "gist_min_text_len": 4,
+        "gist_max_text_len": 12,
+        "axes_dims": (8, 12, 12),
+        "axes_lens": (64, 32, 32),
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

@@ -6,26 +6,22 @@ import torch
 from diffusers import ChromaTransformer2DModel
 from tiny.flux import image_ids
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        ChromaTransformer2DModel,
-        {
-            "in_channels": CHANNELS,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": HEAD_DIM,
-            "num_attention_heads": HEADS,
-            "joint_attention_dim": TEXT_CHANNELS,
-            "axes_dims_rope": (8, 12, 12),
-            "approximator_num_channels": 8,
-            "approximator_hidden_dim": 8,
-            "approximator_layers": 1,
-        },
-        changes,
-    )
+make = seeded(
+    ChromaTransformer2DModel,
+    {
+        "in_channels": CHANNELS,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": HEADS,
+        "joint_attention_dim": TEXT_CHANNELS,
+        "axes_dims_rope": (8, 12, 12),
+        "approximator_num_channels": 8,
+        "approximator_hidden_dim": 8,
+        "approximator_layers": 1,
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

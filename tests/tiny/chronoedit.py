@@ -1,15 +1,10 @@
 """A tiny ChronoEdit."""
 
-from typing import Any
-
 from diffusers import ChronoEditTransformer3DModel
 from tiny import wan
 from tiny.model import TinyModel, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(ChronoEditTransformer3DModel, wan.CONFIG, changes)
+make = seeded(ChronoEditTransformer3DModel, wan.CONFIG)
 
 
 CHRONOEDIT = TinyModel(

@@ -5,29 +5,24 @@ from typing import Any
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
+CONFIG = {
+    "num_attention_heads": HEADS,
+    "attention_head_dim": HEAD_DIM,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "time_embed_dim": 8,
+    "text_embed_dim": TEXT_CHANNELS,
+    "num_layers": 3,
+    "sample_width": 10,
+    "sample_height": 14,
+    "sample_frames": 9,
+    "patch_size": 2,
+    "temporal_compression_ratio": 4,
+    "max_text_seq_length": TEXT_TOKENS,
+}
 
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        CogVideoXTransformer3DModel,
-        {
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "time_embed_dim": 8,
-            "text_embed_dim": TEXT_CHANNELS,
-            "num_layers": 3,
-            "sample_width": 10,
-            "sample_height": 14,
-            "sample_frames": 9,
-            "patch_size": 2,
-            "temporal_compression_ratio": 4,
-            "max_text_seq_length": TEXT_TOKENS,
-        },
-        changes,
-    )
+make = seeded(CogVideoXTransformer3DModel, CONFIG)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from diffusers import CogView3PlusTransformer2DModel, CogView4Transformer2DModel, GlmImageTransformer2DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, seeded
-from torch import nn
 
 CONFIG = {
     "patch_size": 2,
@@ -19,17 +18,9 @@ CONFIG = {
     "condition_dim": 4,
 }
 
-
-def make_cogview3(**changes: Any) -> nn.Module:
-    return seeded(CogView3PlusTransformer2DModel, CONFIG | {"pos_embed_max_size": 16}, changes)
-
-
-def make_cogview4(**changes: Any) -> nn.Module:
-    return seeded(CogView4Transformer2DModel, CONFIG | {"rope_axes_dim": (16, 16)}, changes)
-
-
-def make_glm_image(**changes: Any) -> nn.Module:
-    return seeded(GlmImageTransformer2DModel, CONFIG | {"prior_vq_quantizer_codebook_size": 16}, changes)
+make_cogview3 = seeded(CogView3PlusTransformer2DModel, CONFIG | {"pos_embed_max_size": 16})
+make_cogview4 = seeded(CogView4Transformer2DModel, CONFIG | {"rope_axes_dim": (16, 16)})
+make_glm_image = seeded(GlmImageTransformer2DModel, CONFIG | {"prior_vq_quantizer_codebook_size": 16})
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

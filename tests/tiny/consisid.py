@@ -1,33 +1,10 @@
 """A tiny ConsisID: CogVideoX with faces, which enter by attention of their own."""
 
-from typing import Any
-
 from diffusers import ConsisIDTransformer3DModel
 from tiny import cogvideox
-from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, TinyModel, seeded
-from torch import nn
+from tiny.model import TEXT_TOKENS, TinyModel, seeded
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        ConsisIDTransformer3DModel,
-        {
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "time_embed_dim": 8,
-            "text_embed_dim": TEXT_CHANNELS,
-            "num_layers": 3,
-            "sample_width": 10,
-            "sample_height": 14,
-            "sample_frames": 9,
-            "patch_size": 2,
-            "temporal_compression_ratio": 4,
-            "max_text_seq_length": TEXT_TOKENS,
-        },
-        changes,
-    )
+make = seeded(ConsisIDTransformer3DModel, cogvideox.CONFIG)
 
 
 CONSISID = TinyModel(

@@ -5,25 +5,21 @@ from typing import Any
 import torch
 from diffusers import CosmosTransformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        CosmosTransformer3DModel,
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "num_layers": 3,
-            "text_embed_dim": TEXT_CHANNELS,
-            "adaln_lora_dim": 4,
-            "max_size": (4, 32, 32),
-            "mlp_ratio": 1.0,
-        },
-        changes,
-    )
+make = seeded(
+    CosmosTransformer3DModel,
+    {
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "num_layers": 3,
+        "text_embed_dim": TEXT_CHANNELS,
+        "adaln_lora_dim": 4,
+        "max_size": (4, 32, 32),
+        "mlp_ratio": 1.0,
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

@@ -5,27 +5,23 @@ from typing import Any
 import torch
 from diffusers import EasyAnimateTransformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        EasyAnimateTransformer3DModel,
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "num_layers": 3,
-            "mmdit_layers": 2,
-            "patch_size": 2,
-            "time_embed_dim": 8,
-            "text_embed_dim": TEXT_CHANNELS,
-            "sample_width": 10,
-            "sample_height": 14,
-        },
-        changes,
-    )
+make = seeded(
+    EasyAnimateTransformer3DModel,
+    {
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "num_layers": 3,
+        "mmdit_layers": 2,
+        "patch_size": 2,
+        "time_embed_dim": 8,
+        "text_embed_dim": TEXT_CHANNELS,
+        "sample_width": 10,
+        "sample_height": 14,
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

@@ -22,8 +22,7 @@ def make(**changes: Any) -> nn.Module:
             "text_in_dim": TEXT_CHANNELS,
             "rope_axes_dim": (8, 12, 12),
         },
-        changes,
-    )
+    )(**changes)
     # They start at zero, which would hide what attention does.
     random = Random(0)
     for layer in (model.adaLN_modulation[-1], model.final_linear):

@@ -11,7 +11,7 @@ from diffusers import (
     OvisImageTransformer2DModel,
 )
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import Tensor, nn
+from torch import Tensor
 
 CONFIG = {
     "in_channels": CHANNELS,
@@ -23,25 +23,11 @@ CONFIG = {
     "axes_dims_rope": (8, 12, 12),
 }
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(FluxTransformer2DModel, CONFIG | {"pooled_projection_dim": 8}, changes)
-
-
-def make_bria(**changes: Any) -> nn.Module:
-    return seeded(BriaTransformer2DModel, CONFIG, changes)
-
-
-def make_bria_fibo(**changes: Any) -> nn.Module:
-    return seeded(BriaFiboTransformer2DModel, CONFIG | {"text_encoder_dim": TEXT_CHANNELS}, changes)
-
-
-def make_ovis_image(**changes: Any) -> nn.Module:
-    return seeded(OvisImageTransformer2DModel, CONFIG | {"out_channels": CHANNELS}, changes)
-
-
-def make_longcat_image(**changes: Any) -> nn.Module:
-    return seeded(LongCatImageTransformer2DModel, CONFIG | {"pooled_projection_dim": 8}, changes)
+make = seeded(FluxTransformer2DModel, CONFIG | {"pooled_projection_dim": 8})
+make_bria = seeded(BriaTransformer2DModel, CONFIG)
+make_bria_fibo = seeded(BriaFiboTransformer2DModel, CONFIG | {"text_encoder_dim": TEXT_CHANNELS})
+make_ovis_image = seeded(OvisImageTransformer2DModel, CONFIG | {"out_channels": CHANNELS})
+make_longcat_image = seeded(LongCatImageTransformer2DModel, CONFIG | {"pooled_projection_dim": 8})
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

@@ -6,24 +6,20 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from tiny.flux import image_ids
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        Flux2Transformer2DModel,
-        {
-            "in_channels": CHANNELS,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": HEAD_DIM,
-            "num_attention_heads": HEADS,
-            "joint_attention_dim": TEXT_CHANNELS,
-            "timestep_guidance_channels": 8,
-            "axes_dims_rope": (8, 8, 8, 8),
-        },
-        changes,
-    )
+make = seeded(
+    Flux2Transformer2DModel,
+    {
+        "in_channels": CHANNELS,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": HEADS,
+        "joint_attention_dim": TEXT_CHANNELS,
+        "timestep_guidance_channels": 8,
+        "axes_dims_rope": (8, 8, 8, 8),
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

@@ -18,25 +18,21 @@ from tiny.model import (
     class_since,
     seeded,
 )
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        class_since("0.42", "Flux3Transformer2DModel"),
-        {
-            "in_channels": CHANNELS,
-            "num_layers": 1,
-            "num_single_layers": 2,
-            "attention_head_dim": HEAD_DIM,
-            "num_attention_heads": HEADS,
-            "joint_attention_dim": TEXT_CHANNELS,
-            "cond_in_channels": CHANNELS,
-            "timestep_channels": 8,
-            "axes_dims_rope": (8, 8, 8, 8),
-        },
-        changes,
-    )
+make = seeded(
+    class_since("0.42", "Flux3Transformer2DModel"),
+    {
+        "in_channels": CHANNELS,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": HEADS,
+        "joint_attention_dim": TEXT_CHANNELS,
+        "cond_in_channels": CHANNELS,
+        "timestep_channels": 8,
+        "axes_dims_rope": (8, 8, 8, 8),
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

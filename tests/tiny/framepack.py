@@ -5,37 +5,14 @@ from typing import Any
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 from tiny import hunyuan_video
-from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
+from tiny.model import CHANNELS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
 
 IMAGE_TOKENS = 3
 CLEAN, TWICE, FOUR_TIMES = 2 * 7 * 5, 1 * 4 * 3, 1 * 2 * 2
 """Tokens of the history in the call below, whose frames have 7 x 5 tokens."""
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        HunyuanVideoFramepackTransformer3DModel,
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "num_refiner_layers": 1,
-            "patch_size": 2,
-            "patch_size_t": 1,
-            "guidance_embeds": True,
-            "text_embed_dim": TEXT_CHANNELS,
-            "pooled_projection_dim": 8,
-            "rope_axes_dim": (8, 12, 12),
-            "has_image_proj": True,
-            "image_proj_dim": TEXT_CHANNELS,
-            "has_clean_x_embedder": True,
-        },
-        changes,
-    )
+CONFIG = hunyuan_video.CONFIG | {"has_image_proj": True, "image_proj_dim": TEXT_CHANNELS, "has_clean_x_embedder": True}
+make = seeded(HunyuanVideoFramepackTransformer3DModel, CONFIG)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

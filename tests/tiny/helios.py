@@ -6,15 +6,13 @@ import torch
 from diffusers import HeliosTransformer3DModel
 from tiny import wan
 from tiny.model import CHANNELS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
 LONG, MID, SHORT = 1 * 2 * 2, 1 * 4 * 3, 2 * 7 * 5
 """Tokens of the history in the call below, whose frames have 7 x 5 tokens."""
 
 
-def make(**changes: Any) -> nn.Module:
-    config = {name: value for name, value in wan.CONFIG.items() if name != "rope_max_seq_len"}
-    return seeded(HeliosTransformer3DModel, config | {"rope_dim": (12, 10, 10)}, changes)
+CONFIG = {name: value for name, value in wan.CONFIG.items() if name != "rope_max_seq_len"}
+make = seeded(HeliosTransformer3DModel, CONFIG | {"rope_dim": (12, 10, 10)})
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

@@ -5,30 +5,26 @@ from typing import Any
 import torch
 from diffusers import HiDreamImageTransformer2DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        HiDreamImageTransformer2DModel,
-        {
-            "patch_size": 2,
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_layers": 1,
-            "num_single_layers": 2,
-            "attention_head_dim": HEAD_DIM,
-            "num_attention_heads": HEADS,
-            "caption_channels": [TEXT_CHANNELS, TEXT_CHANNELS],
-            "text_emb_dim": 8,
-            "num_routed_experts": 2,
-            "num_activated_experts": 1,
-            "axes_dims_rope": (8, 12, 12),
-            "max_resolution": (24, 24),
-            "llama_layers": [0, 1, 1],
-        },
-        changes,
-    )
+make = seeded(
+    HiDreamImageTransformer2DModel,
+    {
+        "patch_size": 2,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": HEADS,
+        "caption_channels": [TEXT_CHANNELS, TEXT_CHANNELS],
+        "text_emb_dim": 8,
+        "num_routed_experts": 2,
+        "num_activated_experts": 1,
+        "axes_dims_rope": (8, 12, 12),
+        "max_resolution": (24, 24),
+        "llama_layers": [0, 1, 1],
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

@@ -5,26 +5,22 @@ from typing import Any
 import torch
 from diffusers import HunyuanImageTransformer2DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        HunyuanImageTransformer2DModel,
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "num_refiner_layers": 1,
-            "patch_size": (1, 1),
-            "text_embed_dim": TEXT_CHANNELS,
-            "rope_axes_dim": (16, 16),
-        },
-        changes,
-    )
+make = seeded(
+    HunyuanImageTransformer2DModel,
+    {
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "patch_size": (1, 1),
+        "text_embed_dim": TEXT_CHANNELS,
+        "rope_axes_dim": (16, 16),
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

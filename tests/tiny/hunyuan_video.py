@@ -5,29 +5,24 @@ from typing import Any
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
+CONFIG = {
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "num_attention_heads": HEADS,
+    "attention_head_dim": HEAD_DIM,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+    "patch_size": 2,
+    "patch_size_t": 1,
+    "guidance_embeds": True,
+    "text_embed_dim": TEXT_CHANNELS,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (8, 12, 12),
+}
 
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        HunyuanVideoTransformer3DModel,
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "num_refiner_layers": 1,
-            "patch_size": 2,
-            "patch_size_t": 1,
-            "guidance_embeds": True,
-            "text_embed_dim": TEXT_CHANNELS,
-            "pooled_projection_dim": 8,
-            "rope_axes_dim": (8, 12, 12),
-        },
-        changes,
-    )
+make = seeded(HunyuanVideoTransformer3DModel, CONFIG)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

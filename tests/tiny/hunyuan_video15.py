@@ -5,30 +5,26 @@ from typing import Any
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
 IMAGE_TOKENS, GLYPH_TOKENS = 3, 5
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        HunyuanVideo15Transformer3DModel,
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "num_layers": 3,
-            "num_refiner_layers": 1,
-            "patch_size": 1,
-            "patch_size_t": 1,
-            "text_embed_dim": TEXT_CHANNELS,
-            "text_embed_2_dim": 8,
-            "image_embed_dim": 8,
-            "rope_axes_dim": (8, 12, 12),
-        },
-        changes,
-    )
+make = seeded(
+    HunyuanVideo15Transformer3DModel,
+    {
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "num_layers": 3,
+        "num_refiner_layers": 1,
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "text_embed_dim": TEXT_CHANNELS,
+        "text_embed_2_dim": 8,
+        "image_embed_dim": 8,
+        "rope_axes_dim": (8, 12, 12),
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

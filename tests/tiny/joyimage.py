@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from diffusers import JoyImageEditPlusTransformer3DModel, JoyImageEditTransformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
 CONFIG = {
     "patch_size": [1, 2, 2],
@@ -17,13 +16,8 @@ CONFIG = {
     "rope_dim_list": [8, 12, 12],
 }
 
-
-def make_edit(**changes: Any) -> nn.Module:
-    return seeded(JoyImageEditTransformer3DModel, CONFIG, changes)
-
-
-def make_edit_plus(**changes: Any) -> nn.Module:
-    return seeded(JoyImageEditPlusTransformer3DModel, CONFIG, changes)
+make_edit = seeded(JoyImageEditTransformer3DModel, CONFIG)
+make_edit_plus = seeded(JoyImageEditPlusTransformer3DModel, CONFIG)
 
 
 def edit_call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

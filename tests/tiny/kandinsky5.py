@@ -23,8 +23,7 @@ def make(**changes: Any) -> nn.Module:
             "num_visual_blocks": 3,
             "axes_dims": (8, 12, 12),
         },
-        changes,
-    )
+    )(**changes)
     return with_open_gates(model)
 
 

@@ -16,30 +16,26 @@ from tiny.model import (
     class_since,
     seeded,
 )
-from torch import nn
 
 AUDIO_TOKENS = 11
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        class_since("0.42", "Kandinsky6Transformer3DModel"),
-        {
-            "in_visual_dim": CHANNELS,
-            "out_visual_dim": CHANNELS,
-            "in_audio_dim": CHANNELS,
-            "out_audio_dim": CHANNELS,
-            "in_text_dim": TEXT_CHANNELS,
-            "in_text_dim2": 8,
-            "time_dim": 16,
-            "model_dim": HEADS * HEAD_DIM,
-            "ff_dim": 32,
-            "num_text_blocks": 1,
-            "num_visual_blocks": 3,
-            "axes_dims": (8, 12, 12),
-        },
-        changes,
-    )
+make = seeded(
+    class_since("0.42", "Kandinsky6Transformer3DModel"),
+    {
+        "in_visual_dim": CHANNELS,
+        "out_visual_dim": CHANNELS,
+        "in_audio_dim": CHANNELS,
+        "out_audio_dim": CHANNELS,
+        "in_text_dim": TEXT_CHANNELS,
+        "in_text_dim2": 8,
+        "time_dim": 16,
+        "model_dim": HEADS * HEAD_DIM,
+        "ff_dim": 32,
+        "num_text_blocks": 1,
+        "num_visual_blocks": 3,
+        "axes_dims": (8, 12, 12),
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

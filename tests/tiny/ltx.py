@@ -5,23 +5,19 @@ from typing import Any
 import torch
 from diffusers import LTXVideoTransformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        LTXVideoTransformer3DModel,
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "cross_attention_dim": HEADS * HEAD_DIM,
-            "num_layers": 3,
-            "caption_channels": TEXT_CHANNELS,
-        },
-        changes,
-    )
+make = seeded(
+    LTXVideoTransformer3DModel,
+    {
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "cross_attention_dim": HEADS * HEAD_DIM,
+        "num_layers": 3,
+        "caption_channels": TEXT_CHANNELS,
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

@@ -5,30 +5,26 @@ from typing import Any
 import torch
 from diffusers import LTX2VideoTransformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
 AUDIO_TOKENS, KEYFRAME_TOKENS = 11, 7 * 5
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        LTX2VideoTransformer3DModel,
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "cross_attention_dim": HEADS * HEAD_DIM,
-            "audio_in_channels": CHANNELS,
-            "audio_out_channels": CHANNELS,
-            "audio_num_attention_heads": HEADS,
-            "audio_attention_head_dim": 16,
-            "audio_cross_attention_dim": HEADS * 16,
-            "num_layers": 3,
-            "caption_channels": TEXT_CHANNELS,
-        },
-        changes,
-    )
+make = seeded(
+    LTX2VideoTransformer3DModel,
+    {
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "cross_attention_dim": HEADS * HEAD_DIM,
+        "audio_in_channels": CHANNELS,
+        "audio_out_channels": CHANNELS,
+        "audio_num_attention_heads": HEADS,
+        "audio_attention_head_dim": 16,
+        "audio_cross_attention_dim": HEADS * 16,
+        "num_layers": 3,
+        "caption_channels": TEXT_CHANNELS,
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

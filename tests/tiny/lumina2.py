@@ -5,27 +5,23 @@ from typing import Any
 import torch
 from diffusers import Lumina2Transformer2DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        Lumina2Transformer2DModel,
-        {
-            "patch_size": 2,
-            "in_channels": CHANNELS,
-            "hidden_size": HEADS * HEAD_DIM,
-            "num_layers": 2,
-            "num_refiner_layers": 1,
-            "num_attention_heads": HEADS,
-            "num_kv_heads": 1,
-            "multiple_of": 8,
-            "axes_dim_rope": (8, 12, 12),
-            "axes_lens": (64, 32, 32),
-            "cap_feat_dim": TEXT_CHANNELS,
-        },
-        changes,
-    )
+make = seeded(
+    Lumina2Transformer2DModel,
+    {
+        "patch_size": 2,
+        "in_channels": CHANNELS,
+        "hidden_size": HEADS * HEAD_DIM,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "num_attention_heads": HEADS,
+        "num_kv_heads": 1,
+        "multiple_of": 8,
+        "axes_dim_rope": (8, 12, 12),
+        "axes_lens": (64, 32, 32),
+        "cap_feat_dim": TEXT_CHANNELS,
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

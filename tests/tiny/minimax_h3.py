@@ -5,32 +5,29 @@ from typing import Any
 import torch
 from diffusers import MiniMaxH3Transformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, seeded
-from torch import Tensor, nn
+from torch import Tensor
 
 AUDIO_TOKENS, AUDIO_CHANNELS = 6, 3
 VIDEO, TEXT, AUDIO = 0, 1, 2
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        MiniMaxH3Transformer3DModel,
-        {
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "hidden_size": 48,
-            "num_layers": 2,
-            "num_refiner_layers": 1,
-            "ffn_dim": 32,
-            "in_channels": CHANNELS,
-            "audio_in_channels": AUDIO_CHANNELS,
-            "text_dim": TEXT_CHANNELS,
-            "freq_dim": 16,
-            "time_embed_hidden_dim": 32,
-            "time_embed_dim": 32,
-            "rope_freq_dim": 4,
-        },
-        changes,
-    )
+make = seeded(
+    MiniMaxH3Transformer3DModel,
+    {
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "hidden_size": 48,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "ffn_dim": 32,
+        "in_channels": CHANNELS,
+        "audio_in_channels": AUDIO_CHANNELS,
+        "text_dim": TEXT_CHANNELS,
+        "freq_dim": 16,
+        "time_embed_hidden_dim": 32,
+        "time_embed_dim": 32,
+        "rope_freq_dim": 4,
+    },
+)
 
 
 def frame_ids(time: float, height: int, width: int) -> Tensor:

@@ -5,25 +5,21 @@ from typing import Any
 import torch
 from diffusers import MochiTransformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        MochiTransformer3DModel,
-        {
-            "patch_size": 2,
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "num_layers": 3,
-            "pooled_projection_dim": 16,
-            "in_channels": CHANNELS,
-            "text_embed_dim": TEXT_CHANNELS,
-            "time_embed_dim": 8,
-            "max_sequence_length": TEXT_TOKENS,
-        },
-        changes,
-    )
+make = seeded(
+    MochiTransformer3DModel,
+    {
+        "patch_size": 2,
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "num_layers": 3,
+        "pooled_projection_dim": 16,
+        "in_channels": CHANNELS,
+        "text_embed_dim": TEXT_CHANNELS,
+        "time_embed_dim": 8,
+        "max_sequence_length": TEXT_TOKENS,
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

@@ -100,15 +100,23 @@ class Random:
         return torch.randn(*sizes, generator=self.generator)
 
 
-def seeded(cls: Callable[..., nn.Module], config: dict[str, Any], changes: dict[str, Any]) -> nn.Module:
-    """A model for inference, with the same random weights each time."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return cls(**(config | changes)).eval().requires_grad_(False)
+def seeded(cls: Callable[..., nn.Module], config: dict[str, Any]) -> Callable[..., nn.Module]:
+    """What makes a model for inference, with the same random weights each time; it takes config entries that differ."""
+
+    def make(**changes: Any) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return cls(**config | changes).eval().requires_grad_(False)
+
+    return make
 
 
-def class_since(release: str, name: str) -> type[nn.Module]:
-    """A class that diffusers has since a release; where an older one is installed, the test is skipped."""
-    if Version(diffusers.__version__) < Version(release):
-        pytest.skip(f"diffusers {diffusers.__version__} is installed, {name} is in diffusers since {release}")
-    return getattr(diffusers, name)
+def class_since(release: str, name: str) -> Callable[..., nn.Module]:
+    """A class that diffusers has since a release; where an older one is installed, a test that calls it is skipped."""
+
+    def make(**config: Any) -> nn.Module:
+        if Version(diffusers.__version__) < Version(release):
+            pytest.skip(f"diffusers {diffusers.__version__} is installed, {name} is in diffusers since {release}")
+        return getattr(diffusers, name)(**config)
+
+    return make

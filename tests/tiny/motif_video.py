@@ -5,24 +5,20 @@ from typing import Any
 import torch
 from diffusers import MotifVideoTransformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        MotifVideoTransformer3DModel,
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_attention_heads": HEADS,
-            "attention_head_dim": HEAD_DIM,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "text_embed_dim": TEXT_CHANNELS,
-            "rope_axes_dim": (8, 12, 12),
-        },
-        changes,
-    )
+make = seeded(
+    MotifVideoTransformer3DModel,
+    {
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "text_embed_dim": TEXT_CHANNELS,
+        "rope_axes_dim": (8, 12, 12),
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

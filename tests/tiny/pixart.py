@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel, HunyuanDiT2DModel, PixArtTransformer2DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, seeded
-from torch import nn
 
 CONFIG = {
     "sample_size": 16,
@@ -16,30 +15,22 @@ CONFIG = {
     "num_attention_heads": HEADS,
 }
 
+make_pixart = seeded(PixArtTransformer2DModel, CONFIG | {"cross_attention_dim": HEADS * HEAD_DIM})
+make_dit = seeded(DiTTransformer2DModel, CONFIG | {"num_embeds_ada_norm": 10})
 
-def make_pixart(**changes: Any) -> nn.Module:
-    return seeded(PixArtTransformer2DModel, CONFIG | {"cross_attention_dim": HEADS * HEAD_DIM}, changes)
-
-
-def make_dit(**changes: Any) -> nn.Module:
-    return seeded(DiTTransformer2DModel, CONFIG | {"num_embeds_ada_norm": 10}, changes)
-
-
-def make_hunyuan_dit(**changes: Any) -> nn.Module:
-    return seeded(
-        HunyuanDiT2DModel,
-        CONFIG
-        | {
-            "hidden_size": HEADS * HEAD_DIM,
-            "cross_attention_dim": TEXT_CHANNELS,
-            "cross_attention_dim_t5": TEXT_CHANNELS,
-            "pooled_projection_dim": 8,
-            "text_len": TEXT_TOKENS,
-            "text_len_t5": TEXT_TOKENS,
-            "use_style_cond_and_image_meta_size": False,
-        },
-        changes,
-    )
+make_hunyuan_dit = seeded(
+    HunyuanDiT2DModel,
+    CONFIG
+    | {
+        "hidden_size": HEADS * HEAD_DIM,
+        "cross_attention_dim": TEXT_CHANNELS,
+        "cross_attention_dim_t5": TEXT_CHANNELS,
+        "pooled_projection_dim": 8,
+        "text_len": TEXT_TOKENS,
+        "text_len_t5": TEXT_TOKENS,
+        "use_style_cond_and_image_meta_size": False,
+    },
+)
 
 
 def pixart_call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

@@ -5,24 +5,20 @@ from typing import Any
 import torch
 from diffusers import QwenImageTransformer2DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        QwenImageTransformer2DModel,
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "patch_size": 1,
-            "num_layers": 2,
-            "attention_head_dim": HEAD_DIM,
-            "num_attention_heads": HEADS,
-            "joint_attention_dim": TEXT_CHANNELS,
-            "axes_dims_rope": (8, 12, 12),
-        },
-        changes,
-    )
+make = seeded(
+    QwenImageTransformer2DModel,
+    {
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "patch_size": 1,
+        "num_layers": 2,
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": HEADS,
+        "joint_attention_dim": TEXT_CHANNELS,
+        "axes_dims_rope": (8, 12, 12),
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

@@ -5,29 +5,25 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        SD3Transformer2DModel,
-        {
-            "sample_size": 16,
-            "patch_size": 2,
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "num_layers": 3,
-            "attention_head_dim": HEAD_DIM,
-            "num_attention_heads": HEADS,
-            "joint_attention_dim": TEXT_CHANNELS,
-            "caption_projection_dim": HEADS * HEAD_DIM,
-            "pooled_projection_dim": 8,
-            "pos_embed_max_size": 16,
-            "dual_attention_layers": (0,),
-            "qk_norm": "rms_norm",
-        },
-        changes,
-    )
+make = seeded(
+    SD3Transformer2DModel,
+    {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "num_layers": 3,
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": HEADS,
+        "joint_attention_dim": TEXT_CHANNELS,
+        "caption_projection_dim": HEADS * HEAD_DIM,
+        "pooled_projection_dim": 8,
+        "pos_embed_max_size": 16,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

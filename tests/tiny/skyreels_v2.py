@@ -6,11 +6,8 @@ import torch
 from diffusers import SkyReelsV2Transformer3DModel
 from tiny import wan
 from tiny.model import TinyModel, Variant, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(SkyReelsV2Transformer3DModel, wan.CONFIG, changes)
+make = seeded(SkyReelsV2Transformer3DModel, wan.CONFIG)
 
 
 def diffusion_forcing(call: dict[str, Any]) -> dict[str, Any]:

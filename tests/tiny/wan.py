@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, Variant, seeded
-from torch import nn
 
 CONFIG = {
     "patch_size": (1, 2, 2),
@@ -20,9 +19,7 @@ CONFIG = {
     "rope_max_seq_len": 64,
 }
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(WanTransformer3DModel, CONFIG, changes)
+make = seeded(WanTransformer3DModel, CONFIG)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

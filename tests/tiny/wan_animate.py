@@ -5,26 +5,24 @@ from typing import Any
 from diffusers import WanAnimateTransformer3DModel
 from tiny import wan
 from tiny.model import CHANNELS, Grid, Random, TinyModel, seeded
-from torch import nn
 
 FACE_SIZE = 16
 
+CONFIG = wan.CONFIG | {
+    "in_channels": 2 * CHANNELS + 4,
+    "latent_channels": CHANNELS,
+    "image_dim": None,
+    "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
+    "motion_encoder_size": FACE_SIZE,
+    "motion_style_dim": 8,
+    "motion_dim": 4,
+    "motion_encoder_dim": 16,
+    "face_encoder_hidden_dim": 16,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 3,
+}
 
-def make(**changes: Any) -> nn.Module:
-    config = wan.CONFIG | {
-        "in_channels": 2 * CHANNELS + 4,
-        "latent_channels": CHANNELS,
-        "image_dim": None,
-        "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
-        "motion_encoder_size": FACE_SIZE,
-        "motion_style_dim": 8,
-        "motion_dim": 4,
-        "motion_encoder_dim": 16,
-        "face_encoder_hidden_dim": 16,
-        "face_encoder_num_heads": 2,
-        "inject_face_latents_blocks": 3,
-    }
-    return seeded(WanAnimateTransformer3DModel, config, changes)
+make = seeded(WanAnimateTransformer3DModel, CONFIG)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

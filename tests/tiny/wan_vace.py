@@ -5,14 +5,10 @@ from typing import Any
 from diffusers import WanVACETransformer3DModel
 from tiny import wan
 from tiny.model import Grid, Random, TinyModel, seeded
-from torch import nn
 
 CONTROL_CHANNELS = 6
 
-
-def make(**changes: Any) -> nn.Module:
-    config = wan.CONFIG | {"vace_layers": [0, 2], "vace_in_channels": CONTROL_CHANNELS}
-    return seeded(WanVACETransformer3DModel, config, changes)
+make = seeded(WanVACETransformer3DModel, wan.CONFIG | {"vace_layers": [0, 2], "vace_in_channels": CONTROL_CHANNELS})
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:

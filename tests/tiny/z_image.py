@@ -5,25 +5,21 @@ from typing import Any
 import torch
 from diffusers import ZImageTransformer2DModel
 from tiny.model import CHANNELS, HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Grid, Random, TinyModel, seeded
-from torch import nn
 
-
-def make(**changes: Any) -> nn.Module:
-    return seeded(
-        ZImageTransformer2DModel,
-        {
-            "in_channels": CHANNELS,
-            "dim": HEADS * HEAD_DIM,
-            "n_layers": 2,
-            "n_refiner_layers": 0,
-            "n_heads": HEADS,
-            "n_kv_heads": HEADS,
-            "cap_feat_dim": TEXT_CHANNELS,
-            "axes_dims": [8, 12, 12],
-            "axes_lens": [256, 32, 32],
-        },
-        changes,
-    )
+make = seeded(
+    ZImageTransformer2DModel,
+    {
+        "in_channels": CHANNELS,
+        "dim": HEADS * HEAD_DIM,
+        "n_layers": 2,
+        "n_refiner_layers": 0,
+        "n_heads": HEADS,
+        "n_kv_heads": HEADS,
+        "cap_feat_dim": TEXT_CHANNELS,
+        "axes_dims": [8, 12, 12],
+        "axes_lens": [256, 32, 32],
+    },
+)
 
 
 def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0) -> dict[str, Any]:
