@@ -128,16 +128,16 @@ def run(args: argparse.Namespace) -> int:
     cases = make_cases(args)
     check_output_file("`--output`", args.output)
     device = torch.device(choose_device(args.device))
-    if args.suite is not None:
-        # Messages of others are no markup.
-        say = functools.partial(console.print, markup=False)
-        run_suite(args.suite, args.output, device, say, args.repeats)
-        console.print(f"Written to {args.output}")
-        return 0
     threads_before = torch.get_num_threads()
     try:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
+        if args.suite is not None:
+            # Messages of others are no markup.
+            say = functools.partial(console.print, markup=False)
+            run_suite(args.suite, args.output, device, say, args.repeats)
+            console.print(f"Written to {args.output}")
+            return 0
         backends = {case: case.backend(device) for case in cases}
         errors: dict[str, float] = {}
         for backend, dtype in sorted({(backends[case], case.dtype) for case in cases}):

@@ -13,7 +13,7 @@ from peer_standins import install_flash_attn
 
 from diffsparse import Adaptive, SparseAttentionConfig
 from diffsparse.call_flops import CallFlops
-from diffsparse.eval import bench_suite, bench_transformer
+from diffsparse.eval import bench, bench_suite, bench_transformer
 from diffsparse.eval.bench_suite import SUITES, Geometry, measure
 from diffsparse.eval.bench_table import as_markdown
 from diffsparse.eval.bench_transformer import SUBJECTS, with_few_layers
@@ -91,6 +91,14 @@ def test_a_damaged_file_is_named_and_left_as_it_is(suite, tmp_path, damaged):
     with pytest.raises(ValueError, match=f"`--output` {output} holds no results of a suite"):
         run(output)
     assert output.read_text() == damaged
+
+
+def test_a_suite_runs_on_as_many_threads_as_asked_for(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "run_suite", lambda *arguments: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    assert run(tmp_path / "speed.json", "--threads", before + 1) == 0
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
 
 
 def test_a_wrong_kernel_is_not_timed(suite, tmp_path, monkeypatch):
