@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffsparse.pipelines.family import Layout
+from diffsparse.pipelines.family import Layout, num_alike
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,12 @@ def _hunyuan_video(model: Any, call: Mapping[str, Any]) -> Layout:
 
 
 def _flux(model: Any, call: Mapping[str, Any]) -> Layout:
-    """[what a node puts before the text, text | image | reference images]."""
+    """[what a node puts before the text, text | image, references as large as frames | other references]."""
     patch = (1, model.patch_size, model.patch_size)
-    references = sum(math.prod(_grid(latents, patch)) for latents in call.get("ref_latents") or ())
-    return Layout(*_grid(call["x"], patch), None, references)
+    sizes = [_grid(latents, patch) for latents in (call["x"], *(call.get("ref_latents") or ()))]
+    images = num_alike(sizes)
+    frames, height, width = sizes[0]
+    return Layout(images * frames, height, width, None, sum(map(math.prod, sizes[images:])))
 
 
 def _cogvideox(model: Any, call: Mapping[str, Any]) -> Layout:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from diffsparse.pipelines.family import Family, Layout
+from diffsparse.pipelines.family import Family, Layout, num_alike
 from diffsparse.pipelines.position_ids import read_once
 
 
 def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
-    """The gist of the prompt, the grid of the latents [B, C, height, width], cut into patches, then images to edit.
+    """The gist of the prompt, the grid of the latents [B, C, height, width], images to edit as large, then others.
 
     The gist stands at the end, padded, where prompts of a batch have gists of different length.
     """
@@ -19,16 +19,17 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     if latents is None or latents.ndim != 4 or text is None:
         return None
     patch = transformer.config.patch_size
-    height, width = (size // patch for size in latents.shape[2:])
-    references = sum(
-        (image.shape[2] // patch) * (image.shape[3] // patch) for image in call.get("context_latents") or ()
-    )
+    sizes = [
+        tuple(size // patch for size in each.shape[2:]) for each in (latents, *(call.get("context_latents") or ()))
+    ]
+    images, (height, width) = num_alike(sizes), sizes[0]
+    references = sum(math.prod(size) for size in sizes[images:])
     mask = call.get("encoder_attention_mask")
     lengths = [text.shape[2]] if mask is None else read_once(mask, lambda mask: mask.sum(1).tolist())
     gists = {_gist_tokens(transformer.config, length) for length in lengths}
     if len(gists) == 1:
-        return Layout(1, height, width, text_before=gists.pop(), text_after=references)
-    return Layout(1, height, width, text_after=references + max(gists))
+        return Layout(images, height, width, text_before=gists.pop(), text_after=references)
+    return Layout(images, height, width, text_after=references + max(gists))
 
 
 def _gist_tokens(config: Any, length: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,10 +13,10 @@ from torch import nn
 class Layout(NamedTuple):
     """Where the tokens of one attention sequence sit: `[text_before | grid | text_after]`.
 
-    The grid's tokens come frame by frame, row by row. "Text" is every token that has no place in the grid:
-    captions, reference images, registers. A layer whose sequence is as long as the grid sees none of it.
-    `text_before` or `text_after` is None where only the sequence itself shows how many tokens there are, as when the
-    model leaves padded text out.
+    The grid's tokens come frame by frame, row by row. References that follow an image and are as large are frames of
+    its grid. "Text" is every token that has no place in the grid: captions, other references, registers. A layer whose
+    sequence is as long as the grid sees none of it. `text_before` or `text_after` is None where only the sequence
+    itself shows how many tokens there are, as when the model leaves padded text out.
     """
 
     frames: int
@@ -24,6 +24,11 @@ class Layout(NamedTuple):
     width: int
     text_before: int | None = 0
     text_after: int | None = 0
+
+
+def num_alike(sizes: Sequence[Any]) -> int:
+    """How many of the sizes, from the first on, are equal: of an image and the references behind it, its frames."""
+    return next((place for place, size in enumerate(sizes) if size != sizes[0]), len(sizes))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""FLUX.1, and models laid out like it: text, then the image as one frame; double-stream, then single-stream blocks."""
+"""FLUX.1, and models laid out like it: text, then images as frames; double-stream, then single-stream blocks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,25 +13,18 @@ from diffsparse.pipelines.position_ids import read_once
 
 
 def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
-    """The text tokens, the grid that the position ids describe, then reference images' tokens (Kontext)."""
+    """The text tokens, the grid of the position ids, references as large as further frames, then others (Kontext)."""
     latents, text, ids = (call.get(name) for name in ("hidden_states", "encoder_hidden_states", "img_ids"))
     if latents is None or text is None or ids is None or ids.shape[-2] != latents.shape[1]:
         return None
-    size = read_once(ids, _image_size)
+    size = read_once(ids, _grid_size)
     if size is None:
         return None
-    height, width = size
-    return Layout(
-        frames=1,
-        height=height,
-        width=width,
-        text_before=text.shape[1],
-        text_after=latents.shape[1] - height * width,
-    )
+    return Layout(*size, text_before=text.shape[1], text_after=latents.shape[1] - math.prod(size))
 
 
-def _image_size(ids: Tensor) -> tuple[int, int] | None:
-    """Height and width of the image that the ids on the CPU begin with; None if it is no full grid.
+def _grid_size(ids: Tensor) -> tuple[int, int, int] | None:
+    """Images, height and width of the grid that the ids on the CPU begin with; None if the first is no full grid.
 
     An id is (which image, row, column). The generated image comes first, row by row; references have
     another first number.
@@ -49,7 +43,10 @@ def _image_size(ids: Tensor) -> tuple[int, int] | None:
         and bool((columns[1:width] >= columns[: width - 1]).all())
         and (width == 1 or bool(columns[0] < columns[1]))
     )
-    return (height, width) if is_grid else None
+    if not is_grid:
+        return None
+    places = ids[: len(ids) // num_tokens * num_tokens, 1:3].reshape(-1, num_tokens, 2)
+    return int((places == places[0]).all((1, 2)).cumprod(0).sum()), height, width
 
 
 FLUX = Family(

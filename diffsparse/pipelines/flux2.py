@@ -10,7 +10,7 @@ from diffsparse.pipelines.family import Family, Layout
 
 
 def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
-    """The text tokens, the grid that the position ids describe, then reference images' tokens.
+    """The text tokens, the grid of the position ids, references as large as further frames, then others.
 
     With a cache of the references' keys (Klein KV) attention has other processors and another order.
     """

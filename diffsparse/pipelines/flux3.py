@@ -10,7 +10,7 @@ from diffsparse.pipelines.family import Family, Layout
 
 
 def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
-    """The text tokens, the grid that the position ids describe, then reference images' tokens."""
+    """The text tokens, the grid of the position ids, then references."""
     image, references = flux.layout(transformer, call), call.get("image_cond_hidden_states")
     if image is None or references is None:
         return image

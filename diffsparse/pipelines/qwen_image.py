@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffsparse.pipelines.family import Family, Layout
+from diffsparse.pipelines.family import Family, Layout, num_alike
 
 
 def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
-    """The text tokens, the image that comes first in `img_shapes`, then reference images.
+    """The text tokens, the image that comes first in `img_shapes`, others as large as further frames, then the rest.
 
-    Layered models make several images of one size, which count as frames. Padded text stands before the image, so
-    that no key length can hide it: in a batch of prompts of different lengths the mask keeps every layer dense.
+    These are layers, or what the image is made from. Padded text stands before the image, so that no key length can
+    hide it: in a batch of prompts of different lengths the mask keeps every layer dense.
     """
     latents, text, rows = (call.get(name) for name in ("hidden_states", "encoder_hidden_states", "img_shapes"))
     if latents is None or latents.ndim != 3 or text is None or not rows:
@@ -23,8 +23,7 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     if any(other != shapes for other in others):
         return None
     frames, height, width = shapes[0]
-    if transformer.config.use_layer3d_rope:
-        frames *= next((i for i, shape in enumerate(shapes) if shape != shapes[0]), len(shapes))
+    frames *= num_alike(shapes)
     references = latents.shape[1] - frames * height * width
     if references < 0:
         return None

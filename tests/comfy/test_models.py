@@ -50,7 +50,7 @@ def layout(class_name, module, **call):
             "Flux",
             {"patch_size": 2},
             {"x": IMAGE, "context": TEXT, "ref_latents": [IMAGE, IMAGE[..., :5]]},
-            (1, 7, 10, None, 70 + 21),
+            (2, 7, 10, None, 21),
         ),
         ("Chroma", {"patch_size": 2}, {"x": IMAGE, "context": TEXT, "ref_latents": None}, (1, 7, 10, None, 0)),
         (

@@ -26,8 +26,8 @@ def grid(ids, tokens=None):
 @pytest.fixture
 def reads(monkeypatch):
     """How often the ids were read."""
-    read, sizes = [], flux._image_size
-    monkeypatch.setattr(flux, "_image_size", lambda ids: (read.append(ids), sizes(ids))[1])
+    read, sizes = [], flux._grid_size
+    monkeypatch.setattr(flux, "_grid_size", lambda ids: (read.append(ids), sizes(ids))[1])
     return read
 
 

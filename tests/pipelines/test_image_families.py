@@ -10,8 +10,11 @@ from diffsparse import Adaptive, SparseAttentionConfig
 from diffsparse.pipelines.families import find_family
 from diffsparse.pipelines.family import Layout
 
-SPARSE = SparseAttentionConfig(
-    Adaptive(density=0.3, query_block_size=16, key_block_size=16), dense_steps=0.0, min_tokens=0
+SPARSE, FULL = (
+    SparseAttentionConfig(
+        Adaptive(density=density, query_block_size=16, key_block_size=16), dense_steps=0.0, min_tokens=0
+    )
+    for density in (0.3, 1.0)
 )
 
 
@@ -56,11 +59,8 @@ def test_z_images_captions_may_differ_in_length_and_their_padding_is_no_key():
     called = Called("z_image", batch=2, x=images, cap_feats=captions)
     assert called.layout == Layout(1, 7, 5, text_after=64 - 35 + 64)
     assert called.ran() == (2, {})
-    full = SparseAttentionConfig(
-        Adaptive(density=1.0, query_block_size=16, key_block_size=16), dense_steps=0.0, min_tokens=0
-    )
     stock = called.run()
-    called.model.enable_sparse_attention(full)
+    called.model.enable_sparse_attention(FULL)
     torch.testing.assert_close(called.run(), stock)
 
 
@@ -74,14 +74,41 @@ def test_z_images_of_different_sizes_and_omni_calls_have_no_layout():
     assert Called("z_image", x=[images]).layout is None
 
 
-def test_qwen_images_layers_are_frames_and_a_reference_is_not():
+@pytest.mark.parametrize("layered", [True, False], ids=["layers", "references"])
+def test_qwen_images_of_one_size_are_frames_and_a_smaller_reference_is_not(layered):
     shapes = [[(1, 7, 5), (1, 7, 5), (1, 7, 5), (1, 2, 3)]]
     latents = random(1, 3 * 35 + 6, CHANNELS)
-    layered = {"use_layer3d_rope": True}
-    called = Called("qwen_image", config=layered, img_shapes=shapes, hidden_states=latents)
+    called = Called("qwen_image", config={"use_layer3d_rope": layered}, img_shapes=shapes, hidden_states=latents)
     assert called.layout == Layout(3, 7, 5, text_before=7, text_after=6)
     assert called.ran() == (2, {})
-    assert Called("qwen_image", img_shapes=shapes, hidden_states=latents).layout == Layout(1, 7, 5, 7, 2 * 35 + 6)
+
+
+@pytest.mark.parametrize(
+    ("references", "expected"),
+    [
+        ([(7, 5)], Layout(2, 7, 5, text_before=7)),
+        ([(7, 5), (7, 5), (4, 3)], Layout(3, 7, 5, text_before=7, text_after=12)),
+        ([(4, 3), (7, 5)], Layout(1, 7, 5, text_before=7, text_after=12 + 35)),
+        # What lies beyond the image's own places has none in the grid.
+        ([(8, 5)], Layout(2, 7, 5, text_before=7, text_after=5)),
+        ([(5, 7)], Layout(1, 7, 5, text_before=7, text_after=35)),
+    ],
+)
+def test_references_at_the_places_of_the_image_are_frames_of_flux(references, expected):
+    ids = torch.cat([image_ids(7, 5), *(image_ids(*size, image=1) for size in references)])
+    called = Called("flux", img_ids=ids, hidden_states=random(1, len(ids), CHANNELS))
+    assert called.layout == expected
+    assert called.ran() == (4, {})
+    stock = called.run()
+    called.model.enable_sparse_attention(FULL)
+    torch.testing.assert_close(called.run(), stock)
+
+
+def test_images_to_edit_as_large_as_the_image_are_frames_of_bria_fibo2():
+    images = [random(1, CHANNELS, 14, 10), random(1, CHANNELS, 8, 6)]
+    called = Called("bria_fibo2", context_latents=images)
+    assert called.layout == Layout(2, 7, 5, called.tiny.text_before, 12)
+    assert called.ran() == (2, {})
 
 
 def test_qwen_images_of_different_sizes_or_other_latents_have_no_layout():
