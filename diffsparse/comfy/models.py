@@ -115,6 +115,11 @@ def _flux(model: Any, call: Mapping[str, Any]) -> Layout:
     return Layout(images * frames, height, width, None, sum(map(math.prod, sizes[images:])))
 
 
+def _chroma(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[what a node puts before the text, text | image]. References are handed to the model, which leaves them out."""
+    return _flux(model, {"x": call["x"]})
+
+
 def _cogvideox(model: Any, call: Mapping[str, Any]) -> Layout:
     """[text | video]."""
     grid = _grid(call["x"], (model.patch_size_t or 1, model.patch_size, model.patch_size))
@@ -166,7 +171,7 @@ MODELS: tuple[ComfyModel, ...] = (
     ComfyModel("wan_scail", ("SCAILWanModel", "SCAIL2WanModel"), ("blocks",), "dim", _wan_scail),
     ComfyModel("hunyuan_video", ("HunyuanVideo",), ("double_blocks", "single_blocks"), "hidden_size", _hunyuan_video),
     ComfyModel("flux", ("Flux",), ("double_blocks", "single_blocks"), "hidden_size", _flux),
-    ComfyModel("chroma", ("Chroma",), ("double_blocks", "single_blocks"), "hidden_size", _flux),
+    ComfyModel("chroma", ("Chroma",), ("double_blocks", "single_blocks"), "hidden_size", _chroma),
     ComfyModel("qwen_image", ("QwenImageTransformer2DModel",), ("transformer_blocks",), "inner_dim", _flux),
     ComfyModel("cogvideox", ("CogVideoXTransformer3DModel",), ("blocks",), "dim", _cogvideox),
     ComfyModel("ltx", ("LTXVModel", "LTXAVModel"), ("transformer_blocks",), "inner_dim", _ltx),

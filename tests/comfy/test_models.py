@@ -52,7 +52,7 @@ def layout(class_name, module, **call):
             {"x": IMAGE, "context": TEXT, "ref_latents": [IMAGE, IMAGE[..., :5]]},
             (2, 7, 10, None, 21),
         ),
-        ("Chroma", {"patch_size": 2}, {"x": IMAGE, "context": TEXT, "ref_latents": None}, (1, 7, 10, None, 0)),
+        ("Chroma", {"patch_size": 2}, {"x": IMAGE, "context": TEXT, "ref_latents": [IMAGE]}, (1, 7, 10, None, 0)),
         (
             "QwenImageTransformer2DModel",
             {"patch_size": 2},
