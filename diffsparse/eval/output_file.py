@@ -42,4 +42,5 @@ def write_json(file: Path, contents: dict[str, Any], default: Callable[[Any], st
     """Write a file whole or not at all; `default` names what JSON has no word for, but for numbers that are none."""
     text = json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False, default=default)
     with whole_file(file) as unfinished:
-        unfinished.write_text(text + "\n", "utf-8")
+        # Bytes of a file's name that are no UTF-8 become JSON's own \u.
+        unfinished.write_text(text + "\n", "utf-8", "backslashreplace")

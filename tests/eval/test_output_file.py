@@ -69,3 +69,9 @@ def test_json_is_written_whole_or_the_old_file_stays(tmp_path):
             write_json(file, contents)
     assert json.loads(file.read_text(encoding="utf-8")) == {"×": [1, "{1j}"]}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_name_that_is_no_text_is_written_as_json_writes_it(tmp_path):
+    name = os.fsdecode(b"\xff.mp4")
+    write_json(tmp_path / "a.json", {"a": name})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"a": name}
