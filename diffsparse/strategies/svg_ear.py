@@ -31,8 +31,8 @@ class SVGEAR:
     As of `SVG2` the method's own unit is the cluster, and here the block: so its means are of blocks, and errors are
     those of blocks of keys, averaged over the queries of a block of queries by the clusters that these belong to. The
     paper's ratio of error to cost is the error then, since blocks cost the same. For the average, errors of a centroid
-    are taken over the square of the sum of its weights. The rule and its numbers are those of the code released with
-    SVOO (github.com/Mutual-Luo/SVOO, `README_EAR.md`).
+    are taken over the square of the sum of its weights. The rule, `mass` and `least` are those of the code released
+    with SVOO (github.com/Mutual-Luo/SVOO, `README_EAR.md`); how many clusters and iterations, those of `SVG2`.
 
     Args:
         query_clusters, key_clusters: at most; no more than there are blocks of video.

@@ -9,6 +9,7 @@ from plain_rules import is_text, random_qkv
 
 from diffsparse import SVG2, SVGEAR
 from diffsparse.grid import TokenGrid
+from diffsparse.strategies.clustered_tokens import Clusters
 from diffsparse.strategies.strategy import AttentionCall
 from diffsparse.strategies.svg_ear import errors_of_means
 
@@ -70,8 +71,6 @@ def test_as_many_blocks_as_svg2_would_see_and_those_that_err_most():
 
 def centroids_of(x, count: int):
     """The centroids of one head's video queries [S, D], and the cluster of each token."""
-    from diffsparse.strategies.clustered_tokens import Clusters
-
     clusters = Clusters.of_video(x[None, None], GRID, count, OPTIONS.iterations, OPTIONS.seed)
     labels = {token + GRID.text_before: int(label) for token, label in enumerate(clusters.labels[0])}
     return clusters.centroids[0, 0], labels
