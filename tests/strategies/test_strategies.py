@@ -54,7 +54,7 @@ LISTED = [
     RainFusion2(density=0.3, window=(2, 4), **SMALL),
     SVG2(query_clusters=6, key_clusters=10, mass=0.5, iterations=2, **SMALL),
     SVGEAR(query_clusters=6, key_clusters=10, mass=0.5, iterations=2, **SMALL),
-    SVOO(query_clusters=6, key_clusters=10, mass=0.5, sampled_rows=16, **SMALL),
+    SVOO(query_clusters=6, key_clusters=10, mass=0.2, least=0.0, most=1.0, sampled_rows=16, **SMALL),
     SolAttention(tau=0.8, **SMALL),
     XAttention(mass=0.5, stride=4, **SMALL),
     SparseD(density=0.3, **SMALL),
@@ -162,6 +162,18 @@ def test_keys_that_do_not_exist_change_nothing(strategy):
         x[0, :, -10:] = 1000.0
     after = strategy.plan(query, key, value, call).attend(query, key, value, key_length=length)
     assert torch.equal(before, after)
+
+
+def test_a_fourth_of_the_scale_is_a_fourth_of_the_query(strategy):
+    """Both are exact in binary, so that all that follows from them is the same."""
+    grid = GRIDS[1]
+    query, key, value = random_qkv(grid)
+    query *= 6
+    call = AttentionCall(grid, step=5, num_steps=20)
+    by_scale = strategy.plan(query, key, value, dataclasses.replace(call, scale=24**-0.5 / 4))
+    by_query = strategy.plan(query / 4, key, value, call)
+    assert torch.equal(by_scale.mask.visible(), by_query.mask.visible())
+    assert torch.equal(by_scale.attend(query / 4, key, value), by_query.attend(query / 4, key, value))
 
 
 def test_the_same_inputs_give_the_same_plan(strategy):
