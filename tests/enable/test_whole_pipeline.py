@@ -151,6 +151,23 @@ def test_two_threads_may_call_one_transformer(place, monkeypatch):
         assert (report.sparse_calls, report.dense_calls) == (1 + 3, 2)
 
 
+def test_another_thread_makes_plans_of_its_own(monkeypatch):
+    """It may be in the middle of another video."""
+    tiny = TINY["wan"]
+    model = tiny.make()
+    call = tiny.call(model, (3, 7, 5))
+    first, second, third = (call | {"timestep": call["timestep"] - step} for step in range(3))
+    planned, plan = [], Adaptive.plan
+    monkeypatch.setattr(Adaptive, "plan", lambda *args: planned.append(threading.get_ident()) or plan(*args))
+    model.enable_sparse_attention(SPARSE)
+    run(model, first)
+    run(model, second)
+    other = threading.Thread(target=run, args=(model, third))
+    other.start()
+    other.join()
+    assert planned == [threading.get_ident()] * len(tiny.layers) + [other.ident] * len(tiny.layers)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("place", ["between steps", "in a layer", "in the strategy"])
 def test_an_interrupted_generation_leaves_the_pipeline_usable(pipeline, error, place, monkeypatch):
