@@ -20,8 +20,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield unfinished
         os.replace(unfinished, path)
     except OSError as error:
-        # A full disk does not say of which file.
-        error.filename = error.filename or str(path)
+        # A full disk does not say of which file. One without a number would lose its own words to the name.
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
     finally:
         unfinished.unlink(missing_ok=True)
