@@ -6,7 +6,7 @@ import pytest
 import torch
 from commands import parsed
 
-from diffsparse.eval import bench, timing
+from diffsparse.eval import bench, random_attention, timing
 from diffsparse.kernels import block_sparse_eager, self_test
 
 
@@ -42,6 +42,22 @@ def test_every_case_is_measured_and_written(tmp_path, capsys):
     assert "bfloat16 by eager, float32 by eager" in printed
     # Nothing is cut off in 80 columns.
     assert "…" not in printed
+
+
+def test_the_lists_of_a_ragged_case_are_ragged(monkeypatch):
+    counts = []
+
+    def random_lists(*args, **options):
+        lists = make(*args, **options)
+        counts.append(lists[1].unique().numel())
+        return lists
+
+    make = random_attention.random_lists
+    monkeypatch.setattr(random_attention, "random_lists", random_lists)
+    cases = bench.make_cases(parse(*SMALL, "--tokens", "1024", "--densities", "0.5", "--dtypes", "float32"))
+    for case in cases:
+        bench.bench_attention(case, 1, torch.device("cpu"), "eager")
+    assert [count > 1 for count in counts] == [case.ragged for case in cases] == [False, True, False]
 
 
 def test_calls_take_turns_and_short_ones_are_repeated(monkeypatch):

@@ -47,7 +47,15 @@ def test_the_folder_of_an_old_file_has_to_take_a_new_one(tmp_path, monkeypatch):
         check_output_file("--json", tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("command", ["plan --family flux --size 1024x1024 --gpu H200 --json", "families --output"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "plan --family flux --size 1024x1024 --gpu H200 --json",
+        "families --output",
+        "doctor --json",
+        "bench --tokens 128 --heads 1 --head-dim 8 --repeats 1 --densities 0.5 --dtypes float32 --output",
+    ],
+)
 def test_an_old_file_outlives_a_new_one_that_cannot_be_written(tmp_path, monkeypatch, capsys, command):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
