@@ -155,6 +155,20 @@ def test_triton_is_imported_where_it_is_launched():
     assert at_loading == set()
 
 
+def test_every_launch_says_that_products_and_sums_are_fused():
+    launches = [
+        call
+        for file in (ROOT / "diffsparse" / "kernels").glob("*.py")
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Subscript)
+        and ast.unparse(call.func.value).endswith("_kernel")
+    ]
+    assert launches
+    silent = [ast.unparse(call.func) for call in launches if "**FUSION" not in ast.unparse(call)]
+    assert not silent
+
+
 @pytest.mark.parametrize("name", FOLDERS_WITH_LINKS)
 def test_a_folder_with_a_link_is_no_package_of_its_own(name):
     # With an __init__.py, `import kernels` from the root would find ours and not Hugging Face's.

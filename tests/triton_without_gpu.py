@@ -28,6 +28,8 @@ def compile_for(capability, kernel, pointers, constants, even=(), options=None):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from diffsparse.kernels.launch import FUSION
+
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     aligned = [
         i
@@ -38,7 +40,7 @@ def compile_for(capability, kernel, pointers, constants, even=(), options=None):
     source = ASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=(options or {}) | FUSION)
 
 
 class Operators(TorchDispatchMode):

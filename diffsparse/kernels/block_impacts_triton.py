@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffsparse.kernels.launch import launch_on, step_of_heads
+from diffsparse.kernels.launch import FUSION, launch_on, step_of_heads
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -78,6 +78,7 @@ def block_impacts(
             tokens,
             TAIL=tail,
             **chosen,
+            **FUSION,
         )
     return impacts
 

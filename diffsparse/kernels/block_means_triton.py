@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffsparse.kernels.launch import launch_on, step_of_heads
+from diffsparse.kernels.launch import FUSION, launch_on, step_of_heads
 
 # Numbers taken at a time: as many tokens as have them. The size of a block is no constant.
 NUMBERS = 4096
@@ -42,6 +42,7 @@ def block_means(x: Tensor, block_size: int, key_length: Tensor | None, order: Te
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,
             ROWS=max(NUMBERS // padded_dim, 1),
+            **FUSION,
         )
     return means, token_counts
 

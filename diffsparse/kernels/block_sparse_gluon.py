@@ -19,7 +19,7 @@ from diffsparse.kernels import block_sparse_triton
 from diffsparse.kernels.hopper_kernel_gluon import attention_kernel
 from diffsparse.kernels.hopper_lists_gluon import TILE
 from diffsparse.kernels.hopper_tiles_gluon import descriptor_layout
-from diffsparse.kernels.launch import launch_on, outputs, step_of_heads
+from diffsparse.kernels.launch import FUSION, launch_on, outputs, step_of_heads
 from diffsparse.kernels.operands_triton import Operands, prepared
 from diffsparse.kernels.pooling import tail_sizes
 from diffsparse.kernels.quantization import of_key_mean
@@ -223,7 +223,7 @@ def launch(
             STAGES=STAGES[head_dim, key.element_size(), value.element_size()],
             num_warps=4,
             # Numbers of INT8 are INT_OFFSET too large, which only the exact product takes away again.
-            enable_fp_fusion=True,
+            **FUSION,
         )
     return out, lse
 

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffsparse.kernels import amd, quantization
 from diffsparse.kernels.block_sparse_kernel_triton import attention_kernel
-from diffsparse.kernels.launch import launch_on, outputs, step_of_heads
+from diffsparse.kernels.launch import FUSION, launch_on, outputs, step_of_heads
 from diffsparse.kernels.operands_triton import prepared
 from diffsparse.kernels.pooling import tail_sizes
 from diffsparse.kernels.schedule import heavy_first
@@ -160,8 +160,7 @@ def attend(
             VALUES=quantization.PRECISIONS[precision].values,
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
-            # Or each logit would take two instructions.
-            enable_fp_fusion=True,
+            **FUSION,
         )
     if return_lse and operands.key_mean is not None:
         lse += scale * quantization.of_key_mean(query, operands.key_mean)

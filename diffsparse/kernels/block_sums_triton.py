@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffsparse.kernels.launch import launch_on
+from diffsparse.kernels.launch import FUSION, launch_on
 
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 LARGEST_TILES = 96 << 10
@@ -66,6 +66,7 @@ def block_sums(
             PADDED_ROWS=triton.next_power_of_2(max(rows, 16)),
             BLOCK=block_size,
             PADDED_BLOCK=triton.next_power_of_2(max(block_size, 16)),
+            **FUSION,
         )
     return numerators, *sums.unbind(), *means.unbind()
 

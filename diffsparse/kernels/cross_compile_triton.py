@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsparse.kernels import amd
+from diffsparse.kernels.launch import FUSION
 from diffsparse.kernels.quantization import PRECISIONS
 
 # Bytes of shared memory that a program may use: NVIDIA, CUDA C++ Programming Guide, technical specifications.
@@ -121,7 +122,7 @@ def compile_attention(
             attrs={(i,): [["tt.divisibility", 16]] for i in places},
         ),
         target=target(architecture),
-        options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True},
+        options={"num_warps": chosen.num_warps, "num_stages": chosen.num_stages} | FUSION,
     )
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffsparse.kernels.launch import launch_on
+from diffsparse.kernels.launch import FUSION, launch_on
 
 # Blocks or entries of a list taken at a time. The number of blocks is no constant: another resolution compiles nothing.
 CHUNK = 1024
@@ -26,7 +26,7 @@ def lists_of(bits: Tensor, num_blocks: int) -> Tensor:
     """
     lists = torch.empty((*bits.shape[:-1], num_blocks), dtype=torch.int32, device=bits.device)
     with launch_on(bits.device):
-        lists_kernel[(bits.shape[:-1].numel(),)](bits.contiguous(), lists, num_blocks, CHUNK=CHUNK)
+        lists_kernel[(bits.shape[:-1].numel(),)](bits.contiguous(), lists, num_blocks, CHUNK=CHUNK, **FUSION)
     return lists
 
 
@@ -54,6 +54,7 @@ def tail_sizes(
             key_block_size,
             num_padded,
             CHUNK=CHUNK,
+            **FUSION,
         )
     return sizes
 

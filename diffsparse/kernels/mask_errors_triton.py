@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffsparse.kernels.launch import launch_on
+from diffsparse.kernels.launch import FUSION, launch_on
 
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 KEY_TILE = 16
@@ -65,6 +65,7 @@ def mask_errors(
             num_masks,
             **chosen,
             **OPTIONS,
+            **FUSION,
         )
     by_head = squares.sum((0, 2, 3))  # [H, 2 * C * (N + 1) + 1]
     return by_head[:, :-1].unflatten(1, (2, rules, num_limits)), by_head[:, -1]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffsparse.kernels.launch import launch_on, step_of_heads
+from diffsparse.kernels.launch import FUSION, launch_on, step_of_heads
 from diffsparse.kernels.quantization import E4M3_MAX, INT8_MAX, LEAST_ABSMAX
 
 LEAST = tl.constexpr(LEAST_ABSMAX)
@@ -92,6 +92,7 @@ def quantize_blocks(
             BLOCK=block_size,
             LARGEST=LARGEST[number],
             num_warps=num_warps(block_size * padded_width * (2 if number == "int4" else 1)),
+            **FUSION,
         )
     return QuantizedBlocks(values, scales, means)
 
@@ -122,7 +123,7 @@ def quantize_values(
     warps = num_warps(block_size * channels)
     with launch_on(value.device):
         channel_absmax_kernel[grid](
-            value, key_length, absmax, *value.stride()[:3], heads, num_tokens, **shapes, num_warps=warps
+            value, key_length, absmax, *value.stride()[:3], heads, num_tokens, **shapes, num_warps=warps, **FUSION
         )
         absmax.clamp_(min=LEAST_ABSMAX)
         quantize_values_kernel[grid](
@@ -139,6 +140,7 @@ def quantize_values(
             padded_tokens,
             **shapes,
             num_warps=warps,
+            **FUSION,
         )
     return QuantizedValues(values, absmax / LARGEST[number], means)
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffsparse.kernels.launch import launch_on, step_of_heads
+from diffsparse.kernels.launch import FUSION, launch_on, step_of_heads
 
 ROWS = 64
 
@@ -48,6 +48,7 @@ def _launch(x: Tensor, order: Tensor, out: Tensor, *, scatters: bool) -> None:
             PADDED_DIM=triton.next_power_of_2(dim),
             ROWS=ROWS,
             SCATTERS=scatters,
+            **FUSION,
         )
 
 

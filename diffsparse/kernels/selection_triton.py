@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffsparse.kernels.launch import launch_on
+from diffsparse.kernels.launch import FUSION, launch_on
 
 # Blocks taken at a time.
 CHUNK = 512
@@ -44,6 +44,7 @@ def select_blocks(scores: Tensor, counts: Tensor, always: Tensor) -> tuple[Tenso
             *scores.stride()[:2],
             num_blocks,
             CHUNK=CHUNK,
+            **FUSION,
         )
     return bits, num_seen
 

@@ -10,6 +10,7 @@ from running_products import touched_while_running
 
 from diffsparse.kernels import backends
 from diffsparse.kernels.cross_compile_triton import machine_code, resources
+from diffsparse.kernels.launch import FUSION
 from diffsparse.kernels.quantization import PRECISIONS
 
 triton = pytest.importorskip("triton")
@@ -167,7 +168,7 @@ def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
     source = GluonASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in places}
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": True})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4} | FUSION)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ def compile_for(capability, dim, num_masks):
     from triton.compiler import ASTSource
 
     from diffsparse.kernels import mask_errors_triton
+    from diffsparse.kernels.launch import FUSION
 
     kernel = mask_errors_triton.mask_errors_kernel
     constants = mask_errors_triton.constants(dim, num_masks)
@@ -36,7 +37,7 @@ def compile_for(capability, dim, num_masks):
     source = ASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=mask_errors_triton.OPTIONS)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=mask_errors_triton.OPTIONS | FUSION)
 
 
 # Of the default candidates an order has two rules at five numbers of blocks and all; there are four rules.

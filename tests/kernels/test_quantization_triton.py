@@ -28,6 +28,7 @@ def compile_for(capability, kernel, pointers, constants, num_elements):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from diffsparse.kernels.launch import FUSION
     from diffsparse.kernels.quantization_triton import num_warps
 
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
@@ -42,7 +43,7 @@ def compile_for(capability, kernel, pointers, constants, num_elements):
             attrs={(i,): [["tt.divisibility", 16]] for i in places},
         ),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps(num_elements)},
+        options={"num_warps": num_warps(num_elements)} | FUSION,
     )
 
 
