@@ -29,13 +29,16 @@ if TYPE_CHECKING:
     from diffsparse.report import SparseAttentionReport as SparseAttentionReport
     from diffsparse.report import TransformerReport as TransformerReport
     from diffsparse.session import DenseFallback as DenseFallback
+    from diffsparse.strategies.ada_spa import AdaSpa as AdaSpa
     from diffsparse.strategies.adaptive import Adaptive as Adaptive
     from diffsparse.strategies.calibrated import Calibrated as Calibrated
     from diffsparse.strategies.dense import Dense as Dense
     from diffsparse.strategies.draft_attention import DraftAttention as DraftAttention
     from diffsparse.strategies.flex_prefill import FlexPrefill as FlexPrefill
+    from diffsparse.strategies.jenga import Jenga as Jenga
     from diffsparse.strategies.minference import MInference as MInference
     from diffsparse.strategies.mm_inference import MMInference as MMInference
+    from diffsparse.strategies.nabla import NABLA as NABLA
     from diffsparse.strategies.paro_attention import PAROAttention as PAROAttention
     from diffsparse.strategies.radial import Radial as Radial
     from diffsparse.strategies.rain_fusion import RainFusion as RainFusion
@@ -68,13 +71,16 @@ _HOMES = {
     "SparseAttentionReport": "report",
     "TransformerReport": "report",
     "DenseFallback": "session",
+    "AdaSpa": "strategies.ada_spa",
     "Adaptive": "strategies.adaptive",
     "Calibrated": "strategies.calibrated",
     "Dense": "strategies.dense",
     "DraftAttention": "strategies.draft_attention",
     "FlexPrefill": "strategies.flex_prefill",
+    "Jenga": "strategies.jenga",
     "MInference": "strategies.minference",
     "MMInference": "strategies.mm_inference",
+    "NABLA": "strategies.nabla",
     "PAROAttention": "strategies.paro_attention",
     "Radial": "strategies.radial",
     "RainFusion": "strategies.rain_fusion",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,38 @@ def tile_order(grid: TokenGrid, tile: tuple[int, int, int]) -> Tensor:
     # A stable sort keeps the frame-major order inside each tile.
     by_tile = torch.argsort(tile_of_token(grid, tile), stable=True)
     return _with_text_last(grid, _video_tokens(grid).reshape(-1)[by_tile])
+
+
+def hilbert_order(grid: TokenGrid) -> Tensor:
+    """The tokens along a Hilbert curve through frames, rows and columns, text last: token indices [S], on the CPU.
+
+    The curve fills the smallest cube, or square, of a power of two that holds the grid, one neighbour after the other;
+    what it meets outside the grid is left out. J. Skilling, Programming the Hilbert curve, AIP Conference Proceedings
+    707, 2004.
+    """
+    # An image is a plane, and its curve one of the plane.
+    sides = [side for side in (grid.frames, grid.height, grid.width) if side > 1] or [1]
+    num_bits = (max(sides) - 1).bit_length()
+    places = torch.meshgrid(*(torch.arange(side, device="cpu") for side in sides), indexing="ij")
+    axes = [place.reshape(-1).clone() for place in places]
+    for bit in reversed(range(1, num_bits)):
+        below = (1 << bit) - 1
+        for axis in axes:
+            turned = (axis >> bit) & 1 == 1
+            exchanged = torch.where(turned, 0, (axes[0] ^ axis) & below)
+            axes[0] ^= torch.where(turned, below, exchanged)
+            if axis is not axes[0]:
+                axis ^= exchanged
+    for before, axis in itertools.pairwise(axes):
+        axis ^= before
+    flips = torch.zeros(grid.num_video_tokens, dtype=torch.long, device="cpu")
+    for bit in range(1, num_bits):
+        flips ^= torch.where((axes[-1] >> bit) & 1 == 1, (1 << bit) - 1, 0)
+    along = torch.zeros_like(flips)
+    for bit in reversed(range(num_bits)):
+        for axis in axes:
+            along = (along << 1) | (((axis ^ flips) >> bit) & 1)
+    return _with_text_last(grid, _video_tokens(grid).reshape(-1)[along.argsort()])
 
 
 def tile_of_token(grid: TokenGrid, tile: tuple[int, int, int]) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffsparse.grid import TokenGrid
-from diffsparse.permutation import AXES, Permutation, axis_order, tile_order
+from diffsparse.permutation import AXES, Permutation, axis_order, hilbert_order, tile_order
 
 GRID = TokenGrid(3, 5, 7, text_before=2, text_after=4)
 
@@ -35,7 +35,32 @@ def test_tile_order_fills_one_tile_before_the_next():
     assert order[: len(first_tile) + len(ragged_tile)] == first_tile + ragged_tile
 
 
-@pytest.mark.parametrize("order", [axis_order(GRID, ("width", "frame", "height")), tile_order(GRID, (2, 3, 2))])
+def places_along_the_curve(grid: TokenGrid) -> list[tuple[int, int, int]]:
+    tokens = (hilbert_order(grid)[: grid.num_video_tokens] - grid.text_before).tolist()
+    return [(i // (grid.height * grid.width), i // grid.width % grid.height, i % grid.width) for i in tokens]
+
+
+@pytest.mark.parametrize("grid", [TokenGrid(8, 8, 8), TokenGrid(2, 2, 2), TokenGrid(1, 16, 16), TokenGrid(4, 1, 1)])
+def test_a_hilbert_curve_goes_from_neighbour_to_neighbour(grid):
+    places = places_along_the_curve(grid)
+    steps = [sum(abs(a - b) for a, b in zip(here, there)) for here, there in itertools.pairwise(places)]
+    assert steps == [1] * (grid.num_video_tokens - 1)
+
+
+def test_each_eighth_of_a_hilbert_curve_fills_an_octant():
+    places = places_along_the_curve(TokenGrid(8, 8, 8))
+    octants = [tuple(side // 4 for side in place) for place in places]
+    assert all(len(set(octants[first : first + 64])) == 1 for first in range(0, 512, 64))
+
+
+def test_a_grid_has_its_part_of_the_curve_through_the_cube_around_it():
+    inside = [place for place in places_along_the_curve(TokenGrid(8, 8, 8)) if all(map(int.__lt__, place, (3, 5, 7)))]
+    assert places_along_the_curve(GRID) == inside
+
+
+@pytest.mark.parametrize(
+    "order", [axis_order(GRID, ("width", "frame", "height")), tile_order(GRID, (2, 3, 2)), hilbert_order(GRID)]
+)
 def test_every_token_appears_once_and_text_comes_last(order):
     assert sorted(order.tolist()) == list(range(GRID.num_tokens))
     assert order[GRID.num_video_tokens :].tolist() == [0, 1, *range(107, 111)]

@@ -18,7 +18,9 @@ from diffsparse.heads import HeadClass
 from diffsparse.strategies.adaptive import Adaptive, Candidate
 from diffsparse.strategies.draft_attention import DraftAttention
 from diffsparse.strategies.flex_prefill import FlexPrefill
+from diffsparse.strategies.jenga import Jenga
 from diffsparse.strategies.minference import MInference
+from diffsparse.strategies.nabla import NABLA
 from diffsparse.strategies.radial import Radial
 from diffsparse.strategies.rain_fusion import RainFusion
 from diffsparse.strategies.rain_fusion2 import RainFusion2
@@ -67,7 +69,10 @@ NAMED = (
     Row("random blocks", Adaptive(candidates=RANDOM, equal_heads=True, front_load=0.0, **BLOCKS)),
     Row("DraftAttention", DraftAttention(patch=(8, 8), **BLOCKS)),
     Row("FlexPrefill", FlexPrefill(block_size=64), "mass"),
+    # Blocks that touch are 24 % of so small a grid, and the window of NABLA is 55 %.
+    Row("Jenga", Jenga(neighbours=False, **BLOCKS)),
     Row("MInference", MInference(block_size=64)),
+    Row("NABLA", NABLA(window=None, **BLOCKS), "mass"),
     Row("Radial", Radial(**BLOCKS), "decay"),
     # The released code's rule: the checkerboard of the paper's keeps half of the keys, whatever the density.
     Row("RainFusion", RainFusion(rule="two-way", **BLOCKS)),

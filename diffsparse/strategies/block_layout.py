@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffsparse.block_mask import BlockMask, num_blocks
 from diffsparse.grid import TokenGrid
-from diffsparse.permutation import Permutation, axis_order, tile_order
+from diffsparse.permutation import Permutation, axis_order, hilbert_order, tile_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks, first_exact_place, first_frame_last
 
@@ -54,14 +54,18 @@ def block_layout(
     device: torch.device,
     *,
     tile: tuple[int, int, int] | None = None,
+    hilbert: bool = False,
     first_frame: bool = False,
 ) -> BlockLayout:
-    """The layout of a grid in frame-major order, or by tiles of `tile` tokens (frames, height, width).
+    """The layout of a grid in frame-major order, by tiles of `tile` tokens (frames, height, width), or along a curve.
 
-    `first_frame` makes the first frame exact too, and moves it between the other frames and the text. Made once for
-    each set of arguments.
+    `hilbert` asks for the curve. `first_frame` makes the first frame exact too, and moves it between the other frames
+    and the text. Made once for each set of arguments.
     """
-    order = axis_order(grid, ("frame", "height", "width")) if tile is None else tile_order(grid, tile)
+    if hilbert:
+        order = hilbert_order(grid)
+    else:
+        order = axis_order(grid, ("frame", "height", "width")) if tile is None else tile_order(grid, tile)
     if first_frame:
         order = first_frame_last(grid, order)
     always = exact_blocks(

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffsparse.block_mask import num_blocks
 from diffsparse.grid import TokenGrid
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
 from diffsparse.strategies.option_checks import check_integers, check_sides
 from diffsparse.strategies.strategy import AttentionCall
+from diffsparse.strategies.tile_windows import blocks_of_windows
 
 
 @dataclass(frozen=True)
@@ -58,35 +58,5 @@ class SlidingTile:
 def _plan(grid: TokenGrid, options: SlidingTile, device: torch.device) -> AttentionPlan:
     blocks = options.query_block_size, options.key_block_size
     layout = block_layout(grid, *blocks, device, tile=options.tile)
-    sizes = (grid.frames, grid.height, grid.width)
-    # A pair of tiles sees one another where their places along each of the three sides do.
-    seen = torch.ones(1, 1, dtype=torch.float32)
-    for size, side, width in zip(sizes, options.tile, options.window):
-        seen = torch.kron(seen, _window(num_blocks(size, side), width).float())
-    tiles = _tile_of_place(sizes, options.tile)
-    queries, keys = (_tiles_of_blocks(tiles, size, grid.num_tokens) for size in blocks)
-    visible = (queries @ seen @ keys.T > 0).to(device)
+    visible = blocks_of_windows(grid, options.tile, options.window, *blocks, moved_inwards=True).to(device)
     return layout.plan((visible | layout.always)[None, None])
-
-
-def _window(tiles: int, width: int) -> Tensor:
-    """Which of `tiles` in a row each of them sees: `width` around itself, moved inwards at the ends. [T, T] bool."""
-    place = torch.arange(tiles)
-    first = (place - width // 2).clamp(min=0, max=max(0, tiles - width))[:, None]
-    return (place >= first) & (place < first + width)
-
-
-def _tile_of_place(sizes: tuple[int, int, int], tile: tuple[int, int, int]) -> Tensor:
-    """The tile of each video token, in the order of the tiles: [F * H * W] int64."""
-    tokens = torch.ones(1, dtype=torch.long)
-    for size, side in zip(sizes, tile):
-        lengths = torch.tensor([min(side, size - first) for first in range(0, size, side)])
-        tokens = torch.kron(tokens, lengths)
-    return torch.repeat_interleave(tokens)
-
-
-def _tiles_of_blocks(tiles: Tensor, block_size: int, num_tokens: int) -> Tensor:
-    """Which tiles each block has tokens of, [blocks, T] float32 of 0 and 1; blocks of text have none."""
-    holds = torch.zeros(num_blocks(num_tokens, block_size), int(tiles[-1]) + 1, dtype=torch.float32)
-    holds[torch.arange(len(tiles)) // block_size, tiles] = 1.0
-    return holds

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from diffsparse.block_mask import num_blocks
 from diffsparse.kernels.pooling import block_token_counts
 from diffsparse.plan import AttentionPlan
+from diffsparse.strategies.block_attention import block_attention
 from diffsparse.strategies.block_layout import block_layout
 from diffsparse.strategies.option_checks import check_density, check_integers
-from diffsparse.strategies.planning_memory import slices
 from diffsparse.strategies.strategy import AttentionCall
 from diffsparse.strategies.top_blocks import top_blocks
 
@@ -49,25 +46,8 @@ class SparseD:
         """The plan of a layer; see `Strategy.plan`."""
         layout = block_layout(call.grid, self.query_block_size, self.key_block_size, query.device)
         scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-        attention = self._mean_attention(layout.ordered(query) * scale, layout.ordered(key), call.key_length)
-        count = int(self.density * attention.shape[-1]) + 1
-        return layout.plan(top_blocks(attention, count, layout.always), lasts=True)
-
-    def _mean_attention(self, query: Tensor, key: Tensor, key_length: Tensor | None) -> Tensor:
-        """The softmax, averaged over each pair of blocks, [B, H, Q, K] float32. The query comes scaled."""
-        batch, heads, tokens, _ = query.shape
-        size, key_blocks = self.query_block_size, num_blocks(tokens, self.key_block_size)
-        mean = query.new_empty((batch, heads, num_blocks(tokens, size), key_blocks), dtype=torch.float32)
-        if key_length is not None:
-            beyond = (torch.arange(tokens, device=key.device) >= key_length[:, None])[:, None, None]
-        # Float32 scores of one query block of each head, and their softmax.
-        for some in slices(heads, 8 * batch * size * tokens):
-            for block in range(mean.shape[2]):
-                rows = query[:, some, block * size : (block + 1) * size]
-                scores = (rows @ key[:, some].transpose(-1, -2)).float()
-                if key_length is not None:
-                    scores.masked_fill_(beyond, -torch.inf)
-                attention = F.pad(scores.softmax(-1).mean(2), (0, key_blocks * self.key_block_size - tokens))
-                mean[:, some, block] = attention.unflatten(2, (key_blocks, self.key_block_size)).sum(3)
-        tokens_of_block = block_token_counts(tokens, self.key_block_size, key_length, query.device)
-        return mean / tokens_of_block.clamp(min=1)[:, None, None]
+        sizes = self.query_block_size, self.key_block_size
+        shares = block_attention(layout.ordered(query) * scale, layout.ordered(key), *sizes, call.key_length)
+        tokens = block_token_counts(call.grid.num_tokens, self.key_block_size, call.key_length, query.device)
+        count = int(self.density * shares.shape[-1]) + 1
+        return layout.plan(top_blocks(shares / tokens.clamp(min=1)[:, None, None], count, layout.always), lasts=True)

@@ -10,13 +10,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsparse import (
+    NABLA,
     SVG2,
     SVGEAR,
     SVOO,
     Adaptive,
+    AdaSpa,
     Dense,
     DraftAttention,
     FlexPrefill,
+    Jenga,
     MInference,
     MMInference,
     PAROAttention,
@@ -57,6 +60,9 @@ LISTED = [
     SVOO(query_clusters=6, key_clusters=10, mass=0.2, least=0.0, most=1.0, sampled_rows=16, **SMALL),
     SolAttention(tau=0.8, **SMALL),
     XAttention(mass=0.5, stride=4, **SMALL),
+    NABLA(mass=0.3, window=(1, 1, 3), patch=(2, 4), **SMALL),
+    Jenga(density=0.2, mass=0.2, **SMALL),
+    AdaSpa(density=0.3, recall=0.3, **SMALL),
     SparseD(density=0.3, **SMALL),
     S2Attention(local_blocks=2, stride=4, block_size=16),
     SampleAttention(mass=0.5, sampled_rows=16, block_size=16),
