@@ -52,14 +52,10 @@ class AdaSpa:
         layout = block_layout(call.grid, *sizes, query.device)
         scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
         shares = block_attention(layout.ordered(query) * scale, layout.ordered(key), *sizes, call.key_length)
-        fewer, count, more = (self._count(part, shares.shape[-1]) for part in (0.5, 1.0, 1.5))
+        fewer, count, more = (round(part * self.density * shares.shape[-1]) for part in (0.5, 1.0, 1.5))
         held = shares.where(top_blocks(shares, count, layout.always), 0.0).sum(-1).mean((0, 2))  # [H]
         heads = len(held)
         num_changed = (held > self.recall).sum().clamp(max=heads // 2)
         rank = held.argsort(descending=True, stable=True).argsort()
         counts = torch.where(rank < num_changed, fewer, torch.where(rank >= heads - num_changed, more, count))
         return layout.plan(top_blocks(shares, counts[:, None, None], layout.always))
-
-    def _count(self, part: float, key_blocks: int) -> int:
-        """The key blocks that a query block sees at this part of the density."""
-        return max(1, round(part * self.density * key_blocks))

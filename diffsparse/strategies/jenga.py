@@ -69,9 +69,8 @@ class Jenga:
         )
         # Text is seen anyhow, and takes no part.
         scores[..., layout.free_keys :] = -torch.inf
-        count = max(1, int(self.density * scores.shape[-1]))
-        mass = scores.softmax(-1).nan_to_num(0.0)
-        return layout.plan(top_blocks(mass, count) | smallest_set(mass, self.mass) | fixed)
+        mass = scores.softmax(-1)
+        return layout.plan(top_blocks(mass, int(self.density * mass.shape[-1])) | smallest_set(mass, self.mass) | fixed)
 
 
 @functools.lru_cache(maxsize=16)

@@ -50,7 +50,7 @@ def test_heads_above_the_recall_see_half_and_as_many_of_the_lowest_half_as_much_
     changed = min(num_above, 2)
     for place, head in enumerate(falling):
         part = 0.5 if place < changed else 1.5 if place >= 5 - changed else 1.0
-        wanted = seen_by(shares[head], max(1, round(part * 0.4 * blocks)), grid)
+        wanted = seen_by(shares[head], round(part * 0.4 * blocks), grid)
         assert visible_of(plan, head=head) == wanted
 
 
