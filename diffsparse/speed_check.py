@@ -65,7 +65,7 @@ class SpeedCheck:
         """Time this kind of call, and warn where it is not worth being sparse. Waits for the device.
 
         Of calls in turn the fastest of each counts, so that what else the machine does meanwhile weighs little. Where
-        dense attention has no memory to run in, sparse attention stays.
+        there is no memory to run dense attention in, or to time in at all, sparse attention stays.
 
         Args:
             query, mask: of the call, [B, H, S, D].
@@ -75,12 +75,12 @@ class SpeedCheck:
                 may fall from step to step.
             num_served: how many steps share a plan.
         """
-        typical = plan(progress=0.5)
-        if typical is None:
-            return
-        calls = dense, functools.partial(sparse, typical), functools.partial(plan, progress=0.5)
         rounds: list[list[float]] = []
         try:
+            typical = plan(progress=0.5)
+            if typical is None:
+                return
+            calls = dense, functools.partial(sparse, typical), functools.partial(plan, progress=0.5)
             while len(rounds) < LEAST_ROUNDS or (len(rounds) < MOST_ROUNDS and sum(map(sum, rounds)) < ENOUGH_SECONDS):
                 rounds.append([seconds_of(call, query.device) for call in calls])
         except torch.OutOfMemoryError:

@@ -284,6 +284,23 @@ def test_what_dense_attention_has_no_memory_for_stays_sparse():
     assert (len(tried), session.tallies[0].sparse_calls) == (1, 3)
 
 
+def test_no_memory_for_a_second_plan_loses_no_call():
+    class Large(Adaptive):
+        def plan(self, query, key, value, call):
+            planned.append(call.step)
+            if len(planned) > 1:
+                raise torch.OutOfMemoryError
+            return super().plan(query, key, value, call)
+
+    planned = []
+    strategy = Large(query_block_size=16, key_block_size=16)
+    session = Session("a model", NoText(), ("layer",), timed(strategy, replan_every=100))
+    for index in range(3):
+        begin(session, index)
+        assert attend(session) is not None
+    assert (len(planned), session.tallies[0].sparse_calls) == (2, 3)
+
+
 def test_what_is_found_slow_takes_no_plan_from_what_is_not(set_clock):
     planned = []
 
