@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffsparse.kernels.launch import FUSION, launch_on
 
-# Blocks or entries of a list taken at a time. The number of blocks is no constant: another resolution compiles nothing.
+# Blocks or entries of a list taken at a time.
 CHUNK = 1024
 
 
@@ -59,7 +59,8 @@ def tail_sizes(
     return sizes
 
 
-@triton.jit
+# How many blocks there are is not compiled in: another resolution compiles nothing.
+@triton.jit(do_not_specialize=["num_blocks"])
 def lists_kernel(bits_ptr, lists_ptr, num_blocks, CHUNK: tl.constexpr):
     """List what one query block sees from the front, and a zero for every other block from the back.
 
@@ -83,7 +84,20 @@ def lists_kernel(bits_ptr, lists_ptr, num_blocks, CHUNK: tl.constexpr):
         num_seen += tl.sum(is_seen, 0)
 
 
-@triton.jit
+# Nor how many keys and heads there are, and where their lists lie. Whether rows of sizes begin at multiples of 16 is:
+# it makes stores of 16 bytes of them.
+@triton.jit(
+    do_not_specialize=[
+        "lists_stride_b",
+        "lists_stride_h",
+        "lists_stride_q",
+        "counts_stride_b",
+        "counts_stride_h",
+        "counts_stride_q",
+        "heads",
+        "num_keys",
+    ]
+)
 def tail_sizes_kernel(
     key_blocks_ptr,
     counts_ptr,

@@ -29,11 +29,10 @@ POINTERS = {
 }
 
 
-ONES = dict.fromkeys(("lists_stride_c", "counts_stride_q", "heads", "num_keys", "key_block_size"), 1)
+ONES = dict.fromkeys(("lists_stride_c", "key_block_size"), 1)
 LAUNCHES = [
     *((capability, name, {}, ()) for capability in SHARED_MEMORY for name in ("lists_kernel", "tail_sizes_kernel")),
     *((capability, "tail_sizes_kernel", {"key_length_ptr": None}, ("num_padded",)) for capability in SHARED_MEMORY),
-    (90, "lists_kernel", {"num_blocks": 1}, ()),
     (90, "tail_sizes_kernel", ONES, ()),
     (90, "tail_sizes_kernel", {"key_length_ptr": None, **ONES}, ()),
 ]
@@ -51,6 +50,17 @@ def test_they_compile_for_every_architecture(capability, name, constants, even):
         # No zero of a listed block is overtaken by the block's size.
         barriers_and_stores = "".join(x[0] for x in re.findall(r"bar\.sync|st\.global", compiled.asm["ptx"]))
         assert re.fullmatch("b*s+b+s+", barriers_and_stores)
+
+
+def test_another_resolution_compiles_nothing():
+    from diffsparse.kernels import lists_triton
+
+    kernels = lists_triton.lists_kernel, lists_triton.tail_sizes_kernel
+    numbers = {x.name: x for kernel in kernels for x in kernel.params if x.name not in POINTERS}
+    assert numbers.pop("CHUNK").is_constexpr
+    # Of a config and a backend the first two are the same at any resolution. Multiples of 16 are stored 16 at a time.
+    same = {"key_block_size", "lists_stride_c", "num_padded"}
+    assert {name for name, x in numbers.items() if not x.do_not_specialize} == same
 
 
 def test_lists_are_one_launch(monkeypatch):
