@@ -65,7 +65,8 @@ class SpeedCheck:
         """Time this kind of call, and warn where it is not worth being sparse. Waits for the device.
 
         Of calls in turn the fastest of each counts, so that what else the machine does meanwhile weighs little. Where
-        there is no memory to run dense attention in, or to time in at all, sparse attention stays.
+        there is no memory to run dense attention in, or to time in at all, sparse attention stays. So it does where the
+        strategy keeps the step in the middle dense, of which nothing can be timed.
 
         Args:
             query, mask: of the call, [B, H, S, D].
@@ -76,18 +77,18 @@ class SpeedCheck:
             num_served: how many steps share a plan.
         """
         rounds: list[list[float]] = []
+        speed_up = math.inf
         try:
-            typical = plan(progress=0.5)
-            if typical is None:
-                return
-            calls = dense, functools.partial(sparse, typical), functools.partial(plan, progress=0.5)
-            while len(rounds) < LEAST_ROUNDS or (len(rounds) < MOST_ROUNDS and sum(map(sum, rounds)) < ENOUGH_SECONDS):
-                rounds.append([seconds_of(call, query.device) for call in calls])
+            if (typical := plan(progress=0.5)) is not None:
+                calls = dense, functools.partial(sparse, typical), functools.partial(plan, progress=0.5)
+                while len(rounds) < LEAST_ROUNDS or (
+                    len(rounds) < MOST_ROUNDS and sum(map(sum, rounds)) < ENOUGH_SECONDS
+                ):
+                    rounds.append([seconds_of(call, query.device) for call in calls])
+                dense_seconds, sparse_seconds, plan_seconds = (min(seconds) for seconds in zip(*rounds))
+                speed_up = dense_seconds / (sparse_seconds + plan_seconds / num_served)
         except torch.OutOfMemoryError:
             speed_up = math.inf
-        else:
-            dense_seconds, sparse_seconds, plan_seconds = (min(seconds) for seconds in zip(*rounds))
-            speed_up = dense_seconds / (sparse_seconds + plan_seconds / num_served)
         _SPEED_UPS.setdefault(self._kind(query, mask), speed_up)
         if (reason := self.why_slow(query, mask)) is not None:
             logger.warning(

@@ -301,6 +301,21 @@ def test_no_memory_for_a_second_plan_loses_no_call():
     assert (len(planned), session.tallies[0].sparse_calls) == (2, 3)
 
 
+def test_a_strategy_that_keeps_the_middle_dense_is_asked_about_it_once():
+    class AtTheEnds(Adaptive):
+        def plan(self, query, key, value, call):
+            planned.append(call.progress)
+            return None if call.progress == 0.5 else super().plan(query, key, value, call)
+
+    planned = []
+    strategy = AtTheEnds(query_block_size=16, key_block_size=16)
+    session = Session("a model", NoText(), ("layer",), timed(strategy, replan_every=1))
+    for index in range(3):
+        begin(session, index)
+        assert attend(session) is not None
+    assert planned == [0.125, 0.5, 0.375, 0.625]
+
+
 def test_what_is_found_slow_takes_no_plan_from_what_is_not(set_clock):
     planned = []
 
