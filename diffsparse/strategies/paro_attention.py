@@ -50,9 +50,6 @@ class PAROAttention:
     second. For that plan at every step, `SparseAttentionConfig(PAROAttention(), replan_every=1)`: the first plan from
     `shared_from` on lasts. Where nothing says how many steps there are, no plan lasts.
 
-    Lists are as long as the longest row may be, so that plans take memory as if all blocks were seen: 225 MB a layer
-    at 75,600 tokens and 40 heads.
-
     Args:
         density: share of a head's pairs of blocks that are seen, 0–1. The paper shows 0.5, 0.3 and 0.2.
         alpha: weight of sparsity against incoherence, 0–1. The paper does not say which it takes.

@@ -50,8 +50,6 @@ class SparseVDiT:
     where `first_frame`. Its error has the scale of the model's values, so that `largest` has to be found anew for
     every model, and heads with small values are skipped; `relative` mends that.
 
-    Lists are as long as a dense head's, so that plans take memory as if all blocks were seen.
-
     Args:
         density: share of the pairs of tokens that a band or the stripes keep, text included, 0–1. Text and the first
             frame alone may take more than that.
