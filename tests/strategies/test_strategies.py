@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsparse import (
@@ -110,6 +112,41 @@ def test_every_query_block_sees_a_key_block_and_the_output_is_finite(strategy, g
         assert output.isfinite().all()
 
 
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(1, 7)),
+    text=st.tuples(st.sampled_from([0, 1, 20]), st.sampled_from([0, 1, 40])),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 4)),
+    block_sizes=st.tuples(*[st.sampled_from([1, 8, 16, 100])] * 2),
+    num_padded=st.integers(0, 40),
+    layer=st.integers(0, 2),
+)
+def test_a_plan_is_one_whatever_the_grid(strategy, sizes, text, shape, block_sizes, num_padded, layer):
+    """Lists of blocks that exist, orders of all tokens with the text that may be padded last, and text exact."""
+    grid, (batch, heads) = TokenGrid(*sizes, *text), shape
+    options = {field.name for field in dataclasses.fields(strategy)} & {"query_block_size", "key_block_size"}
+    # A stride of tokens has to divide them.
+    if not isinstance(strategy, XAttention):
+        strategy = dataclasses.replace(strategy, **dict(zip(sorted(options, reverse=True), block_sizes)))
+    length = None
+    if num_padded > 0:
+        length = torch.full((batch,), grid.num_tokens, dtype=torch.int32)
+        length[0] -= min(num_padded, grid.text_after)
+    query, key, value = random_qkv(grid, batch, heads)
+    plan = strategy.plan(query, key, value, AttentionCall(grid, layer, 3, 5, 20, 0.3, length))
+    check_lists(plan.mask.lists(), plan.mask.counts, plan.mask.num_key_blocks)
+    tokens = torch.arange(grid.num_tokens)
+    for permutation in (plan.permutation, plan.key_permutation):
+        if permutation is not None:
+            assert len(permutation.order) in (1, heads)
+            assert (permutation.order.sort(-1).values == tokens).all()
+            last = grid.num_tokens - grid.text_after
+            assert (permutation.order[:, last:] == tokens[last:]).all()
+    is_text = (tokens < grid.text_before) | (tokens >= grid.num_tokens - grid.text_after)
+    check_text(plan, grid, is_text, batch, heads)
+    assert plan.attend(query, key, value, key_length=length).isfinite().all()
+
+
 def test_a_session_plans_whatever_the_default_device_is(strategy):
     # A grid of no other test, so that nothing of it is kept.
     qkv = random_qkv(TokenGrid(3, 4, 11))
@@ -138,17 +175,17 @@ def test_text_is_exact(strategy, grid):
         check_text(strategy.plan(query, key, value, AttentionCall(grid, layer, 3, 5, 20)), grid, text)
 
 
-def check_text(plan: AttentionPlan, grid: TokenGrid, text: torch.Tensor) -> None:
+def check_text(plan: AttentionPlan, grid: TokenGrid, text: torch.Tensor, batch: int = 1, heads: int = 3) -> None:
     """`text` [S] says which tokens are text."""
-    visible = plan.mask.visible().expand(1, 3, -1, -1)[0]
-    for head in range(3):
+    visible = plan.mask.visible().expand(batch, heads, -1, -1)
+    for head in range(heads):
         if plan.skipped is not None and plan.skipped[head]:
             continue
         blocks_of_query = block_of_token(plan.permutation, head, grid, plan.mask.query_block_size)
         keys = plan.permutation if plan.key_permutation is None else plan.key_permutation
         blocks_of_key = block_of_token(keys, head, grid, plan.mask.key_block_size)
-        assert visible[head][blocks_of_query[text]].all()
-        assert visible[head][:, blocks_of_key[text]].all()
+        assert visible[:, head, blocks_of_query[text]].all()
+        assert visible[:, head][..., blocks_of_key[text]].all()
 
 
 def block_of_token(permutation, head: int, grid: TokenGrid, block_size: int) -> torch.Tensor:
