@@ -112,8 +112,7 @@ def _sparse_class(stock: type, spreads_mask: bool) -> type | None:
     shadow = _shadow_globals(call.__globals__.get("__name__"))
     if shadow is None or not shadow.rebound & _global_names(call):
         return None
-    twin = types.FunctionType(call.__code__, shadow.names, call.__name__, call.__defaults__, call.__closure__)
-    twin.__kwdefaults__ = call.__kwdefaults__
+    twin = _with_globals(call, shadow.names)
 
     def __call__(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if spreads_mask and kwargs.get("attention_mask") is not None:
@@ -131,6 +130,13 @@ def _sparse_class(stock: type, spreads_mask: bool) -> type | None:
     __call__.__defaults__ = ()
     members = {"__call__": __call__, "__module__": __name__, "_diffsparse_stock_class": stock}
     return type(f"Sparse{stock.__name__}", (_SparseProcessor, stock), members)
+
+
+def _with_globals(function: types.FunctionType, names: dict[str, Any]) -> types.FunctionType:
+    """The very code of a function, which finds its globals in `names`."""
+    twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
 
 
 def _global_names(function: types.FunctionType) -> set[str]:
@@ -164,7 +170,21 @@ def _shadow_globals(module_name: str | None) -> _Shadow | None:
         importlib.import_module(DISPATCH)
         rebound["dispatch_attention_fn"] = dispatch_attention_fn
     vars(shadow).update(rebound)
+    # What processors share, as those of FLUX.2 Klein do with kept keys, calls attention for them.
+    shared = {name: value for name, value in vars(module).items() if _calls_attention(value, vars(module), rebound)}
+    vars(shadow).update({name: _with_globals(value, vars(shadow)) for name, value in shared.items()})
     return _Shadow(vars(shadow), frozenset(rebound))
+
+
+def _calls_attention(value: Any, names: dict[str, Any], rebound: dict[str, Any]) -> bool:
+    """Whether this is a function of the module with these names that calls attention, and no attention itself."""
+    return (
+        isinstance(value, types.FunctionType)
+        and value.__globals__ is names
+        and value.__name__ not in rebound
+        and bool(ATTENTION_NAMES & set(value.__code__.co_names))
+        and bool(rebound.keys() & _global_names(value))
+    )
 
 
 def _shadow_module(module: types.ModuleType) -> types.ModuleType:

@@ -22,8 +22,11 @@ from diffsparse import processors
 
 module = sys.modules["own"] = types.ModuleType("own")
 exec('''
+import torch.nn.functional as F
+
 def dispatch_attention_fn(query, key, value):
-    raise AssertionError("not by the session")
+    assert query is None, "not by the session"
+    return F.scaled_dot_product_attention(query, key, value)
 
 class Processor:
     def __call__(self, attn, x):

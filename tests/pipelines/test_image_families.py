@@ -1,12 +1,15 @@
 """What the image families say of calls that their tiny models do not make, and which of them stay dense."""
 
+import dataclasses
+
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
 from tiny.flux2 import four_ids, image_ids
 from tiny.model import CHANNELS, TEXT_CHANNELS
 from tiny_models import TINY
 
-from diffsparse import Adaptive, SparseAttentionConfig
+from diffsparse import Adaptive, DenseFallback, SparseAttentionConfig
 from diffsparse.pipelines.families import find_family
 from diffsparse.pipelines.family import Layout
 
@@ -167,6 +170,39 @@ def test_hidream_pads_no_square():
 def test_flux2_with_a_cache_of_keys_has_no_layout():
     assert Called("flux2", kv_cache_mode="extract").layout is None
     assert Called("flux2", kv_cache_mode=None).layout == Layout(1, 7, 5, 7)
+
+
+def test_attention_to_kept_keys_of_flux2_is_counted():
+    # The processors of Klein KV share a function, which attends to text, references and image, then to references.
+    called = Called("flux2")
+    model, call, image, ids = called.model, called.call, called.call["hidden_states"], called.call["img_ids"]
+    for block in model.transformer_blocks:
+        block.attn.set_processor(Flux2KVAttnProcessor())
+    for block in model.single_transformer_blocks:
+        block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+    first = {
+        "hidden_states": torch.cat([random(1, 12, CHANNELS), image], dim=1),
+        "img_ids": torch.cat([four_ids(image_ids(4, 3, image=10))[None], ids], dim=1),
+        "num_ref_tokens": 12,
+        "kv_cache_mode": "extract",
+    }
+
+    def two_steps():
+        with torch.no_grad():
+            extracted = model(**(call | first))
+            return extracted.sample, model(**call, kv_cache=extracted.kv_cache, kv_cache_mode="cached").sample
+
+    stock = two_steps()
+    model.enable_sparse_attention(FULL)
+    for output, expected in zip(two_steps(), stock, strict=True):
+        assert torch.equal(output, expected)
+    (report,) = model.sparse_attention_report().transformers
+    assert report.sparse_calls == 0
+    assert report.dense_reasons == {"the call does not say the size of the grid": 4 * (2 + 1)}
+    model.disable_sparse_attention()
+    model.enable_sparse_attention(dataclasses.replace(SPARSE, strict=True))
+    with pytest.raises(DenseFallback):
+        two_steps()
 
 
 def test_the_size_of_a_flux2_image_is_that_of_the_first_alone():
