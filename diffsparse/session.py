@@ -221,10 +221,18 @@ class Session:
         kind = query.device, query.dtype
         if self.config.quantization is not None and kind not in self._quantizes_on:
             try:
-                pick_backend(self.config.backend, query, 64, 64, self.config.quantization)
+                self._pick_backend(query, self.config.quantization)
             except ValueError as error:
                 raise ValueError(f"`quantization` {self.config.quantization!r} cannot be used here: {error}") from error
             self._quantizes_on.add(kind)
+
+    def _pick_backend(self, query: Tensor, precision: str) -> None:
+        """Raise ValueError if no query blocks that strategies have by default can be computed."""
+        try:
+            pick_backend(self.config.backend, query, 64, 64, precision)
+        except ValueError:
+            # Hopper's kernel takes 128 queries and no fewer; in float32, large heads leave room for no more than 64.
+            pick_backend(self.config.backend, query, 128, 64, precision)
 
     def _check_calibration(self, layer: int, query: Tensor) -> None:
         if isinstance(self.config.strategy, Calibrated) and layer not in self._dense_layers and self.step is not None:

@@ -7,7 +7,7 @@ from enabled import DENSE, FULL, SPARSE, config, report_of, run
 from tiny_models import TINY
 
 import diffsparse
-from diffsparse import DenseFallback
+from diffsparse import Adaptive, DenseFallback
 from diffsparse.pipelines.left_alone import LEFT_ALONE
 
 
@@ -91,6 +91,19 @@ def test_quantization_that_the_backend_lacks_is_an_error_at_the_first_call(monke
     model.disable_sparse_attention()
     model.enable_sparse_attention(config(dense_steps=0.0))
     run(model, call)
+
+
+def test_a_backend_that_takes_one_size_of_query_blocks_may_be_named_for_quantization(monkeypatch):
+    # As Hopper's kernel does.
+    def why_not(query, query_block_size, key_block_size, precision="native"):
+        return None if query_block_size == 128 else f"a query block of {query_block_size} tokens is not 128"
+
+    monkeypatch.setattr("diffsparse.kernels.block_sparse_eager.why_not", why_not)
+    model = TINY["wan"].make()
+    strategy = Adaptive(query_block_size=128, key_block_size=64)
+    model.enable_sparse_attention(config(strategy, backend="eager", quantization="int8"))
+    run(model, TINY["wan"].call(model, (3, 7, 5)))
+    assert report_of(model).precisions == {"int8": 3}
 
 
 def test_policy_is_no_fallback():
