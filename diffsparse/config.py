@@ -32,7 +32,8 @@ class SparseAttentionConfig:
         replan_every: steps for which a layer's plan is kept, unless the strategy has made it to last.
         strict: raise at the first dense fallback, instead of counting it in the report. Early steps, dense layers,
             short sequences and what is hardly faster are policy, not fallbacks.
-        backend: the kernel's implementation, one of those that `diffsparse doctor` lists; None for the best one.
+        backend: the kernel's implementation, one of those that `diffsparse doctor` lists; None for the best one. Where
+            it cannot run, the first attention call raises ValueError.
         quantization: what sparse attention computes in, "int8", "int8_int8", "int8_fp8", "fp8" or "int4"
             (docs/quantization.md); None for the dtype of the model. Where the backend cannot, the first attention call
             raises ValueError.

@@ -101,7 +101,7 @@ class Session:
         """That of the call of the transformer that runs, or ran last."""
         self._plans: dict[Hashable, _KeptPlan] = {}
         self._speed_check = SpeedCheck(model_name, config)
-        self._quantizes_on: set[tuple[torch.device, torch.dtype]] = set()
+        self._checked: set[tuple[torch.device, torch.dtype]] = set()
 
     def begin(self, step: Step, layout: tuple[int | None, ...] | None) -> None:
         """One call of the transformer begins: at this step, with its tokens laid out like this.
@@ -142,8 +142,8 @@ class Session:
 
         Raises:
             DenseFallback: the config is strict and this layer cannot run sparse.
-            ValueError: the backend cannot compute in the precision that the config asks for, or the config's plans are
-                for another grid or number of heads.
+            ValueError: the backend cannot run here, or not in the precision that the config asks for, or the config's
+                plans are for another grid or number of heads.
         """
         if dense is not None:
             dense = with_autocast_as_now(dense, query.device)
@@ -171,7 +171,7 @@ class Session:
         Raises:
             ValueError: as `attend` does.
         """
-        self._check_quantization(query)
+        self._check_backend(query)
         self._check_calibration(layer, query)
 
     def _attend(
@@ -217,14 +217,19 @@ class Session:
         self.fall_back(layer, reason)
         return None
 
-    def _check_quantization(self, query: Tensor) -> None:
-        kind = query.device, query.dtype
-        if self.config.quantization is not None and kind not in self._quantizes_on:
-            try:
-                self._pick_backend(query, self.config.quantization)
-            except ValueError as error:
-                raise ValueError(f"`quantization` {self.config.quantization!r} cannot be used here: {error}") from error
-            self._quantizes_on.add(kind)
+    def _check_backend(self, query: Tensor) -> None:
+        kind, quantization = (query.device, query.dtype), self.config.quantization
+        if (self.config.backend is None and quantization is None) or kind in self._checked:
+            return
+        if query.shape[3] > MAX_HEAD_DIM or query.dtype not in DTYPES:
+            return  # Dense, with its reason.
+        try:
+            self._pick_backend(query, quantization or "native")
+        except ValueError as error:
+            if quantization is None:
+                raise
+            raise ValueError(f"`quantization` {quantization!r} cannot be used here: {error}") from error
+        self._checked.add(kind)
 
     def _pick_backend(self, query: Tensor, precision: str) -> None:
         """Raise ValueError if no query blocks that strategies have by default can be computed."""

@@ -93,6 +93,20 @@ def test_quantization_that_the_backend_lacks_is_an_error_at_the_first_call(monke
     run(model, call)
 
 
+def test_a_backend_that_cannot_run_is_an_error_at_the_first_call():
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    # As for quantization: nobody should wait for the error until the early steps are done.
+    model.enable_sparse_attention(config(backend="triton", dense_steps=1.0))
+    with pytest.raises(ValueError, match=r"`backend` 'triton' cannot run here: .* needs a CUDA GPU.*Leave it out"):
+        run(model, call)
+    # What no backend computes is dense all the same.
+    model = model.double()
+    with torch.no_grad():
+        model(**{name: x.double() for name, x in call.items()})
+    assert set(report_of(model).dense_reasons) == {"early step"}
+
+
 def test_a_backend_that_takes_one_size_of_query_blocks_may_be_named_for_quantization(monkeypatch):
     # As Hopper's kernel does.
     def why_not(query, query_block_size, key_block_size, precision="native"):
