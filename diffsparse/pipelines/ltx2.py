@@ -5,20 +5,55 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from diffsparse.pipelines.family import Family, Layout
+from diffsparse.pipelines.position_ids import read_once
 
 
 def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     """The grid that the call names, then the tokens of keyframes and references: what else the latents [B, S, C] have.
 
-    Without all three sizes the model goes by the coordinates of each token, and the grid is unknown.
+    Where it names none, as the pipelines of keyframe slots and their tiles (DFR), the coordinates begin with it.
     """
-    latents = call.get("hidden_states")
+    latents, coords = call.get("hidden_states"), call.get("video_coords")
     frames, height, width = (call.get(name) for name in ("num_frames", "height", "width"))
-    if latents is None or latents.ndim != 3 or frames is None or height is None or width is None:
+    if latents is None or latents.ndim != 3:
+        return None
+    names_none = (frames, height, width) == (None, None, None)
+    if names_none and coords is not None and coords.ndim == 4 and coords.shape[2] == latents.shape[1]:
+        frames, height, width = read_once(coords, _grid_at_start) or (None, None, None)
+    if frames is None or height is None or width is None:
         return None
     num_others = latents.shape[1] - frames * height * width
     return None if num_others < 0 else Layout(int(frames), int(height), int(width), text_after=int(num_others))
+
+
+def _grid_at_start(coords: Tensor) -> tuple[int, int, int] | None:
+    """Frames, height and width of the grid that [B, (time, row, column), S, (start, end)] begins with; None for none.
+
+    Its frames rise in time. A keyframe behind the last one that is as large is one more of them.
+    """
+    starts = coords[0, ..., 0]
+    frame_size = int((starts[0] == starts[0, 0]).cumprod(0).sum())
+    width = int((starts[1, :frame_size] == starts[1, 0]).cumprod(0).sum())
+    height = frame_size // width
+    if height * width != frame_size:
+        return None
+    whole = starts.shape[1] // frame_size * frame_size
+    times, rows, columns = starts[:, :whole].reshape(3, -1, frame_size)
+    first_rows, first_columns = rows[0].view(height, width), columns[0].view(height, width)
+    is_grid = (
+        bool((first_rows == first_rows[:, :1]).all())
+        and bool((first_columns == first_columns[:1]).all())
+        and bool((first_rows[1:] > first_rows[:-1]).all())
+        and bool((first_columns[:, 1:] > first_columns[:, :-1]).all())
+    )
+    if not is_grid:
+        return None
+    is_frame = ((rows == rows[0]) & (columns == columns[0]) & (times == times[:, :1])).all(1)
+    is_frame[1:] &= times[1:, 0] > times[:-1, 0]
+    return int(is_frame.cumprod(0).sum()), height, width
 
 
 LTX2 = Family(

@@ -1,0 +1,145 @@
+"""LTX-2 says its sizes beside packed latents; its pipelines of keyframe slots, in the coordinates of all tokens."""
+
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from enabled import FULL, config, report_of
+from tiny.model import CHANNELS, TEXT_TOKENS
+from tiny_models import TINY
+from tiny_pipelines import text
+from torch import nn
+
+from diffsparse import Adaptive
+from diffsparse.grid import TokenGrid
+from diffsparse.pipelines import ltx2
+
+
+def coords(grid, first_frame=0, fps=24):
+    """Coordinates [1, 3, S, 2] of latents as LTX-2 makes them: where a token starts, and where it ends."""
+    starts = torch.tensor(
+        [
+            (first_frame + max(0, 8 * frame - 7), 32 * row, 32 * column)
+            for frame in range(grid[0])
+            for row in range(grid[1])
+            for column in range(grid[2])
+        ]
+    )
+    starts = starts.T * torch.tensor([1 / fps, 1, 1])[:, None]
+    return torch.stack([starts, starts + torch.tensor([1 / fps, 32, 32])[:, None]], dim=-1)[None]
+
+
+def read(*parts, batch=1, **sizes):
+    """What the layout makes of a call with the coordinates of several latents, one after the other."""
+    both = torch.cat(parts, dim=2).expand(batch, -1, -1, -1).clone()
+    found = ltx2.layout(None, {"hidden_states": torch.zeros(batch, both.shape[2], 4), "video_coords": both} | sizes)
+    return found and tuple(found)
+
+
+@pytest.mark.parametrize("grid", [(3, 7, 5), (1, 7, 5), (3, 1, 5), (3, 7, 1), (1, 1, 1)])
+def test_the_grid_is_what_the_coordinates_begin_with(grid):
+    tokens, video = grid[1] * grid[2], coords(grid)
+    assert read(video) == (*grid, 0, 0)
+    if grid[0] > 1:
+        # Keyframes within the video; a reference of another size; a tile, whose places begin at those of its corner.
+        assert read(video, *[coords((1, *grid[1:]), frame) for frame in (8, 1)], batch=2) == (*grid, 0, 2 * tokens)
+        assert read(video, coords((3, 2, 2))) == (*grid, 0, 3 * 2 * 2)
+        assert read(video - torch.tensor([0.5, 64, 32])[:, None, None]) == (*grid, 0, 0)
+    assert read(video, coords((1, *grid[1:]), 8 * grid[0])) == (grid[0] + 1, *grid[1:], 0, 0)
+
+
+def test_coordinates_that_begin_with_no_full_grid_leave_it_unknown():
+    video = coords((3, 7, 5))
+    others = {
+        "half a row": video[:, :, [*range(33), *range(35, 105)]],
+        "columns before rows": video[:, [0, 2, 1]],
+        "rows backwards": video * torch.tensor([1, -1, 1])[:, None, None],
+        "columns backwards": video * torch.tensor([1, 1, -1])[:, None, None],
+        "a keyframe at the time of a single frame": torch.cat([coords((1, 7, 5))] * 2, dim=2),
+    }
+    assert [name for name, tensor in others.items() if read(tensor) is not None] == []
+    latents = torch.zeros(1, 105, 4)
+    assert ltx2.layout(None, {"hidden_states": latents[:, 1:], "video_coords": video}) is None
+    # No starts and ends; no coordinates.
+    assert ltx2.layout(None, {"hidden_states": latents, "video_coords": video[..., 0]}) is None
+    assert ltx2.layout(None, {"hidden_states": latents}) is None
+    # Sizes that do not fit are no reason to go by the coordinates.
+    assert read(video, num_frames=4, height=7, width=5) is None
+    assert read(video, num_frames=3, height=7) is None
+
+
+class StandIn(nn.Module):
+    """What a pipeline asks of its autoencoders where it makes latents of embeddings; and its connectors."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+    spatial_compression_ratio, temporal_compression_ratio, mel_compression_ratio = 32, 8, 4
+    config = SimpleNamespace(sample_rate=16000, mel_hop_length=160, mel_bins=8, latent_channels=2, scaling_factor=1.0)
+
+    def __init__(self):
+        super().__init__()
+        self.latents_mean, self.latents_std = torch.zeros(CHANNELS), torch.ones(CHANNELS)
+
+    def forward(self, embeddings, mask, **options):
+        return embeddings, embeddings, mask
+
+
+@pytest.fixture
+def pipeline():
+    make = getattr(diffusers, "LTX2DFRPipeline", None)
+    if make is None:
+        pytest.skip(f"diffusers {diffusers.__version__} has no LTX2DFRPipeline")
+    pipeline = make(
+        transformer=TINY["ltx2"].make(use_keyframes_abs_pos_embedding=True),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        connectors=StandIn(),
+        vae=StandIn(),
+        audio_vae=StandIn(),
+        **dict.fromkeys(("text_encoder", "tokenizer", "vocoder")),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generate(pipeline, tiled):
+    from diffusers.pipelines.ltx2.dfr_layout import epilogue_tiles
+
+    return pipeline(
+        prompt_embeds=text(),
+        prompt_attention_mask=torch.ones(1, TEXT_TOKENS),
+        height=96,
+        width=160,
+        num_frames=49,
+        sigmas=[1.0, 0.7, 0.3],
+        video_tiles=epilogue_tiles((7, 3, 5), 1, ()) if tiled else None,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).frames
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_every_call_of_the_pipeline_of_keyframe_slots_runs_sparse(pipeline, tiled, monkeypatch):
+    grids, reads, grid_at_start = set(), [], ltx2._grid_at_start
+    monkeypatch.setattr(ltx2, "_grid_at_start", lambda coords: (reads.append(coords), grid_at_start(coords))[1])
+
+    class Watched(Adaptive):
+        def plan(self, query, key, value, call):
+            grids.add(call.grid)
+            return super().plan(query, key, value, call)
+
+    pipeline.enable_sparse_attention(config(Watched(density=0.5, query_block_size=16, key_block_size=16), strict=True))
+    generate(pipeline, tiled)
+    # Behind the seven frames, as large as each, come a slot within them and one at their end.
+    height, width = (2, 4) if tiled else (3, 5)
+    assert grids == {TokenGrid(7, height, width, text_after=2 * height * width)}
+    # Reading waits for the device: once in a generation, or for each tile of it.
+    assert len(reads) == (4 if tiled else 1)
+    assert report_of(pipeline).dense_calls == 0
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_at_full_density_it_gives_what_it_gives_stock(pipeline, tiled):
+    expected = generate(pipeline, tiled)
+    pipeline.enable_sparse_attention(FULL)
+    torch.testing.assert_close(generate(pipeline, tiled), expected, atol=1e-5, rtol=1e-5)
+    assert report_of(pipeline).dense_calls == 0
