@@ -65,9 +65,13 @@ def enable_sparse_attention(
     own = () if family is None else (family,)
     transformers = _transformers(model, own)
     if not transformers:
+        unloaded = [name for name, part in model.components.items() if part is None and name.startswith("transformer")]
+        way_out = "diffsparse works on pipelines whose denoiser is a transformer, not a UNet."
+        if unloaded:
+            way_out = f"Its `{unloaded[0]}` is None: load it first, in a modular pipeline by `load_components()`."
         raise ValueError(
             f"{type(model).__name__} has no diffusion transformer among its components, so there is no attention to "
-            f"make sparse. diffsparse works on pipelines whose denoiser is a transformer, not a UNet."
+            f"make sparse. {way_out}"
         )
     active = next((name for name, t in transformers.items() if t in _ENABLED), None)
     if active is not None:
