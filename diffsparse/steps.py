@@ -154,14 +154,16 @@ class StepClock:
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is not None and hasattr(scheduler, "_step_index"):
             current, begin = scheduler._step_index, getattr(scheduler, "_begin_index", None)
-            if current is None:
+            # One that nobody has told how many steps there are runs no loop.
+            is_told = getattr(scheduler, "num_inference_steps", None) is not None
+            if current is None and is_told:
                 current = begin if begin is not None else self._beginning(timestep, timesteps)
             if begin is None:
                 begin = self._begun[1] if self._begun[0] is timesteps else 0
-            if self._watch.takes_part(timesteps, current, timestep):
+            if current is not None and self._watch.takes_part(timesteps, current, timestep):
                 return current, len(timesteps), name, begin
             # One that was told how many steps there are and takes none may have copies that run the loop.
-            if scheduler._step_index is not None or getattr(scheduler, "num_inference_steps", None) is None:
+            if scheduler._step_index is not None or not is_told:
                 timesteps = None
         return *self._by_timestep(_value(timestep), timesteps), name, 0
 

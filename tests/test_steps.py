@@ -215,8 +215,8 @@ def test_a_loop_of_the_users_own_goes_by_its_timesteps_whatever_the_pipelines_sc
     clock = StepClock(pipeline)
     for generation in range(2):
         seen = ticks(clock, range(1000, 0, -50))
-        # A scheduler that has not ended is believed for as many calls as a step may have.
-        believed = 4 if generation == 0 and left != "used up" else 0
+        # A scheduler that has begun and not ended is believed for as many calls as a step may have.
+        believed = 4 if generation == 0 and left == "in the middle" else 0
         assert [(step.index, step.total) for step in seen[believed:]] == [(i, None) for i in range(20 - believed)]
         assert [i for i, step in enumerate(seen) if step.is_first_of_generation] == ([0, 4] if believed else [0])
 
