@@ -1,4 +1,4 @@
-"""Context parallelism of diffusers over two and four processes: what one process computes, on fewer heads each."""
+"""Parallelism of diffusers over two and four processes: what one process computes, on fewer heads each."""
 
 import dataclasses
 import math
@@ -6,6 +6,7 @@ import multiprocessing
 import sys
 import traceback
 
+import diffusers
 import pytest
 import torch
 from diffusers import ContextParallelConfig
@@ -41,6 +42,7 @@ class Scenario:
         plan: model -> how its tensors are cut, where that is not diffusers' own plan.
         family: the user's own description.
         ring: the ranks form a ring, which hands keys and values on, in place of Ulysses' exchange.
+        tensor: the ranks have a share of the weights each, and the whole sequence.
         enabled_first: before it is spread over ranks.
         compiled: whether its blocks are compiled, where ranks are more than one.
     """
@@ -52,6 +54,7 @@ class Scenario:
     plan: object = None
     family: object = None
     ring: bool = False
+    tensor: bool = False
     enabled_first: bool = False
     compiled: bool = False
     config: dict = dataclasses.field(default_factory=lambda: {"num_attention_heads": 4})
@@ -64,7 +67,10 @@ class Scenario:
             model.enable_sparse_attention(chosen, family=self.family)
         if ranks > 1:
             degrees = {"ring_degree": ranks} if self.ring else {"ulysses_degree": ranks}
-            parallel = ContextParallelConfig(**degrees, ulysses_anything=self.anything)
+            if self.tensor:
+                parallel = diffusers.TensorParallelConfig(tp_degree=ranks)
+            else:
+                parallel = ContextParallelConfig(**degrees, ulysses_anything=self.anything)
             model.enable_parallelism(config=parallel, cp_plan=self.plan and self.plan(model))
         if chosen is not None and not self.enabled_first:
             model.enable_sparse_attention(chosen, family=self.family)
@@ -162,6 +168,14 @@ SCENARIOS = {
     "qwen_image, nothing divides": Scenario("qwen_image", (1, 7, 5), anything=True),
 }
 
+if hasattr(diffusers, "TensorParallelConfig"):
+    SCENARIOS |= {
+        "flux, tensors": Scenario("flux", (1, 7, 5), tensor=True),
+        "flux2, tensors, enabled first": Scenario("flux2", (1, 7, 5), tensor=True, enabled_first=True),
+        "qwen_image, tensors": Scenario("qwen_image", (1, 7, 5), tensor=True),
+    }
+    from diffusers.hooks import tensor_parallel
+
 COMPILED = Scenario("flux", (1, 8, 6), eight_text_tokens, compiled=True)
 UNKNOWN_CUT = Scenario(
     "hunyuan_video",
@@ -196,6 +210,8 @@ def work(rank, ranks, folder):
     torch.accelerator.device_count = lambda: ranks
     torch._C._get_accelerator = lambda: torch.device("cpu")
     context_parallel._all_gather_anything = gather_uneven
+    if hasattr(diffusers, "TensorParallelConfig"):
+        tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu",)
     stock_attention = attention_dispatch._native_attention_forward_op
     meeting = f"file://{folder}/meeting"
     torch.distributed.init_process_group("cpu:gloo", init_method=meeting, rank=rank, world_size=ranks)
