@@ -236,8 +236,13 @@ class _SchedulerWatch:
 
 
 def _value(timestep: Any) -> float | None:
-    """A timestep as a number, the largest where there are many. Reading it off a GPU waits for it."""
-    return timestep.detach().max().item() if isinstance(timestep, Tensor) else timestep
+    """A timestep as a number, the largest where there are many. Reading it off a GPU waits for it.
+
+    None on the meta device, where operations are counted and nothing is computed.
+    """
+    if not isinstance(timestep, Tensor):
+        return timestep
+    return None if timestep.is_meta else timestep.detach().max().item()
 
 
 class CacheContextReceiver:

@@ -328,6 +328,15 @@ def test_plans_of_a_bare_transformer_do_not_pile_up(watched):
     assert kept[1] <= kept[0]
 
 
+def test_an_enabled_transformer_runs_on_the_meta_device():
+    # Where operations are counted: its timestep has no value.
+    model = TINY["wan"].make()
+    call = {name: x.to("meta") for name, x in TINY["wan"].call(model, (3, 7, 5)).items()}
+    model.enable_sparse_attention(SPARSE)
+    assert run(model.to("meta"), call).shape == call["hidden_states"].shape
+    assert report_of(model).sparse_calls == 0
+
+
 @pytest.mark.parametrize("cache_first", [False, True])
 def test_a_cache_that_skips_blocks_does_not_confuse_the_layers(pipeline, cache_first):
     cache = diffusers.FirstBlockCacheConfig(threshold=0.0)
