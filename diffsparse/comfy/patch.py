@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from diffsparse.comfy.models import ComfyModel
 from diffsparse.comfy.node_text import show_on_node
 from diffsparse.comfy.plan_output import PlanOutput
-from diffsparse.comfy.schedule import Branches, Window, step_of
+from diffsparse.comfy.schedule import Branches, Window, has_few_steps, step_of
 from diffsparse.comfy.summary import RunClock, summarize
 from diffsparse.comfy.transformer import OUT_OF_MEMORY, UNREACHED, SampledTransformer
 from diffsparse.config import SparseAttentionConfig
@@ -62,7 +62,8 @@ class SparsePatch:
         self._transformers: dict[int, SampledTransformer] = {}
         self._clock = RunClock()
         self._branches = Branches()
-        self._window: Window | None = None
+        self._percent_to_sigma: Callable[[float], float] | None = None
+        """Of the run under way; None where nobody samples."""
         self._recorder: PlanRecorder | None = None
         self.line: str | None = None
         """What the last run came to; None before the first."""
@@ -110,11 +111,7 @@ class SparsePatch:
     def around_sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's OUTER_SAMPLE wrapper: one run of the sampler."""
         sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
-        self._window = Window(
-            sigma_start=float(sampling.percent_to_sigma(self._settings.start_percent)),
-            sigma_end=float(sampling.percent_to_sigma(self._settings.end_percent)),
-            first_step_only=self._settings.first_step_only,
-        )
+        self._percent_to_sigma = sampling.percent_to_sigma
         self._transformers.clear()
         self._clock, self._branches = RunClock(), Branches()
         output = self._settings.output
@@ -162,7 +159,7 @@ class SparsePatch:
     ) -> tuple[SampledTransformer | None, dict[str, Any]]:
         call = _named(executor.original, args, kwargs)
         options = call.get("transformer_options") or {}
-        if self._window is None or "sigmas" not in options or "sample_sigmas" not in options:
+        if self._percent_to_sigma is None or "sigmas" not in options or "sample_sigmas" not in options:
             # Nobody samples: something calls the model on its own.
             return None, options
         # The model itself, or ComfyUI's model around it.
@@ -180,12 +177,21 @@ class SparsePatch:
         sigma = options["sigmas"].max().item()
         index, total = step_of(sigma, sigmas), len(sigmas) - 1
         self._clock.tick(index, total)
-        first, end = self._window.sparse_steps(sigmas)
+        window = self._window(sigmas, self._percent_to_sigma)
+        first, end = window.sparse_steps(sigmas)
         branch = self._branches.name(options)
         step = Step(index, total, branch, is_first_of_generation=False, sparse_from=first, sparse_until=end)
         layout = self._model.layout(module, call)
-        transformer.begin_call(step, layout, self._window.why_dense(sigma, index, total))
+        transformer.begin_call(step, layout, window.why_dense(sigma, index))
         return transformer, options
+
+    def _window(self, sigmas: Sequence[float], percent_to_sigma: Callable[[float], float]) -> Window:
+        """The share of this schedule that is sparse."""
+        return Window(
+            sigma_start=float(percent_to_sigma(self._settings.start_percent)),
+            sigma_end=float(percent_to_sigma(self._settings.end_percent)),
+            first_step_only=self._settings.first_step_only and has_few_steps(sigmas, percent_to_sigma),
+        )
 
     def _write(self, output: PlanOutput) -> None:
         if self._met(OUT_OF_MEMORY):
@@ -199,7 +205,7 @@ class SparsePatch:
 
     def _end_run(self, finished: bool) -> None:
         self._clock.stop()
-        self._window = None
+        self._percent_to_sigma = None
         for transformer in self._transformers.values():
             transformer.remove()
         self.line = summarize(self._clock, self._sessions(), finished)

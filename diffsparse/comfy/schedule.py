@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,27 +19,37 @@ class Window:
 
     Attributes:
         sigma_start, sigma_end: sparse where `sigma_end <= sigma <= sigma_start`.
-        first_step_only: whether, in a schedule of at most `FEW_STEPS` steps, no step but the first stays dense for
-            coming early. A schedule that starts further down has no early step.
+        first_step_only: whether no step but the first stays dense for coming early. A schedule that starts further
+            down has no early step.
     """
 
     sigma_start: float
     sigma_end: float
     first_step_only: bool
 
-    def why_dense(self, sigma: float, step: int, total: int) -> str | None:
+    def why_dense(self, sigma: float, step: int) -> str | None:
         """Why a call at this step stays dense; None where it does not."""
         if sigma < self.sigma_end * (1 - _SAME_SIGMA):
             return "late step"
         if sigma <= self.sigma_start * (1 + _SAME_SIGMA):
             return None
-        return None if self.first_step_only and step > 0 and total <= FEW_STEPS else "early step"
+        return None if self.first_step_only and step > 0 else "early step"
 
     def sparse_steps(self, sigmas: Sequence[float]) -> tuple[int, int]:
         """The first sparse step of a schedule, and the one after the last; all where none is."""
         total = len(sigmas) - 1
-        steps = [step for step, sigma in enumerate(sigmas[:-1]) if self.why_dense(sigma, step, total) is None]
+        steps = [step for step, sigma in enumerate(sigmas[:-1]) if self.why_dense(sigma, step) is None]
         return (steps[0], steps[-1] + 1) if steps else (0, total)
+
+
+def has_few_steps(sigmas: Sequence[float], percent_to_sigma: Callable[[float], float]) -> bool:
+    """Whether a schedule has at most `FEW_STEPS` steps, the rest of it counted where `sigmas` is only its beginning.
+
+    So it is for the first expert of Wan 2.2: 8 steps that end half way are half of 16.
+    """
+    total = len(sigmas) - 1
+    # Where so many of the fewest steps end, give or take the half of one for schedules that begin slowly.
+    return total <= FEW_STEPS and sigmas[-1] <= percent_to_sigma(max(0.0, (total - 0.5) / FEW_STEPS))
 
 
 def step_of(sigma: float, sigmas: Sequence[float]) -> int:

@@ -84,6 +84,19 @@ def test_steps_outside_the_window_stay_dense(settings, steps, reasons):
     assert run(standins.patched(standins.patcher(), **settings), steps=steps).dense_reasons == reasons
 
 
+@pytest.mark.parametrize(("steps", "dense"), [(16, 4), (8, 1)])
+def test_each_expert_of_two_knows_how_many_steps_both_have(steps, dense):
+    early = []
+    for first, end in ((1.0, 0.5), (0.5, 0.0)):
+        guider = standins.Guider(standins.patched(standins.patcher(layers=1), preset="auto"))
+        texts = {kind: torch.randn(1, 6, 32) for kind in (0, 1)}
+        with torch.no_grad():
+            guider.sample(torch.randn(1, 4, 3, 14, 10), torch.linspace(first, end, steps // 2 + 1), texts)
+        report = guider.model_patcher.get_attachment("diffsparse").report().transformers[0]
+        early.append(report.dense_reasons.get("early step", 0))
+    assert early == [dense, 0]
+
+
 def test_a_strategy_is_told_how_far_the_window_is_done(monkeypatch):
     told = []
     plan = Adaptive.plan

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffsparse.comfy.schedule import Branches, Window, step_of
+from diffsparse.comfy.schedule import Branches, Window, has_few_steps, step_of
 
 SIGMAS = [1.0, 0.75, 0.5, 0.25, 0.0]
 
@@ -18,7 +18,7 @@ def test_a_sigma_belongs_to_the_step_that_it_lies_in(sigma, step):
 
 def test_a_window_is_dense_before_and_after_it():
     window = Window(sigma_start=0.8, sigma_end=0.2, first_step_only=False)
-    reasons = [window.why_dense(sigma, step, 20) for step, sigma in enumerate((1.0, 0.8, 0.5, 0.2, 0.1))]
+    reasons = [window.why_dense(sigma, step) for step, sigma in enumerate((1.0, 0.8, 0.5, 0.2, 0.1))]
     assert reasons == ["early step", None, None, None, "late step"]
 
 
@@ -27,12 +27,32 @@ def test_the_sparse_steps_of_a_window(start, end, steps):
     assert Window(start, end, first_step_only=False).sparse_steps(SIGMAS) == steps
 
 
-def test_few_steps_keep_only_the_first_dense():
+def test_only_the_first_step_stays_dense_where_the_window_says_so():
     window = Window(sigma_start=0.2, sigma_end=0.0, first_step_only=True)
-    assert [window.why_dense(0.9, step, 8) for step in range(3)] == ["early step", None, None]
-    assert window.why_dense(0.9, 2, 9) == "early step"
+    assert [window.why_dense(0.9, step) for step in range(3)] == ["early step", None, None]
     # The second expert of a model starts further down.
-    assert window.why_dense(0.15, 0, 4) is None
+    assert window.why_dense(0.15, 0) is None
+
+
+@pytest.mark.parametrize("shift", [1.0, 8.0])
+@pytest.mark.parametrize(
+    ("steps", "first", "end", "few"),
+    [
+        *((steps, 0, steps, steps <= 8) for steps in (1, 4, 8, 9, 20)),
+        *((2 * half, 0, half, 2 * half <= 8) for half in (2, 3, 4, 5, 6, 8, 10)),
+        (8, 0, 2, True),
+        (8, 2, 4, True),
+        (20, 0, 2, False),
+        (20, 2, 10, False),
+        (16, 8, 16, True),
+    ],
+)
+def test_a_part_of_a_schedule_has_as_few_steps_as_the_whole(shift, steps, first, end, few):
+    def percent_to_sigma(percent):
+        return shift * (1 - percent) / (1 + (shift - 1) * (1 - percent))
+
+    sigmas = [percent_to_sigma(step / steps) for step in range(first, end + 1)]
+    assert has_few_steps(sigmas, percent_to_sigma) == few
 
 
 def options(kinds, uuids, window=None):
