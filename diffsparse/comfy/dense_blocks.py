@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_BLOCKS = re.compile(r"\s*(-?\d+)\s*(?:-\s*(-?\d+)\s*)?")
+# No model has 10,000 blocks, and a range is written out before the model is known.
+_BLOCKS = re.compile(r"\s*(-?\d{1,4})\s*(?:-\s*(-?\d{1,4})\s*)?")
 
 
 def parse_dense_blocks(text: str, num_blocks: int | None = None) -> tuple[int, ...]:

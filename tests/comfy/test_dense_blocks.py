@@ -24,6 +24,7 @@ def test_numbers_and_ranges_are_read(text, blocks):
     ("text", "why"),
     [
         ("first", "`first` is neither a block nor a range"),
+        ("0-99999", "`0-99999` is neither a block nor a range"),
         ("1;2", "neither a block nor a range"),
         ("3-1", "`3-1` does not count up"),
         ("0--1", "`0--1` does not count up"),
