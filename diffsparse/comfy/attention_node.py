@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 DENSITIES = {"auto": 0.25, "quality": 0.4, "balanced": 0.25, "fast": 0.15}
 """What each preset keeps; "custom" goes by the number below it."""
 
-PRESETS = (*DENSITIES, "custom")
-
-QUANTIZE = ("off", "int8", "int8_int8", "int8_fp8", "fp8")
+# Lists, since ComfyUI checks a choice against nothing else.
+PRESETS = [*DENSITIES, "custom"]
+QUANTIZE = ["off", "int8", "int8_int8", "int8_fp8", "fp8"]
 CUSTOM_DENSITY = 0.25
 AUTO_MIN_TOKENS = -1
 """None of `SparseAttentionConfig.min_tokens`: it is timed."""
