@@ -99,11 +99,16 @@ def _wan_scail(model: Any, call: Mapping[str, Any]) -> Layout:
 
 
 def _hunyuan_video(model: Any, call: Mapping[str, Any]) -> Layout:
-    """[text, reference image | video]; [video | text] in the ComfyUI whose blocks say so. HunyuanImage is one frame."""
-    patch = tuple(model.patch_size)
-    grid = _grid(call["x"], patch if len(patch) == 3 else (1, *patch))
-    video_first = getattr(next(iter(model.double_blocks), None), "flipped_img_txt", False)
-    return Layout(*grid, 0, None) if video_first else Layout(*grid, None, 0)
+    """[text, reference image | video], or [reference image | video | text] where the blocks say so.
+
+    HunyuanImage is one frame.
+    """
+    patch = tuple(model.patch_size) if len(model.patch_size) == 3 else (1, *model.patch_size)
+    grid = _grid(call["x"], patch)
+    if not getattr(next(iter(model.double_blocks), None), "flipped_img_txt", False):
+        return Layout(*grid, None, 0)
+    reference = call.get("ref_latent")
+    return Layout(*grid, 0 if reference is None else math.prod(_grid(reference, patch)), None)
 
 
 def _flux(model: Any, call: Mapping[str, Any]) -> Layout:

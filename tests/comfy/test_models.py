@@ -44,6 +44,12 @@ def layout(class_name, module, **call):
             {"x": VIDEO},
             (5, 6, 11, 0, None),
         ),
+        (
+            "HunyuanVideo",
+            {"patch_size": [1, 2, 2], "double_blocks": [SimpleNamespace(flipped_img_txt=True)]},
+            {"x": VIDEO, "ref_latent": VIDEO[:, :, :1]},
+            (5, 6, 11, 66, None),
+        ),
         ("HunyuanVideo", {"patch_size": [1, 1], "double_blocks": []}, {"x": IMAGE}, (1, 13, 20, None, 0)),
         ("Flux", {"patch_size": 2}, {"x": IMAGE, "context": TEXT}, (1, 7, 10, None, 0)),
         (
