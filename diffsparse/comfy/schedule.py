@@ -53,11 +53,15 @@ def has_few_steps(sigmas: Sequence[float], percent_to_sigma: Callable[[float], f
 
 
 def step_of(sigma: float, sigmas: Sequence[float]) -> int:
-    """The step of a schedule `sigmas`, falling to the end of the last step, that `sigma` belongs to.
+    """The step of a schedule `sigmas`, up to the end of the last step, that `sigma` belongs to.
 
     Samplers of second order ask for sigmas between those of the schedule: they belong to the step that is under way.
+    One that adds noise to an image step by step, as after FlipSigmas, has a schedule that rises.
     """
-    begun = sum(1 for start in sigmas[:-1] if sigma <= start * (1 + _SAME_SIGMA))
+    if sigmas[0] < sigmas[-1]:
+        begun = sum(1 for start in sigmas[:-1] if sigma >= start * (1 - _SAME_SIGMA))
+    else:
+        begun = sum(1 for start in sigmas[:-1] if sigma <= start * (1 + _SAME_SIGMA))
     return max(0, begun - 1)
 
 

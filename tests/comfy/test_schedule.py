@@ -16,6 +16,11 @@ def test_a_sigma_belongs_to_the_step_that_it_lies_in(sigma, step):
     assert step_of(sigma, SIGMAS) == step
 
 
+@pytest.mark.parametrize(("sigma", "step"), [(0.0, 0), (0.25, 1), (0.24999999, 1), (0.6, 2), (0.75, 3), (1.0, 3)])
+def test_a_schedule_may_rise(sigma, step):
+    assert step_of(sigma, SIGMAS[::-1]) == step
+
+
 def test_a_window_is_dense_before_and_after_it():
     window = Window(sigma_start=0.8, sigma_end=0.2, first_step_only=False)
     reasons = [window.why_dense(sigma, step) for step, sigma in enumerate((1.0, 0.8, 0.5, 0.2, 0.1))]
