@@ -121,11 +121,12 @@ class SparsePatch:
             latents = executor(*args, **kwargs)
             finished = True
         finally:
+            recorder, self._recorder = self._recorder, None
             self._end_run(finished)
             if output is not None and not finished:
                 output.give_up("the sampling did not reach its end")
-        if output is not None:
-            self._write(output)
+        if output is not None and recorder is not None:
+            self._write(output, recorder)
         return latents
 
     def around_call(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -193,11 +194,11 @@ class SparsePatch:
             first_step_only=self._settings.first_step_only and has_few_steps(sigmas, percent_to_sigma),
         )
 
-    def _write(self, output: PlanOutput) -> None:
+    def _write(self, output: PlanOutput, recorder: PlanRecorder) -> None:
         if self._met(OUT_OF_MEMORY):
             output.give_up("memory ran out, so that not all of the run was sparse")
-        elif self._recorder is not None and self.line is not None:
-            output.write(self._recorder, self._settings.config, self.line)
+        elif self.line is not None:
+            output.write(recorder, self._settings.config, self.line)
 
     def _met(self, reason: str) -> bool:
         """Whether any attention of the run was dense for this reason."""
@@ -208,6 +209,8 @@ class SparsePatch:
         self._percent_to_sigma = None
         for transformer in self._transformers.values():
             transformer.remove()
+            # Without the recorder: ComfyUI keeps this node's model, and what was recorded may be gigabytes.
+            transformer.session.config = self._settings.config
         self.line = summarize(self._clock, self._sessions(), finished)
         logger.info(self.line)
         if self._met(UNREACHED):

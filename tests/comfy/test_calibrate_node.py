@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import comfy_standins as standins
 import pytest
 import torch
@@ -8,6 +11,7 @@ import diffsparse.config
 from diffsparse.comfy.calibrate_node import DiffSparseCalibrate
 from diffsparse.plan import AttentionPlan
 from diffsparse.plan_file import load_plans
+from diffsparse.plan_recorder import PlanRecorder
 from diffsparse.session import DenseFallback
 from diffsparse.speed_check import SpeedCheck
 
@@ -69,6 +73,25 @@ def test_the_file_says_what_it_was_made_for(file):
     assert {entry.layer for entry in made.entries} == {0, 2}
     # Of 5 steps the first is early, and plans are made anew every second one.
     assert {entry.from_step for entry in made.entries} <= {1, 3}
+
+
+def test_what_was_recorded_does_not_outlive_the_run(file, monkeypatch):
+    recorders = weakref.WeakSet()
+    init = PlanRecorder.__init__
+
+    def watched(self, *args):
+        init(self, *args)
+        recorders.add(self)
+
+    monkeypatch.setattr(PlanRecorder, "__init__", watched)
+    seen = []
+    model = recording(standins.patcher())
+    standins.sample(model, on_step=lambda step: seen.append(len(recorders)))
+    gc.collect()
+    assert set(seen) == {1}
+    assert file.exists()
+    assert len(recorders) == 0
+    assert model.get_attachment("diffsparse").report().transformers[0].sparse_calls == 8
 
 
 class Interrupted(Exception):
