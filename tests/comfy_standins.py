@@ -199,7 +199,7 @@ class WanBlock(nn.Module):
         super().__init__()
         self.self_attn, self.cross_attn = Projections(width, heads), Projections(width, heads)
 
-    def forward(self, x, context, transformer_options, mask=None):
+    def forward(self, x, context, transformer_options={}, mask=None):  # noqa: B006
         x = x + self.self_attn(x, options=transformer_options, mask=mask)
         return x + self.cross_attn(x, context, options=transformer_options)
 
@@ -227,9 +227,19 @@ class WanModel(Toy):
         frames, height, width = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)
         for block in self.blocks:
-            x = block(x, context, transformer_options, self.mask)
+            x = self.run_block(block, x, context, transformer_options)
         x = self.head(x).view(-1, frames, height, width, 4, 1, 2, 2)
         return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
+
+    def run_block(self, block, x, context, transformer_options):
+        return block(x, context, transformer_options, self.mask)
+
+
+class WanModel_S2V(WanModel):
+    """Tells its blocks no options, as in 0.3.64."""
+
+    def run_block(self, block, x, context, transformer_options):
+        return block(x, context=context)
 
 
 class HunyuanVideo(Toy):

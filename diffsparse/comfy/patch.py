@@ -15,7 +15,7 @@ from diffsparse.comfy.node_text import show_on_node
 from diffsparse.comfy.plan_output import PlanOutput
 from diffsparse.comfy.schedule import Branches, Window, has_few_steps, step_of
 from diffsparse.comfy.summary import RunClock, summarize
-from diffsparse.comfy.transformer import OUT_OF_MEMORY, UNREACHED, SampledTransformer
+from diffsparse.comfy.transformer import OPTIONS, OUT_OF_MEMORY, OVERRIDE, UNREACHED, SampledTransformer
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.plan_recorder import PlanRecorder
 from diffsparse.report import SparseAttentionReport, make_report
@@ -26,7 +26,6 @@ from diffsparse.strategies.calibrated import Calibrated
 logger = logging.getLogger(__name__)
 
 KEY = "diffsparse"
-OVERRIDE = "optimized_attention_override"
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ class SparsePatch:
         self, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[SampledTransformer | None, dict[str, Any]]:
         call = _named(executor.original, args, kwargs)
-        options = call.get("transformer_options") or {}
+        options = call.get(OPTIONS) or {}
         if self._percent_to_sigma is None or "sigmas" not in options or "sample_sigmas" not in options:
             # Nobody samples: something calls the model on its own.
             return None, options

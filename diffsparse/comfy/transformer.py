@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ from diffsparse.config import SparseAttentionConfig
 from diffsparse.pipelines.family import Layout
 from diffsparse.session import Session
 from diffsparse.steps import Step
+
+OPTIONS, OVERRIDE = "transformer_options", "optimized_attention_override"
+"""The argument in which ComfyUI tells its models how to run, and what stands there for their attention."""
 
 OUT_OF_MEMORY = "out of memory"
 UNREACHED = "another node has replaced the attention of its block"
@@ -47,7 +51,9 @@ class SampledTransformer:
             hook
             for layer, block in enumerate(blocks.values())
             for hook in (
-                block.register_forward_pre_hook(functools.partial(self._enter_block, layer)),
+                block.register_forward_pre_hook(
+                    functools.partial(self._enter_block, layer, _place_of_options(block)), with_kwargs=True
+                ),
                 block.register_forward_hook(self._leave_block),
             )
         ]
@@ -68,7 +74,7 @@ class SampledTransformer:
 
     @_never_compiled
     def override(self, function: AttentionFunction, *args: Any, **kwargs: Any) -> Tensor:
-        """What stands in `transformer_options["optimized_attention_override"]`."""
+        """What stands in the options as `OVERRIDE`."""
         stand_in = function if self.previous is None else functools.partial(self.previous, function)
         dense = functools.partial(stand_in, *args, **kwargs)
         if self._layer is None or not self._awaits_attention:
@@ -104,15 +110,27 @@ class SampledTransformer:
             return None
 
     @_never_compiled
-    def _enter_block(self, layer: int, block: nn.Module, args: Any) -> None:
+    def _enter_block(
+        self, layer: int, place_of_options: int | None, block: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         self._layer = layer
         self._awaits_attention = True
+        if place_of_options is None or place_of_options < len(args) or OPTIONS in kwargs:
+            return None
+        # WanModel_S2V in ComfyUI 0.3.64 tells its blocks nothing, and they would never ask for the override.
+        return args, kwargs | {OPTIONS: {OVERRIDE: self.override}}
 
     @_never_compiled
     def _leave_block(self, block: nn.Module, args: Any, output: Any) -> None:
         if self._layer is not None and self._awaits_attention:
             self.session.fall_back(self._layer, UNREACHED)
         self._layer = None
+
+
+def _place_of_options(block: nn.Module) -> int | None:
+    """Which argument of a block the options are; None where it takes none by that name."""
+    names = list(inspect.signature(block.forward).parameters)
+    return names.index(OPTIONS) if OPTIONS in names else None
 
 
 def _obstacle(call: OverrideCall) -> str | None:

@@ -176,6 +176,18 @@ def test_attention_that_another_node_replaced_is_found_and_said(cross_attention_
     assert "another node has replaced the attention of some blocks" in caplog.text
 
 
+def test_blocks_that_their_model_tells_nothing_run_sparse_too(caplog):
+    model = standins.patcher(standins.WanModel_S2V)
+    dense = standins.sample(model)
+    sparse = standins.patched(model)
+    report = run(sparse)
+    assert (report.sparse_calls, report.dense_reasons) == (8, {"early step": 2})
+    assert "another node" not in caplog.text
+    assert not torch.equal(standins.sample(sparse), dense)
+    torch.testing.assert_close(standins.sample(standins.patched(model, density=1.0)), dense)
+    assert torch.equal(standins.sample(model), dense)
+
+
 class Interrupted(Exception):
     pass
 
