@@ -56,8 +56,8 @@ class RunClock:
             for name, seconds in (("sparse", sparse), ("dense", dense))
             if seconds
         ]
-        # The fastest of each, since the first of its kind also loads, compiles or tests.
-        slower = bool(sparse and dense) and min(sparse) > min(dense)
+        # The fastest of each, since the first of its kind also loads, compiles, plans or tests: one alone is no sign.
+        slower = bool(len(sparse) > 1 and dense) and min(sparse) > min(dense)
         hint = " (sparse is slower here: raise min_tokens)" if slower else ""
         return f"{stopped}{len(sparse)} of {ran} steps sparse; {', '.join(times)}{hint}"
 

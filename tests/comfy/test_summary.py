@@ -50,6 +50,17 @@ def test_sparse_steps_that_are_slower_are_said_so(monkeypatch):
     assert clock.describe(finished=True).endswith("1.00 s a dense step (sparse is slower here: raise min_tokens)")
 
 
+def test_the_only_sparse_step_is_not_called_slow(monkeypatch):
+    seconds = iter([0.0, 1.0, 1.0, 9.0])
+    monkeypatch.setattr(summary.time, "perf_counter", lambda: next(seconds))
+    clock = RunClock()
+    clock.tick(0, 2)
+    clock.tick(1, 2)
+    clock.mark_sparse()
+    clock.stop()
+    assert clock.describe(finished=True) == "1 of 2 steps sparse; 8.00 s a sparse step, 1.00 s a dense step"
+
+
 def test_a_step_of_two_calls_is_one_step(monkeypatch):
     seconds = iter([0.0, 2.0])
     monkeypatch.setattr(summary.time, "perf_counter", lambda: next(seconds))
