@@ -242,6 +242,14 @@ class WanModel_S2V(WanModel):
         return block(x, context=context)
 
 
+class AsymmDiTJoint(WanModel):
+    """Mochi: of its calls only those of the model around it are seen."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.patch_size, self.hidden_size_x = 2, self.dim
+
+
 class HunyuanVideo(Toy):
     """A text refiner, then blocks over [text | video] in heads-first layout, as HunyuanVideo in 0.33."""
 

@@ -57,7 +57,11 @@ def find_model(model: nn.Module) -> ComfyModel | None:
 
 def diffusion_model(patcher: Any) -> nn.Module:
     """The model in a ModelPatcher of ComfyUI, under what torch.compile put around it."""
-    module = patcher.get_model_object("diffusion_model")
+    return uncompiled(patcher.get_model_object("diffusion_model"))
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """What torch.compile was given; the module itself where it is not compiled."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffsparse.comfy.models import ComfyModel
+from diffsparse.comfy.models import ComfyModel, uncompiled
 from diffsparse.comfy.node_text import show_on_node
 from diffsparse.comfy.plan_output import PlanOutput
 from diffsparse.comfy.schedule import Branches, Window, has_few_steps, step_of
@@ -163,7 +163,7 @@ class SparsePatch:
             # Nobody samples: something calls the model on its own.
             return None, options
         # The model itself, or ComfyUI's model around it.
-        module = getattr(executor.class_obj, "diffusion_model", executor.class_obj)
+        module = uncompiled(getattr(executor.class_obj, "diffusion_model", executor.class_obj))
         # Several GPUs have a model each, and a thread each.
         transformer = self._transformers.get(id(module))
         if transformer is None:

@@ -75,6 +75,16 @@ def test_the_file_says_what_it_was_made_for(file):
     assert {entry.from_step for entry in made.entries} <= {1, 3}
 
 
+def test_a_file_of_a_compiled_mochi_is_for_mochi(file):
+    model = standins.patcher(standins.AsymmDiTJoint, layers=1)
+    model.diffusion_model = torch.compile(model.diffusion_model, backend="eager")
+    standins.sample(recording(model))
+    assert load_plans(file).model == "AsymmDiTJoint"
+    served = standins.patched(model, plan_file="plan.safetensors", strict=True)
+    standins.sample(served)
+    assert served.get_attachment("diffsparse").report().transformers[0].sparse_calls == 4
+
+
 def test_what_was_recorded_does_not_outlive_the_run(file, monkeypatch):
     recorders = weakref.WeakSet()
     init = PlanRecorder.__init__
