@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsparse.comfy.models import ComfyModel
+from diffsparse.comfy.models import ComfyModel, uncompiled
 from diffsparse.comfy.override_call import AttentionFunction, OverrideCall, read_call
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.pipelines.family import Layout
@@ -129,7 +129,7 @@ class SampledTransformer:
 
 def _place_of_options(block: nn.Module) -> int | None:
     """Which argument of a block the options are; None where it takes none by that name."""
-    names = list(inspect.signature(block.forward).parameters)
+    names = list(inspect.signature(uncompiled(block).forward).parameters)
     return names.index(OPTIONS) if OPTIONS in names else None
 
 

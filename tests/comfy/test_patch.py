@@ -251,9 +251,10 @@ def test_the_model_may_be_called_outside_a_sampler():
     assert model.get_attachment("diffsparse").report().transformers[0] == before
 
 
+@pytest.mark.parametrize("kind", [standins.WanModel, standins.WanModel_S2V])
 @pytest.mark.parametrize("whole", [False, True])
-def test_compiled_models_run_sparse_too(whole):
-    model = standins.patcher()
+def test_compiled_models_run_sparse_too(whole, kind):
+    model = standins.patcher(kind)
     eager = standins.sample(standins.patched(model, start_percent=0.0))
     transformer = model.diffusion_model
     if whole:
