@@ -160,19 +160,21 @@ def _shadow_globals(module_name: str | None) -> _Shadow | None:
     module = sys.modules.get(module_name or "")
     if module is None:
         return None
-    shadow = _shadow_module(module)
-    functional = _shadow_module(F)
-    vars(functional).update(scaled_dot_product_attention=scaled_dot_product_attention, pad=pad)
+    shadow, functional = _shadow_module(module), _shadow_module(F)
+    _fill(functional, F, {"scaled_dot_product_attention": scaled_dot_product_attention, "pad": pad})
     rebound: dict[str, Any] = {name: functional for name, value in vars(module).items() if value is F}
     if hasattr(module, "dispatch_attention_fn"):
         # Ours looks it up and does not import it: torch.compile of 2.10 traces no import out of a package that loads
         # its modules when they are used.
         importlib.import_module(DISPATCH)
         rebound["dispatch_attention_fn"] = dispatch_attention_fn
-    vars(shadow).update(rebound)
     # What processors share, as those of FLUX.2 Klein do with kept keys, calls attention for them.
-    shared = {name: value for name, value in vars(module).items() if _calls_attention(value, vars(module), rebound)}
-    vars(shadow).update({name: _with_globals(value, vars(shadow)) for name, value in shared.items()})
+    shared = {
+        name: _with_globals(value, vars(shadow))
+        for name, value in vars(module).items()
+        if _calls_attention(value, vars(module), rebound)
+    }
+    _fill(shadow, module, rebound | shared)
     return _Shadow(vars(shadow), frozenset(rebound))
 
 
@@ -188,12 +190,17 @@ def _calls_attention(value: Any, names: dict[str, Any], rebound: dict[str, Any])
 
 
 def _shadow_module(module: types.ModuleType) -> types.ModuleType:
-    """The shadow of a module, with the names that it has now: those of a notebook grow."""
     name = f"diffsparse._shadow.{module.__name__}"
-    shadow = sys.modules.setdefault(name, types.ModuleType(name))
+    return sys.modules.setdefault(name, types.ModuleType(name))
+
+
+def _fill(shadow: types.ModuleType, module: types.ModuleType, ours: dict[str, Any]) -> None:
+    """Give a shadow the names that its module has now: those of a notebook grow. Ours come in place of its own.
+
+    At once: processors of another thread may be running by them.
+    """
     kept = {"__name__", "__spec__", "__loader__"}
-    vars(shadow).update({k: v for k, v in vars(module).items() if k not in kept})
-    return shadow
+    vars(shadow).update({k: v for k, v in vars(module).items() if k not in kept} | ours)
 
 
 class _Current(threading.local):

@@ -49,6 +49,25 @@ def test_a_model_of_its_own_runs_where_diffusers_is_not_loaded_yet():
     assert "[1, 8, 2, 16]" in result.stdout
 
 
+def test_what_a_thread_runs_by_is_ours_while_another_enables():
+    name = TINY["wan"].make().blocks[0].attn1.processor.__class__.__module__
+    processors._shadow_globals(name)
+    shadow = sys.modules[f"diffsparse._shadow.{name}"]
+    seen = set()
+
+    def watch(*_):
+        seen.add((shadow.dispatch_attention_fn, shadow.F.scaled_dot_product_attention))
+        return watch
+
+    traced = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        processors._shadow_globals(name)
+    finally:
+        sys.settrace(traced)
+    assert seen == {(processors.dispatch_attention_fn, processors.scaled_dot_product_attention)}
+
+
 def test_padding_takes_its_arguments_by_name():
     assert processors.pad(input=torch.ones(1, 3), pad=(1, 0), value=2.0).tolist() == [[2, 1, 1, 1]]
 
