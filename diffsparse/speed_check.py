@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -78,7 +79,7 @@ class SpeedCheck:
         """
         rounds: list[list[float]] = []
         speed_up = math.inf
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):
             if (typical := plan(progress=0.5)) is not None:
                 calls = dense, functools.partial(sparse, typical), functools.partial(plan, progress=0.5)
                 while len(rounds) < LEAST_ROUNDS or (
@@ -87,8 +88,6 @@ class SpeedCheck:
                     rounds.append([seconds_of(call, query.device) for call in calls])
                 dense_seconds, sparse_seconds, plan_seconds = (min(seconds) for seconds in zip(*rounds))
                 speed_up = dense_seconds / (sparse_seconds + plan_seconds / num_served)
-        except torch.OutOfMemoryError:
-            speed_up = math.inf
         _SPEED_UPS.setdefault(self._kind(query, mask), speed_up)
         if (reason := self.why_slow(query, mask)) is not None:
             logger.warning(

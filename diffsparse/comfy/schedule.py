@@ -49,7 +49,7 @@ def has_few_steps(sigmas: Sequence[float], percent_to_sigma: Callable[[float], f
     """
     total = len(sigmas) - 1
     # Where so many of the fewest steps end, give or take the half of one for schedules that begin slowly.
-    return total <= FEW_STEPS and sigmas[-1] <= percent_to_sigma(max(0.0, (total - 0.5) / FEW_STEPS))
+    return total <= FEW_STEPS and sigmas[-1] <= percent_to_sigma((total - 0.5) / FEW_STEPS)
 
 
 def step_of(sigma: float, sigmas: Sequence[float]) -> int:
