@@ -46,21 +46,31 @@ def test_the_grid_is_what_the_coordinates_begin_with(grid):
         assert read(video, *[coords((1, *grid[1:]), frame) for frame in (8, 1)], batch=2) == (*grid, 0, 2 * tokens)
         assert read(video, coords((3, 2, 2))) == (*grid, 0, 3 * 2 * 2)
         assert read(video - torch.tensor([0.5, 64, 32])[:, None, None]) == (*grid, 0, 0)
+        # As large as a frame and behind the last, but with a token at another time or place.
+        for axis in range(3):
+            other = coords((1, *grid[1:]), 8 * grid[0])
+            other[:, axis, -1] += 1
+            assert read(video, other) == (*grid, 0, tokens)
     assert read(video, coords((1, *grid[1:]), 8 * grid[0])) == (grid[0] + 1, *grid[1:], 0, 0)
 
 
 def test_coordinates_that_begin_with_no_full_grid_leave_it_unknown():
     video = coords((3, 7, 5))
+    # At the end of each frame's second row.
+    aside = (torch.arange(105) % 35 == 9)[:, None]
     others = {
         "half a row": video[:, :, [*range(33), *range(35, 105)]],
         "columns before rows": video[:, [0, 2, 1]],
         "rows backwards": video * torch.tensor([1, -1, 1])[:, None, None],
         "columns backwards": video * torch.tensor([1, 1, -1])[:, None, None],
+        "a row that slants": video + aside * torch.tensor([0, 1, 0])[:, None, None],
+        "a column that slants": video + aside * torch.tensor([0, 0, 1])[:, None, None],
         "a keyframe at the time of a single frame": torch.cat([coords((1, 7, 5))] * 2, dim=2),
     }
     assert [name for name, tensor in others.items() if read(tensor) is not None] == []
     latents = torch.zeros(1, 105, 4)
-    assert ltx2.layout(None, {"hidden_states": latents[:, 1:], "video_coords": video}) is None
+    for other in (latents[:, 1:], torch.zeros(1, 106, 4)):
+        assert ltx2.layout(None, {"hidden_states": other, "video_coords": video}) is None
     # No starts and ends; no coordinates.
     assert ltx2.layout(None, {"hidden_states": latents, "video_coords": video[..., 0]}) is None
     assert ltx2.layout(None, {"hidden_states": latents}) is None
