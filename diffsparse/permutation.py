@@ -61,8 +61,7 @@ def hilbert_order(grid: TokenGrid) -> Tensor:
             turned = (axis >> bit) & 1 == 1
             exchanged = torch.where(turned, 0, (axes[0] ^ axis) & below)
             axes[0] ^= torch.where(turned, below, exchanged)
-            if axis is not axes[0]:
-                axis ^= exchanged
+            axis ^= exchanged
     for before, axis in itertools.pairwise(axes):
         axis ^= before
     flips = torch.zeros(grid.num_video_tokens, dtype=torch.long, device="cpu")
