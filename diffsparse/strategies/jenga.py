@@ -59,15 +59,9 @@ class Jenga:
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""
         layout, fixed = _layout(call.grid, self, query.device)
-        scores = pooled_scores(
-            layout.ordered(query),
-            layout.ordered(key),
-            self.query_block_size,
-            self.key_block_size,
-            key_length=call.key_length,
-            scale=call.scale,
-        )
-        # Text is seen anyhow, and takes no part.
+        sizes = self.query_block_size, self.key_block_size
+        scores = pooled_scores(layout.ordered(query), layout.ordered(key), *sizes, scale=call.scale)
+        # Text is seen anyhow, and takes no part, padded or not.
         scores[..., layout.free_keys :] = -torch.inf
         mass = scores.softmax(-1)
         return layout.plan(top_blocks(mass, int(self.density * mass.shape[-1])) | smallest_set(mass, self.mass) | fixed)
