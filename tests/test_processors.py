@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,15 @@ def test_what_a_thread_runs_by_is_ours_while_another_enables():
     finally:
         sys.settrace(traced)
     assert seen == {(processors.dispatch_attention_fn, processors.scaled_dot_product_attention)}
+
+
+def test_a_function_of_another_module_keeps_the_names_of_its_own(monkeypatch):
+    home, module = types.ModuleType("its_home"), types.ModuleType("another")
+    exec("def attend(x): return F.scaled_dot_product_attention(x, x, x)", vars(home))
+    home.F = module.F = F
+    module.attend = home.attend
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert processors._shadow_globals(module.__name__).names["attend"] is home.attend
 
 
 def test_padding_takes_its_arguments_by_name():

@@ -34,6 +34,20 @@ def test_regions_of_different_size_keep_their_plans(monkeypatch):
     assert sum(tally.sparse_calls for tally in transformer.session.tallies) == 12
 
 
+def test_a_block_that_is_told_options_keeps_them():
+    module = standins.WanModel(layers=1)
+    SampledTransformer(module, find_model(module), SparseAttentionConfig())
+    seen, options, (block,) = [], {}, module.blocks
+    block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    inputs = torch.randn(1, 6, 32), torch.randn(1, 6, 32)
+    with torch.no_grad():
+        block(*inputs, options)
+        block(*inputs, transformer_options=options)
+    assert seen[0] == ((*inputs, options), {})
+    assert seen[0][0][2] is options
+    assert seen[1][1]["transformer_options"] is options
+
+
 def test_what_was_put_on_the_blocks_is_taken_away():
     module = standins.WanModel()
     transformer = SampledTransformer(module, find_model(module), SparseAttentionConfig())

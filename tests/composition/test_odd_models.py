@@ -123,7 +123,7 @@ def test_a_processor_may_use_what_its_module_got_after_another_was_enabled(monke
     call = TINY["wan"].call(model, (3, 7, 5))
     for number in (1, 2):
         exec(
-            f"def attend{number}(*args): return F.scaled_dot_product_attention(*args)\n"
+            f"def attend{number}(*args, scale=None): return F.scaled_dot_product_attention(*args, scale=scale)\n"
             f"class Processor{number}:\n"
             "    def __call__(self, attn, hidden_states, encoder=None, attention_mask=None, rotary_emb=None):\n"
             "        x = attn.to_q(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)\n"

@@ -11,11 +11,12 @@ from diffsparse import Adaptive, DenseFallback
 from diffsparse.pipelines.left_alone import LEFT_ALONE
 
 
-def test_head_dim_above_256_runs_dense():
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_head_dim_above_256_runs_dense(backend):
     model = TINY["wan"].make(num_attention_heads=1, attention_head_dim=260, num_layers=1)
     call = TINY["wan"].call(model, (1, 5, 7))
     stock = run(model, call)
-    model.enable_sparse_attention(SPARSE)
+    model.enable_sparse_attention(config(backend=backend))
     assert torch.equal(run(model, call), stock)
     assert report_of(model).dense_reasons == {"head dim 260 above 256": 1}
 
@@ -105,6 +106,16 @@ def test_a_backend_that_cannot_run_is_an_error_at_the_first_call():
     with torch.no_grad():
         model(**{name: x.double() for name, x in call.items()})
     assert set(report_of(model).dense_reasons) == {"early step"}
+
+
+def test_a_named_backend_is_asked_about_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr("diffsparse.session.pick_backend", lambda *args: asked.append(args))
+    model = TINY["wan"].make()
+    model.enable_sparse_attention(config(backend="eager", dense_steps=1.0))
+    for _ in range(2):
+        run(model, TINY["wan"].call(model, (3, 7, 5)))
+    assert len(asked) == 1
 
 
 def test_a_backend_that_takes_one_size_of_query_blocks_may_be_named_for_quantization(monkeypatch):
