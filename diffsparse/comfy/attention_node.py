@@ -57,9 +57,10 @@ class DiffSparseAttention:
                     {
                         "default": "auto",
                         "tooltip": (
-                            "How much of the attention is computed. auto: 25 %, and with 8 steps or fewer at most "
-                            "the first step stays full. quality: 40 %. balanced: 25 %. fast: 15 %. custom: the density "
-                            "below. More is closer to the full result, less is faster."
+                            "How much of the attention is computed. auto: 25 %, and with 8 steps or fewer (of both "
+                            "samplers, where two share them) at most the first step stays full. quality: 40 %. "
+                            "balanced: 25 %. fast: 15 %. custom: the density below. More is closer to the full result, "
+                            "less is faster."
                         ),
                     },
                 ),

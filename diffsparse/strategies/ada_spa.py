@@ -25,7 +25,7 @@ class AdaSpa:
 
     Scores are exact, so a plan costs as much as dense attention and more. The method plans after its dense steps, a
     fifth of all, and once again when three fifths are done: `SparseAttentionConfig(AdaSpa(), replan_every=20)` for 50
-    steps. No code is published; the rule is that of the paper. A batch shares the recall of its heads.
+    steps. The rule is that of the paper; no code of it was found. A batch shares the recall of its heads.
 
     Args:
         density: share of the key blocks that a query block sees, 0–1, mean over the heads.
