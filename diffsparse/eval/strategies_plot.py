@@ -30,11 +30,11 @@ def draw(results: SweepResults, path: Path) -> None:
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     panel = figure.subplots()
     for number, name in enumerate(names):
-        for tail in (False, True):
-            line = sorted(
-                (100 * row.density, row.psnr_db) for row in rows if row.variant.row == name and row.variant.tail == tail
-            )
-            colour = "black" if name == REFERENCE else colormaps["tab20"](number % 20)
+        colour = "black" if name == REFERENCE else colormaps["tab20"](number % 20)
+        its = [row for row in rows if row.variant.row == name]
+        tails = sorted({row.variant.tail for row in its})
+        for tail in tails:
+            line = sorted((100 * row.density, row.psnr_db) for row in its if row.variant.tail == tail)
             panel.plot(
                 *zip(*line),
                 color=colour,
@@ -42,14 +42,15 @@ def draw(results: SweepResults, path: Path) -> None:
                 markerfacecolor=colour if tail else "white",
                 linestyle="-" if tail else ":",
                 linewidth=2.5 if name == REFERENCE else 1,
-                label=f"{name}{' + tail' if tail else ''}",
+                label=name if tail == tails[-1] else None,
             )
     unbeaten_points = sorted((100 * row.density, row.psnr_db) for row in front(rows))
     panel.plot(*zip(*unbeaten_points), color="grey", linewidth=6, alpha=0.25, label="no other is sparser and closer")
     panel.set_xlabel("measured density of the sparse calls, %")
     panel.set_ylabel("mean PSNR to dense, dB")
     panel.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    title = "filled: with the pooled tail\nhollow, dotted: without"
+    figure.legend(loc="outside right upper", title=title, title_fontsize=8, fontsize=8, frameon=False)
     with whole_file(path) as unfinished:
         figure.savefig(unfinished, format="png")
 
