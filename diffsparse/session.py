@@ -14,7 +14,7 @@ from torch import Tensor
 from diffsparse.autocast import as_autocast, with_autocast_as_now, without_autocast
 from diffsparse.config import SparseAttentionConfig, resolve_dense_layers
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels.block_sparse import DTYPES, MAX_HEAD_DIM, pick_backend
+from diffsparse.kernels.block_sparse import DTYPES, MAX_HEAD_DIM, pick_backend, why_none
 from diffsparse.plan import AttentionPlan
 from diffsparse.rank_order import RankOrder
 from diffsparse.speed_check import SpeedCheck
@@ -285,6 +285,15 @@ class Session:
             return "attention mask"
         if ranks > 1 and self.family.text_apart is None and grid.num_video_tokens < grid.num_tokens:
             return "nobody has said how context parallelism cuts the text of this family"
+        return self._why_no_backend(query)
+
+    def _why_no_backend(self, query: Tensor) -> str | None:
+        """Why nothing computes sparse attention of this kind; one that was named has been asked before, and raised."""
+        kind = query.device, query.dtype
+        if self.config.backend is None and kind not in self._checked:
+            if (reasons := why_none(query, 64, 64)) is not None:
+                return f"no backend is right here: {reasons}"
+            self._checked.add(kind)
         return None
 
     def _parts(self, num_tokens: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ The one way in: it checks, picks the backend, and calls it as one operator that 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 
@@ -174,10 +175,21 @@ def pick_backend(
                 f"Take another one of {', '.join(PRECISIONS)}, or name another backend."
             )
         return import_module(BACKENDS[candidate])
-    raise ValueError(
-        f"`backend` {name!r} cannot run here: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}. "
-        f"Leave it out for the fastest one that can."
-    )
+    raise ValueError(f"`backend` {name!r} cannot run here: {_joined(reasons)}. Leave it out for the fastest that can.")
+
+
+def why_none(query: Tensor, query_block_size: int, key_block_size: int) -> str | None:
+    """Why no backend can run such a call; None if one can. Tries those on this device that nobody has tried yet."""
+    reasons = {}
+    for name in BACKENDS:
+        if (reason := _why_not_right(name, query, query_block_size, key_block_size, "native")) is None:
+            return None
+        reasons[name] = reason
+    return _joined(reasons)
+
+
+def _joined(reasons: Mapping[str, str | None]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in reasons.items())
 
 
 def backend_taken(

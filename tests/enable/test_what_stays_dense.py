@@ -131,6 +131,35 @@ def test_a_backend_that_takes_one_size_of_query_blocks_may_be_named_for_quantiza
     assert report_of(model).precisions == {"int8": 3}
 
 
+def test_where_no_backend_is_right_all_is_dense_by_that_reason(monkeypatch):
+    # As with float32 on a GPU without Triton, perhaps, once its products may be in TF32.
+    why = "its self-test is off by 5.0e-04, 1.0e-04 is allowed"
+    monkeypatch.setattr("diffsparse.kernels.block_sparse._why_not_right", lambda *call: why)
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    stock = run(model, call)
+    model.enable_sparse_attention(config())
+    assert torch.equal(run(model, call), stock)
+    ((reason, count),) = report_of(model).dense_reasons.items()
+    assert reason.startswith(f"no backend is right here: gluon: {why}; triton: {why}")
+    assert f"eager: {why}" in reason
+    assert count == 3
+    model.disable_sparse_attention()
+    model.enable_sparse_attention(config(strict=True))
+    with pytest.raises(diffsparse.DenseFallback, match="no backend is right here"):
+        run(model, call)
+
+
+def test_that_a_backend_is_right_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr("diffsparse.session.why_none", lambda *call: asked.append(call))
+    model = TINY["wan"].make()
+    model.enable_sparse_attention(config())
+    for _ in range(2):
+        run(model, TINY["wan"].call(model, (3, 7, 5)))
+    assert len(asked) == 1
+
+
 def test_policy_is_no_fallback():
     model = TINY["wan"].make()
     call = TINY["wan"].call(model, (3, 7, 5))
