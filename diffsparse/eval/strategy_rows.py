@@ -69,7 +69,7 @@ NAMED = (
     Row("random blocks", Adaptive(candidates=RANDOM, equal_heads=True, front_load=0.0, **BLOCKS)),
     Row("DraftAttention", DraftAttention(patch=(8, 8), **BLOCKS)),
     Row("FlexPrefill", FlexPrefill(block_size=64), "mass"),
-    # Blocks that touch are 24 % of so small a grid, and the window of NABLA is 55 %.
+    # Blocks that touch are 24 % of so small a grid, and the window of NABLA is 54 %.
     Row("Jenga", Jenga(neighbours=False, **BLOCKS)),
     Row("MInference", MInference(block_size=64)),
     Row("NABLA", NABLA(window=None, **BLOCKS), "mass"),
