@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from diffsparse.report import SparseAttentionReport as SparseAttentionReport
     from diffsparse.report import TransformerReport as TransformerReport
     from diffsparse.session import DenseFallback as DenseFallback
+    from diffsparse.strategies.ada_cluster import AdaCluster as AdaCluster
     from diffsparse.strategies.ada_spa import AdaSpa as AdaSpa
     from diffsparse.strategies.adaptive import Adaptive as Adaptive
     from diffsparse.strategies.calibrated import Calibrated as Calibrated
@@ -71,6 +72,7 @@ _HOMES = {
     "SparseAttentionReport": "report",
     "TransformerReport": "report",
     "DenseFallback": "session",
+    "AdaCluster": "strategies.ada_cluster",
     "AdaSpa": "strategies.ada_spa",
     "Adaptive": "strategies.adaptive",
     "Calibrated": "strategies.calibrated",

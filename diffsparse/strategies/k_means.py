@@ -31,10 +31,14 @@ def cluster_means(x: Tensor, labels: Tensor, before: Tensor) -> tuple[Tensor, Te
     Where no token does, it is the one `before` [H, C, F]. Sums are made in a fixed order.
     """
     sizes = cluster_sizes(labels, before.shape[1])
-    order = torch.argsort(labels, dim=-1, stable=True)
-    by_cluster = x.gather(1, order[..., None].expand_as(x))
-    sums = torch.segment_reduce(by_cluster, "sum", lengths=sizes, axis=1, unsafe=True)
+    sums = torch.segment_reduce(by_label(x, labels), "sum", lengths=sizes, axis=1, unsafe=True)
     return torch.where(sizes[..., None] > 0, sums / sizes.clamp(min=1)[..., None], before), sizes
+
+
+def by_label(x: Tensor, labels: Tensor) -> Tensor:
+    """The tokens of x [H, S, F] sorted by their labels [H, S], those of a label in the order that they had."""
+    order = torch.argsort(labels, dim=-1, stable=True)
+    return x.gather(1, order[..., None].expand_as(x))
 
 
 def nearest(x: Tensor, centroids: Tensor) -> Tensor:

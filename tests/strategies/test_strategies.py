@@ -16,6 +16,7 @@ from diffsparse import (
     SVG2,
     SVGEAR,
     SVOO,
+    AdaCluster,
     Adaptive,
     AdaSpa,
     Dense,
@@ -65,6 +66,8 @@ LISTED = [
     NABLA(mass=0.3, window=(1, 1, 3), patch=(2, 4), **SMALL),
     Jenga(density=0.2, mass=0.2, **SMALL),
     AdaSpa(density=0.3, recall=0.3, **SMALL),
+    # So that keys are far from their centroids, for later stages to have some.
+    AdaCluster(density=0.3, query_clusters=6, key_clusters=6, threshold=1.1, **SMALL),
     SparseD(density=0.3, **SMALL),
     S2Attention(local_blocks=2, stride=4, block_size=16),
     SampleAttention(mass=0.5, sampled_rows=16, block_size=16),
