@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from diffsparse.eval.run_progress import RunProgress
 
     console = Console(highlight=False)
-    config = _config(args.strategy)
+    config = read_config(args.strategy, "--strategy")
     model = choose_model(args.model, args.size, args.frames, args.steps)
     prompts = _prompts(args, model.knows_its_sampling)
     check_seeds("--seed", [args.seed])
@@ -85,14 +85,6 @@ def run(args: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     return 0
-
-
-def _config(text: str) -> SparseAttentionConfig:
-    try:
-        return read_config(text)
-    except ValueError as error:
-        # The same texts are --config elsewhere.
-        raise ValueError(str(error).replace("--config", "--strategy", 1)) from error
 
 
 def _prompts(args: argparse.Namespace, knows_its_sampling: bool) -> list[str]:

@@ -13,7 +13,19 @@ DENSE = "dense"
 """The name of what every config is compared with."""
 
 
-def read_config(text: str) -> SparseAttentionConfig:
+def read_config(text: str, option: str = "--config") -> SparseAttentionConfig:
+    """What `parse_config` makes of a text that `option` gives on the command line.
+
+    Raises:
+        ValueError: it makes nothing of it; the error begins with the option and the text.
+    """
+    try:
+        return parse_config(text)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{option} {text}: {error}") from error
+
+
+def parse_config(text: str) -> SparseAttentionConfig:
     """The config of NAME or NAME:OPTION=VALUE,…, where NAME is a preset, a strategy that diffsparse exports, or a file
     of plans.
 
@@ -21,32 +33,31 @@ def read_config(text: str) -> SparseAttentionConfig:
     a word may be left out.
 
     Raises:
-        ValueError: an unknown name or option, or a value that it cannot take.
+        TypeError, ValueError: an unknown name or option, or a value that it cannot take.
     """
     name, _, options = text.strip().partition(":")
     strategies = exported_strategies()
     if name in PRESETS or name.endswith(PLAN_FILE_SUFFIX):
         config = as_config(name)
     elif name.lower() in strategies:
-        config = SparseAttentionConfig(_made(text, strategies[name.lower()], {}))
+        config = SparseAttentionConfig(strategies[name.lower()]())
     else:
         raise ValueError(
-            f"--config {text}: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a strategy "
-            f"({', '.join(strategies)})."
+            f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a strategy ({', '.join(strategies)})."
         )
-    values = read_options(text, options)
+    strategy: Any = config.strategy
+    values = read_options(options)
     of_config = {field.name for field in dataclasses.fields(config)} - {"strategy"}
-    of_strategy = {field.name for field in dataclasses.fields(config.strategy)}  # type: ignore[arg-type]
+    of_strategy = {field.name for field in dataclasses.fields(strategy)}
     unknown = sorted(set(values) - of_config - of_strategy)
     if unknown:
         raise ValueError(
-            f"--config {text}: there is no option {unknown[0]!r}. {type(config.strategy).__name__} has "
+            f"there is no option {unknown[0]!r}. {type(strategy).__name__} has "
             f"{', '.join(sorted(of_strategy)) or 'none'}; every config has {', '.join(sorted(of_config))}."
         )
-    strategy = _made(text, config.strategy, {key: values[key] for key in values if key in of_strategy})
+    strategy = dataclasses.replace(strategy, **{key: values[key] for key in values if key in of_strategy})
     changes = {key: values[key] for key in values if key not in of_strategy}
-    made: SparseAttentionConfig = _made(text, config, {"strategy": strategy} | changes)
-    return made
+    return dataclasses.replace(config, strategy=strategy, **changes)
 
 
 def exported_strategies() -> dict[str, type]:
@@ -55,8 +66,8 @@ def exported_strategies() -> dict[str, type]:
     return {name.lower(): c for name, c in exported.items() if isinstance(c, type) and _is_strategy(c)}
 
 
-def read_options(text: str, options: str) -> dict[str, Any]:
-    """OPTION=VALUE,… as a dictionary, values as in Python; `text` is what the user wrote, for the error.
+def read_options(options: str) -> dict[str, Any]:
+    """OPTION=VALUE,… as a dictionary, values as in Python.
 
     Raises:
         ValueError: they are written in another way.
@@ -75,7 +86,7 @@ def read_options(text: str, options: str) -> dict[str, Any]:
     except (SyntaxError, ValueError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(
-            f"--config {text}: the options cannot be read ({reason}); "
+            f"the options cannot be read ({reason}); "
             f"expected OPTION=VALUE,… as in adaptive:density=0.2,dense_steps=0.1."
         ) from error
 
@@ -86,11 +97,3 @@ def _is_strategy(cls: type) -> bool:
     # One that has no defaults, as that of a plan file, is not said by its name.
     missing = dataclasses.MISSING
     return all(f.default is not missing or f.default_factory is not missing for f in dataclasses.fields(cls))
-
-
-def _made(text: str, base: Any, changes: dict[str, Any]) -> Any:
-    """The class made with its defaults, or the object with these fields changed."""
-    try:
-        return base() if isinstance(base, type) else dataclasses.replace(base, **changes)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--config {text}: {error}") from error

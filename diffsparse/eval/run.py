@@ -17,7 +17,7 @@ from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.output_file import make_writable
 from diffsparse.eval.prompts import read_prompts
 from diffsparse.eval.protocol import PROTOCOLS, choose_protocol
-from diffsparse.eval.run_config import read_run_config, read_run_configs
+from diffsparse.eval.run_config import read_run_configs
 from diffsparse.eval.run_folder import RunFolder
 from diffsparse.eval.run_videos import Job, make_videos, open_studio
 
@@ -125,17 +125,11 @@ def read_job(args: argparse.Namespace) -> Job:
     rank, num_ranks = _from_launcher("RANK", least=0), _from_launcher("WORLD_SIZE", least=1)
     num_pairs = len(prompts) * len(args.seeds)
     baselines = [name for name in args.baseline if name != DENSE]
-    for name in baselines:
-        try:
-            read_run_config(name, fixed)
-        except ValueError as error:
-            # The same texts are --config elsewhere.
-            raise ValueError(str(error).replace("--config", "--baseline", 1)) from error
     return Job(
         model=model,
         prompts=prompts,
         seeds=args.seeds,
-        configs=read_run_configs(config_texts([*baselines, *args.config]), fixed),
+        configs=read_run_configs(config_texts(args.config), fixed, baselines),
         device=_device(args.device),
         offload=args.offload,
         protocol=protocol,

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import diffsparse
 from diffsparse.config import PLAN_FILE_SUFFIX, PRESETS, SparseAttentionConfig
 from diffsparse.eval.baseline import BACKEND_PREFIX, AttentionBackend, Cache, cache_names
-from diffsparse.eval.named_config import DENSE, exported_strategies, read_config, read_options
+from diffsparse.eval.named_config import DENSE, exported_strategies, parse_config, read_options
 
 LONGEST_FOLDER_NAME = 150
 """Characters. File systems take 255 bytes."""
@@ -76,14 +76,17 @@ class RunConfig:
             yield
 
 
-def read_run_configs(texts: list[str], fixed: Mapping[str, Any] = NOTHING_FIXED) -> list[RunConfig]:
-    """The configs of several texts; `fixed` is what every sparse one of them has by a protocol.
+def read_run_configs(
+    texts: Sequence[str], fixed: Mapping[str, Any] = NOTHING_FIXED, baselines: Sequence[str] = ()
+) -> list[RunConfig]:
+    """The configs of the baselines and of other texts; `fixed` is what every sparse one of them has by a protocol.
 
     Raises:
         ValueError: a text that cannot be read or goes against the protocol, or two that say the same or need the same
             folder.
     """
-    configs = [read_run_config(text, fixed) for text in texts]
+    configs = [read_run_config(text, fixed, "--baseline") for text in baselines]
+    configs += [read_run_config(text, fixed) for text in texts]
     for index, config in enumerate(configs):
         if config.folder.lower() == DENSE:
             raise ValueError(f"--config {config.text}: dense videos are always made, so leave it out.")
@@ -93,9 +96,9 @@ def read_run_configs(texts: list[str], fixed: Mapping[str, Any] = NOTHING_FIXED)
     return configs
 
 
-def read_run_config(text: str, fixed: Mapping[str, Any] = NOTHING_FIXED) -> RunConfig:
-    """The config of a text: what `read_config` reads, `backend:NAME`, a cache as NAME:OPTION=VALUE,…, or some of these
-    joined by +.
+def read_run_config(text: str, fixed: Mapping[str, Any] = NOTHING_FIXED, option: str = "--config") -> RunConfig:
+    """The config of a text that `option` gives on the command line: what `parse_config` reads, `backend:NAME`, a cache
+    as NAME:OPTION=VALUE,…, or some of these joined by +.
 
     Raises:
         ValueError: an unknown name or option, a value that it cannot take, a missing package, two of a kind, or an
@@ -103,36 +106,34 @@ def read_run_config(text: str, fixed: Mapping[str, Any] = NOTHING_FIXED) -> RunC
     """
     # A + inside of options stands before a digit, as in 1e+3; one in the path of a file stands for itself.
     texts = [text.strip()] if Path(text.partition(":")[0]).is_file() else re.split(r"\+(?=[A-Za-z_./])", text.strip())
-    parts = tuple(_read_part(text, part, fixed) for part in texts)
-    kinds = [type(part) for part in parts]
-    if len(set(kinds)) < len(kinds):
-        raise ValueError(f"--config {text}: two of a kind cannot be joined by +. Name them one by one.")
+    try:
+        parts = tuple(_read_part(part, fixed) for part in texts)
+        if len({type(part) for part in parts}) < len(parts):
+            raise ValueError("two of a kind cannot be joined by +. Name them one by one.")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{option} {text}: {error}") from error
     return RunConfig(text.strip(), parts)
 
 
-def _read_part(text: str, part: str, fixed: Mapping[str, Any]) -> Part:
-    name, _, options = part.partition(":")
+def _read_part(text: str, fixed: Mapping[str, Any]) -> Part:
+    name, _, options = text.partition(":")
     caches = cache_names()
-    try:
-        if part.startswith(BACKEND_PREFIX):
-            return AttentionBackend(options)
-        if name.lower() in caches:
-            return Cache(caches[name.lower()], read_options(text, options))
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(reason if reason.startswith("--config") else f"--config {text}: {reason}") from error
+    if text.startswith(BACKEND_PREFIX):
+        return AttentionBackend(options)
+    if name.lower() in caches:
+        return Cache(caches[name.lower()], read_options(options))
     if name in PRESETS or name.endswith(PLAN_FILE_SUFFIX) or name.lower() in exported_strategies():
-        config = read_config(part)
-        given = read_options(text, options)
+        config = parse_config(text)
+        given = read_options(options)
         for option, value in fixed.items():
             if given.get(option, value) != value:
                 raise ValueError(
-                    f"--config {text}: {option}={given[option]!r} goes against --protocol, which has {value!r}. "
-                    f"Leave out one of the two."
+                    f"{option}={given[option]!r} goes against --protocol, which has {value!r}. Leave out one of the "
+                    f"two."
                 )
         return dataclasses.replace(config, **fixed)
     raise ValueError(
-        f"--config {text}: {name!r} is neither a preset ({', '.join(PRESETS)}), nor a strategy "
-        f"({', '.join(exported_strategies())}), nor a cache of diffusers ({', '.join(caches)}), nor "
-        f"{BACKEND_PREFIX}NAME, an attention backend of diffusers such as {BACKEND_PREFIX}sage."
+        f"{name!r} is neither a preset ({', '.join(PRESETS)}), nor a strategy ({', '.join(exported_strategies())}), "
+        f"nor a cache of diffusers ({', '.join(caches)}), nor {BACKEND_PREFIX}NAME, an attention backend of diffusers "
+        f"such as {BACKEND_PREFIX}sage."
     )
