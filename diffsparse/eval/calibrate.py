@@ -12,7 +12,7 @@ from diffsparse.eval.generate import check_seeds, choose_device, generate
 from diffsparse.eval.model_choice import add_model_arguments, choose_model
 from diffsparse.eval.named_config import read_config
 from diffsparse.eval.output_file import make_writable
-from diffsparse.eval.prompts import read_prompts
+from diffsparse.eval.prompts import first_prompts, read_prompts
 from diffsparse.plan_recorder import PlanRecorder
 
 OUTPUT = Path("plan.safetensors")
@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     config = read_config(args.strategy, "--strategy")
     model = choose_model(args.model, args.size, args.frames, args.steps)
-    prompts = _prompts(args, model.knows_its_sampling)
+    default_set = "demo" if model.knows_its_sampling else "general"
+    prompts = read_prompts(default_set if args.prompt_file is None else args.prompt_file, "--prompt-file")
+    prompts = first_prompts(prompts, args.prompts, "--prompts")
     check_seeds("--seed", [args.seed])
     output: Path = args.output
     if output.suffix != PLAN_FILE_SUFFIX or output.is_dir():
@@ -85,14 +87,6 @@ def run(args: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     return 0
-
-
-def _prompts(args: argparse.Namespace, knows_its_sampling: bool) -> list[str]:
-    default_set = "demo" if knows_its_sampling else "general"
-    prompts = read_prompts(default_set if args.prompt_file is None else args.prompt_file, "--prompt-file")
-    if not 1 <= args.prompts <= len(prompts):
-        raise ValueError(f"--prompts must be 1 to {len(prompts)}, the prompts there are; got {args.prompts}.")
-    return prompts[: args.prompts]
 
 
 def _save(args: argparse.Namespace, recorder: PlanRecorder, config: SparseAttentionConfig) -> None:

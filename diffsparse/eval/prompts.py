@@ -54,6 +54,13 @@ def read_prompts(name: str, option: str = "--prompts") -> list[str]:
     return list(lines_of)
 
 
+def first_prompts(prompts: list[str], count: int, option: str) -> list[str]:
+    """The first `count` of them, as `option` says on the command line; ValueError where there are not so many."""
+    if not 1 <= count <= len(prompts):
+        raise ValueError(f"{option} must be 1 to {len(prompts)}, the prompts there are; got {count}.")
+    return prompts[:count]
+
+
 def prompt_or_first(prompt: str | None) -> str:
     """What --prompt says; where it is left out, the first of the embedded model's prompts.
 

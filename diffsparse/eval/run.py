@@ -15,7 +15,7 @@ from diffsparse.eval.generate import check_seeds, choose_device
 from diffsparse.eval.model_choice import add_model_arguments, choose_model
 from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.output_file import make_writable
-from diffsparse.eval.prompts import read_prompts
+from diffsparse.eval.prompts import first_prompts, read_prompts
 from diffsparse.eval.protocol import PROTOCOLS, choose_protocol
 from diffsparse.eval.run_config import read_run_configs
 from diffsparse.eval.run_folder import RunFolder
@@ -114,11 +114,7 @@ def read_job(args: argparse.Namespace) -> Job:
     default_set = "demo" if model.knows_its_sampling else "general"
     prompts = read_prompts(default_set if args.prompts is None else args.prompts)
     if args.num_prompts is not None:
-        if not 1 <= args.num_prompts <= len(prompts):
-            raise ValueError(
-                f"--num-prompts must be 1 to {len(prompts)}, the prompts there are; got {args.num_prompts}."
-            )
-        prompts = prompts[: args.num_prompts]
+        prompts = first_prompts(prompts, args.num_prompts, "--num-prompts")
     check_seeds("--seeds", args.seeds)
     if len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"--seeds must differ, got {args.seeds}.")

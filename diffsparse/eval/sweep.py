@@ -14,7 +14,7 @@ from diffsparse.eval.generate import Sampling, check_seeds, choose_device, gener
 from diffsparse.eval.lpips_metric import Lpips, NoLpips, add_lpips_arguments, lpips_for, lpips_or_reason
 from diffsparse.eval.metrics import FrameScores, psnr_db, ssim
 from diffsparse.eval.output_file import check_output_file
-from diffsparse.eval.prompts import read_prompts
+from diffsparse.eval.prompts import first_prompts, read_prompts
 from diffsparse.eval.sweep_results import Pair, Score, SweepResults, Variant
 from diffsparse.strategies.strategy import Strategy
 
@@ -172,10 +172,8 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
     Raises:
         ValueError: more prompts than there are, or none.
     """
-    prompts = read_prompts("demo")
-    if not 1 <= args.prompts <= len(prompts):
-        raise ValueError(f"--prompts must be from 1 to {len(prompts)}, the demo's prompts, got {args.prompts}.")
-    return [Pair(prompt, seed) for prompt in prompts[: args.prompts] for seed in args.seeds]
+    prompts = first_prompts(read_prompts("demo"), args.prompts, "--prompts")
+    return [Pair(prompt, seed) for prompt in prompts for seed in args.seeds]
 
 
 def _shard(text: str) -> tuple[int, int]:

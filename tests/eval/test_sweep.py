@@ -226,7 +226,7 @@ def test_a_damaged_file_is_named(tmp_path, contents):
 
 @pytest.mark.parametrize("count", [0, 17])
 def test_prompts_that_there_are_not_are_refused(tiny_model, tmp_path, generated, count):
-    with pytest.raises(ValueError, match="--prompts must be from 1 to 16"):
+    with pytest.raises(ValueError, match="--prompts must be 1 to 16"):
         run(tiny_model, "--prompts", count, "--output", tmp_path / "r.json")
 
 
