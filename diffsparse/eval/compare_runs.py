@@ -11,7 +11,7 @@ from diffsparse.eval.paired_statistics import of_differences
 from diffsparse.eval.report_data import METRICS, Metric, as_number, collect
 from diffsparse.eval.report_tables import metric_labels, number
 
-SPEED_UP = Metric("speed-up", ".2f", higher_is_better=True)
+COMPARED = METRICS | {"speed_up": Metric("speed-up", ".2f", higher_is_better=True)}
 
 # A video of a config: its prompt and its seed.
 Scores = dict[tuple[str, int], float]
@@ -29,7 +29,7 @@ def compare_runs(a: Path, b: Path, lpips: Lpips | NoLpips) -> list[dict[str, Any
     data = collect([a, b], lpips)
     found = []
     for first, second in _configs_of_both(a, b, data):
-        for key, metric in _metrics().items():
+        for key, metric in COMPARED.items():
             scores_a, scores_b = _scores(data, 0, first, key), _scores(data, 1, second, key)
             both = [video for video in scores_a if video in scores_b]
             if not both:
@@ -54,10 +54,10 @@ def compare_runs(a: Path, b: Path, lpips: Lpips | NoLpips) -> list[dict[str, Any
 
 def rows_of_runs(differences: list[dict[str, Any]], lpips_net: str) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row for each config and metric: under the difference its interval, and p of the sign test."""
-    labels = dict(zip(METRICS, metric_labels({"lpips_net": lpips_net}))) | {"speed_up": SPEED_UP.label}
+    labels = metric_labels(lpips_net) | {"speed_up": COMPARED["speed_up"].label}
     rows = []
     for row in differences:
-        digits = _metrics()[row["metric"]].digits
+        digits = COMPARED[row["metric"]].digits
         interval = "" if row["interval"] is None else "\n[{:+{d}}, {:+{d}}]".format(*row["interval"], d=digits)
         better = "neither" if row["mean"] == 0 else "B" if (row["mean"] > 0) == row["higher_is_better"] else "A"
         means = [number(row[mean], digits) for mean in ("mean_a", "mean_b")]
@@ -65,10 +65,6 @@ def rows_of_runs(differences: list[dict[str, Any]], lpips_net: str) -> tuple[lis
         end = [better, f"{row['sign_test']:.3f}", str(row["num_pairs"])]
         rows.append([row["config"], labels[row["metric"]], *means, difference, *end])
     return ["config", "metric", "A", "B", "B − A", "better", "p", "videos"], rows
-
-
-def _metrics() -> dict[str, Metric]:
-    return METRICS | {"speed_up": SPEED_UP}
 
 
 def _configs_of_both(a: Path, b: Path, data: dict[str, Any]) -> list[tuple[str, str]]:

@@ -58,7 +58,8 @@ def _head_pictures(data: dict[str, Any]) -> dict[str, bytes]:
         for video in data["videos"]:
             is_its = (video["run"], video["config"]) == (config["run"], config["name"])
             if is_its and video["density"] is not None:
-                caption = f"{label(data, config)}: “{video['prompt']}”, seed {video['seed']}, as last planned"
+                named = label(data, config["run"], config["name"])
+                caption = f"{named}: “{video['prompt']}”, seed {video['seed']}, as last planned"
                 pictures[caption] = _picture(video["attention"])
                 break
     return pictures

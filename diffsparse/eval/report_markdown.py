@@ -9,12 +9,12 @@ from diffsparse.eval.report_data import METRICS
 from diffsparse.eval.report_tables import (
     differences,
     headline,
+    label,
     metric_labels,
     notes,
     number,
     percent,
     published,
-    video_label,
 )
 
 
@@ -45,13 +45,14 @@ def table(headings: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _videos(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    headings = ["prompt", "seed", "config", *metric_labels(data), "speed-up", "density"]
+    headings = ["prompt", "seed", "config", *metric_labels(data["lpips_net"]).values(), "speed-up", "density"]
     rows = []
     for video in data["videos"]:
         scores = [video["scores"][key] for key in METRICS]
         cells = ["n/a" if isinstance(s, str) else number(s["mean"], m.digits) for s, m in zip(scores, METRICS.values())]
         end = [number(video["speed_up"], ".2f"), percent(video["overall_density"])]
-        rows.append([video["prompt"], str(video["seed"]), video_label(data, video), *cells, *end])
+        name = label(data, video["run"], video["config"])
+        rows.append([video["prompt"], str(video["seed"]), name, *cells, *end])
     return headings, rows
 
 

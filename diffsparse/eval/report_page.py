@@ -21,7 +21,6 @@ from diffsparse.eval.report_tables import (
     number,
     percent,
     published,
-    video_label,
 )
 
 
@@ -88,7 +87,9 @@ def _pareto(data: dict[str, Any]) -> list[str]:
     for config in data["configs"]:
         psnr = config["scores"]["psnr_db"]
         if config["speed_up"] is not None and not isinstance(psnr, str) and math.isfinite(as_number(psnr["mean"])):
-            points.append(Point(label(data, config), config["speed_up"], psnr["mean"], psnr["interval"]))
+            points.append(
+                Point(label(data, config["run"], config["name"]), config["speed_up"], psnr["mean"], psnr["interval"])
+            )
     if not points:
         return []
     return [
@@ -116,19 +117,19 @@ def _differences(data: dict[str, Any]) -> list[str]:
 def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
     # Of a metric that no video has, the notes say why.
     shown = [key for key in METRICS if any(not isinstance(video["scores"][key], str) for video in data["videos"])]
-    labels = dict(zip(METRICS, metric_labels(data)))
+    labels = metric_labels(data["lpips_net"])
     has_attention = any(video["attention_seconds"] is not None for video in data["videos"])
     headings = ["", "prompt", "seed", "config", *(labels[key] for key in shown), "seconds"]
     headings += ["in attention"] * has_attention + ["speed-up", "density"]
     place = {id(clip.video): index for index, clip in enumerate(clips)}
     rows = []
     for video in data["videos"]:
-        index = place.get(id(video))
+        index, name = place.get(id(video)), label(data, video["run"], video["config"])
         cells = [
             "<td></td>" if index is None else f'<td><button data-clip="{index}">look</button></td>',
             sorted_cell(video["prompt"], video["prompt"], "prompt"),
             sorted_cell(str(video["seed"]), video["seed"]),
-            sorted_cell(video_label(data, video), video_label(data, video), "config"),
+            sorted_cell(name, name, "config"),
         ]
         for key in shown:
             metric, score = METRICS[key], video["scores"][key]
@@ -158,7 +159,7 @@ def _videos(data: dict[str, Any], clips: list[Clip]) -> list[str]:
 def _missing(data: dict[str, Any]) -> list[str]:
     if not data["missing"]:
         return []
-    rows = [[v["prompt"], str(v["seed"]), video_label(data, v), v["reason"]] for v in data["missing"]]
+    rows = [[v["prompt"], str(v["seed"]), label(data, v["run"], v["config"]), v["reason"]] for v in data["missing"]]
     return ["<h2>Missing</h2>", '<div class="scroll">', _table(["prompt", "seed", "config", "why"], rows), "</div>"]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffsparse.eval.html_page import data_block, text
 from diffsparse.eval.report_clips import BRIGHTEST_ERROR, Clip
-from diffsparse.eval.report_tables import number, percent, video_label
+from diffsparse.eval.report_tables import label, number, percent
 
 
 def player(data: dict[str, Any], clips: list[Clip], left_out: list[dict[str, Any]]) -> list[str]:
@@ -53,7 +53,8 @@ def player(data: dict[str, Any], clips: list[Clip], left_out: list[dict[str, Any
 
 def _title(data: dict[str, Any], video: dict[str, Any]) -> str:
     psnr = number(video["scores"]["psnr_db"]["mean"], ".1f")
-    return f"PSNR {psnr} dB, {video_label(data, video)}, seed {video['seed']}: {video['prompt']}"
+    name = label(data, video["run"], video["config"])
+    return f"PSNR {psnr} dB, {name}, seed {video['seed']}: {video['prompt']}"
 
 
 def _about(data: dict[str, Any], video: dict[str, Any]) -> str:
@@ -61,5 +62,5 @@ def _about(data: dict[str, Any], video: dict[str, Any]) -> str:
     computed = "" if density is None else f", with {percent(density)} of the attention computed"
     return (
         f"“{video['prompt']}”, seed {video['seed']}: dense in {video['dense_seconds']:.1f} s; by "
-        f"{video_label(data, video)} in {video['seconds']:.1f} s{computed}."
+        f"{label(data, video['run'], video['config'])} in {video['seconds']:.1f} s{computed}."
     )

@@ -10,7 +10,7 @@ from diffsparse.eval.report_data import METRICS, as_number
 
 def headline(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row for each config: mean [95 % interval], worst frame."""
-    headings = ["config", "videos", *metric_labels(data)]
+    headings = ["config", "videos", *metric_labels(data["lpips_net"]).values()]
     headings += ["seconds a video", "in attention", "speed-up", "density", "peak memory"]
     return headings, [_row(data, config) for config in data["configs"]]
 
@@ -36,16 +36,16 @@ def filled(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[
 
 def differences(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row for each two configs and each metric."""
-    rows = []
+    rows, labels = [], metric_labels(data["lpips_net"])
     for row in data["differences"]:
         metric = METRICS[row["metric"]]
-        first, second = (_text(data, row["run"], row[place]) for place in ("first", "second"))
+        first, second = (label(data, row["run"], row[place]) for place in ("first", "second"))
         better = first if (row["mean"] > 0) == row["higher_is_better"] else second
         chance = "" if row["sign_test"] < 0.05 else " (may be chance)"
         rows.append(
             [
                 f"{first} − {second}",
-                _metric_label(data, row["metric"]),
+                labels[row["metric"]],
                 f"{row['mean']:+{metric.digits}}{_interval(row['interval'], '+' + metric.digits)}",
                 "neither" if row["mean"] == 0 else f"{better}{chance}",
                 f"{row['sign_test']:.3f}",
@@ -57,10 +57,11 @@ def differences(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def notes(data: dict[str, Any]) -> list[str]:
     """What a reader of the rows has to know besides."""
-    found = [f"{_metric_label(data, key)} {reason}." for key, reason in _reasons(data).items()]
+    labels = metric_labels(data["lpips_net"])
+    found = [f"{labels[key]} {reason}." for key, reason in _reasons(data).items()]
     found += [f"Published, not measured here: {source}." for source in {row["source"]: 0 for row in data["published"]}]
     for config in data["configs"]:
-        name = label(data, config)
+        name = label(data, config["run"], config["name"])
         psnr = config["scores"]["psnr_db"]
         if not isinstance(psnr, str) and psnr["num_identical"]:
             count = psnr["num_identical"]
@@ -80,19 +81,16 @@ def notes(data: dict[str, Any]) -> list[str]:
     return found
 
 
-def label(data: dict[str, Any], config: dict[str, Any]) -> str:
-    """A config as the user named it, with its run where there are several."""
-    return _text(data, config["run"], config["name"])
+def label(data: dict[str, Any], run: int, config: str) -> str:
+    """A config of a run as the user named it, with its run where there are several."""
+    of_run = data["runs"][run]
+    text: str = of_run["settings"]["configs"][config]["text"]
+    return text if len(data["runs"]) == 1 else f"{of_run['path']}: {text}"
 
 
-def video_label(data: dict[str, Any], video: dict[str, Any]) -> str:
-    """The same of the config of a video."""
-    return _text(data, video["run"], video["config"])
-
-
-def metric_labels(data: dict[str, Any]) -> list[str]:
+def metric_labels(lpips_net: str) -> dict[str, str]:
     """What each of `METRICS` is called in a heading: LPIPS with the net that it judges by."""
-    return [_metric_label(data, key) for key in METRICS]
+    return {key: metric.label for key, metric in METRICS.items()} | {"lpips": f"{METRICS['lpips'].label}, {lpips_net}"}
 
 
 def number(value: float | str | None, digits: str) -> str:
@@ -106,7 +104,7 @@ def number(value: float | str | None, digits: str) -> str:
 
 
 def _row(data: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    row = [label(data, config), str(config["num_videos"])]
+    row = [label(data, config["run"], config["name"]), str(config["num_videos"])]
     for key, metric in METRICS.items():
         score = config["scores"][key]
         if isinstance(score, str):
@@ -130,11 +128,6 @@ def _seconds(sparse: float | None, dense: float | None) -> str:
     return "n/a" if sparse is None else f"{sparse:.1f} (dense {number(dense, '.1f')})"
 
 
-def _metric_label(data: dict[str, Any], key: str) -> str:
-    label = METRICS[key].label
-    return f"{label}, {data['lpips_net']}" if key == "lpips" else label
-
-
 def _reasons(data: dict[str, Any]) -> dict[str, str]:
     scores = [config["scores"] for config in data["configs"]]
     return {key: s[key] for s in scores for key in METRICS if isinstance(s[key], str)}
@@ -142,12 +135,6 @@ def _reasons(data: dict[str, Any]) -> dict[str, str]:
 
 def _counts(reasons: dict[str, int]) -> str:
     return ", ".join(f"{count} for “{reason}”" for reason, count in reasons.items()) or "nothing was counted"
-
-
-def _text(data: dict[str, Any], run: int, name: str) -> str:
-    of_run = data["runs"][run]
-    text: str = of_run["settings"]["configs"][name]["text"]
-    return text if len(data["runs"]) == 1 else f"{of_run['path']}: {text}"
 
 
 def _interval(interval: tuple[float, float] | None, digits: str) -> str:
