@@ -32,24 +32,14 @@ class Comparison:
     width: int
     psnr_db: FrameScores
     ssim: FrameScores
+    ms_ssim: FrameScores | str
     lpips: FrameScores | str
     lpips_net: str
-    ms_ssim: FrameScores | str
     flicker: FrameScores | str
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {
-            "num_frames": self.num_frames,
-            "height": self.height,
-            "width": self.width,
-            "psnr_db": self.psnr_db.as_dict(),
-            "ssim": self.ssim.as_dict(),
-            "ms_ssim": _as_dict(self.ms_ssim),
-            "lpips": _as_dict(self.lpips),
-            "lpips_net": self.lpips_net,
-            "flicker": _as_dict(self.flicker),
-        }
+        return {name: x.as_dict() if isinstance(x, FrameScores) else x for name, x in vars(self).items()}
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Metric, mean and worst frame, in words, for a table. Why LPIPS is missing does not fit in one: `notes`."""
@@ -144,10 +134,6 @@ def _pairs(a: Path, b: Path) -> Iterator[tuple[Any, Any]]:
                     "They are compared pixel by pixel: scale one of them first."
                 )
         yield first, second
-
-
-def _as_dict(scores: FrameScores | str) -> dict[str, Any] | str:
-    return scores if isinstance(scores, str) else scores.as_dict()
 
 
 def _mean_and_worst(scores: FrameScores | str, digits: str) -> tuple[str, str]:
