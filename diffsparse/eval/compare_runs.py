@@ -8,13 +8,10 @@ from typing import Any
 
 from diffsparse.eval.lpips_metric import Lpips, NoLpips
 from diffsparse.eval.paired_statistics import of_differences
-from diffsparse.eval.report_data import METRICS, Metric, as_number, collect
+from diffsparse.eval.report_data import METRICS, Metric, collect, finite_means
 from diffsparse.eval.report_tables import metric_labels, number
 
 COMPARED = METRICS | {"speed_up": Metric("speed-up", ".2f", higher_is_better=True)}
-
-# A video of a config: its prompt and its seed.
-Scores = dict[tuple[str, int], float]
 
 
 def compare_runs(a: Path, b: Path, lpips: Lpips | NoLpips) -> list[dict[str, Any]]:
@@ -27,10 +24,11 @@ def compare_runs(a: Path, b: Path, lpips: Lpips | NoLpips) -> list[dict[str, Any
         ValueError: a folder that is no run, no config or no video in common.
     """
     data = collect([a, b], lpips)
+    of_a, of_b = ([video for video in data["videos"] if video["run"] == run] for run in (0, 1))
     found = []
     for first, second in _configs_of_both(a, b, data):
         for key, metric in COMPARED.items():
-            scores_a, scores_b = _scores(data, 0, first, key), _scores(data, 1, second, key)
+            scores_a, scores_b = finite_means(of_a, first, key), finite_means(of_b, second, key)
             both = [video for video in scores_a if video in scores_b]
             if not both:
                 continue
@@ -78,14 +76,3 @@ def _configs_of_both(a: Path, b: Path, data: dict[str, Any]) -> list[tuple[str, 
             "Add one by `diffsparse eval run --config`."
         )
     return [(name, name) for name in both]
-
-
-def _scores(data: dict[str, Any], run: int, config: str, key: str) -> Scores:
-    found = {}
-    for video in data["videos"]:
-        if (video["run"], video["config"]) == (run, config):
-            scores = video["scores"] | {"speed_up": {"mean": video["speed_up"]}}
-            score = scores[key]
-            if not isinstance(score, str) and score["mean"] is not None and math.isfinite(as_number(score["mean"])):
-                found[video["prompt"], video["seed"]] = float(score["mean"])
-    return found

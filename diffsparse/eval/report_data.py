@@ -35,6 +35,13 @@ METRICS = {
     "flicker": Metric("flicker", ".4f", higher_is_better=False),
 }
 
+MEANS = (
+    *("seconds", "seconds_per_step", "dense_seconds", "attention_seconds", "dense_attention_seconds"),
+    *("speed_up", "speed_up_steps", "density", "overall_density"),
+)
+LARGEST = ("peak_memory_bytes", "dense_peak_memory_bytes")
+"""What a config has of its videos: the mean over those that have it, and the largest."""
+
 
 def collect(runs: list[Path], lpips: Lpips | NoLpips) -> dict[str, Any]:
     """All of some runs, ready for JSON; what is missing is listed with why, as far as it is known.
@@ -108,7 +115,6 @@ def _video(dense: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summary(run: int, name: str, config: dict[str, str], videos: list[dict[str, Any]]) -> dict[str, Any]:
-    comparable = [video for video in videos if video["speed_up"] is not None]
     return {
         "run": run,
         "name": name,
@@ -116,20 +122,9 @@ def _summary(run: int, name: str, config: dict[str, str], videos: list[dict[str,
         "config": config["config"],
         "num_videos": len(videos),
         "scores": {key: _of_metric(key, videos) for key in METRICS},
-        "seconds": _mean(video["seconds"] for video in videos),
-        "seconds_per_step": _mean(video["seconds_per_step"] for video in videos),
-        "dense_seconds": _mean(video["dense_seconds"] for video in videos),
-        "attention_seconds": _mean(video["attention_seconds"] for video in videos),
-        "dense_attention_seconds": _mean(video["dense_attention_seconds"] for video in videos),
-        "speed_up": _mean(video["speed_up"] for video in comparable),
-        "speed_up_interval": bootstrap_interval([video["speed_up"] for video in comparable]),
-        "speed_up_steps": _mean(video["speed_up_steps"] for video in comparable),
-        "density": _mean(video["density"] for video in videos),
-        "overall_density": _mean(video["overall_density"] for video in videos),
-        "peak_memory_bytes": max((v["peak_memory_bytes"] for v in videos if v["peak_memory_bytes"]), default=None),
-        "dense_peak_memory_bytes": max(
-            (v["dense_peak_memory_bytes"] for v in videos if v["dense_peak_memory_bytes"]), default=None
-        ),
+        **{key: _mean(video[key] for video in videos) for key in MEANS},
+        "speed_up_interval": bootstrap_interval([v["speed_up"] for v in videos if v["speed_up"] is not None]),
+        **{key: max((video[key] for video in videos if video[key]), default=None) for key in LARGEST},
         "dense_reasons": _reasons(videos),
     }
 
@@ -166,7 +161,7 @@ def _differences(run: int, names: list[str], videos: list[dict[str, Any]]) -> li
     for index, first in enumerate(names):
         for second in names[index + 1 :]:
             for key, metric in METRICS.items():
-                of = {name: _means(name, key, videos) for name in (first, second)}
+                of = {name: finite_means(videos, name, key) for name in (first, second)}
                 both = [pair for pair in of[first] if pair in of[second]]
                 differences = [of[first][pair] - of[second][pair] for pair in both]
                 if not differences:
@@ -184,11 +179,15 @@ def _differences(run: int, names: list[str], videos: list[dict[str, Any]]) -> li
     return found
 
 
-def _means(name: str, key: str, videos: list[dict[str, Any]]) -> dict[tuple[int, int], float]:
-    """The finite means of a config's videos, by prompt and seed."""
-    scores = {(v["prompt_index"], v["seed"]): v["scores"][key] for v in videos if v["config"] == name}
-    means = {pair: as_number(score["mean"]) for pair, score in scores.items() if not isinstance(score, str)}
-    return {pair: mean for pair, mean in means.items() if math.isfinite(mean)}
+def finite_means(videos: list[dict[str, Any]], config: str, key: str) -> dict[tuple[str, int], float]:
+    """A metric or another number, such as `speed_up`, of a config's videos by prompt and seed, where it is finite."""
+    found = {}
+    for video in videos:
+        score = video["scores"][key] if key in METRICS else video[key]
+        mean = score["mean"] if isinstance(score, dict) else score
+        if video["config"] == config and mean is not None and math.isfinite(as_number(mean)):
+            found[video["prompt"], video["seed"]] = float(mean)
+    return found
 
 
 def as_number(score: float | str) -> float:
