@@ -112,8 +112,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from diffsparse.eval.bench_machine import describe_machine
     from diffsparse.eval.bench_planning import bench_planning, grid_of
+    from diffsparse.eval.environment import describe_machine
     from diffsparse.eval.generate import choose_device
     from diffsparse.kernels.self_test import largest_error, self_test
 

@@ -72,7 +72,7 @@ SUITES: dict[str, tuple[Geometry, ...]] = {
 
 def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str], None], rounds: int = ROUNDS) -> None:
     """Measure what `output` does not hold yet, and add it."""
-    from diffsparse.eval.bench_machine import describe_machine
+    from diffsparse.eval.environment import describe_machine
     from diffsparse.published_models import make_call, published_transformer
 
     machine = describe_machine(device)

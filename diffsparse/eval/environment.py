@@ -1,13 +1,16 @@
-"""What a result was made with: machine, versions, revision."""
+"""What a result was made with, and what its times depend on: machine, versions, revision."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffsparse.eval.doctor import devices, versions
+from diffsparse.eval.doctor import devices, version_of, versions
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -19,6 +22,22 @@ def environment(device: str) -> dict[str, Any]:
         "machine": {"processor": _processor()} | devices(),
         "versions": versions(),
         "git_revision": git_revision(),
+    }
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int]:
+    """What the numbers of a benchmark depend on: processor or GPU, threads, versions."""
+    import torch
+
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
     }
 
 

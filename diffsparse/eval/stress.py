@@ -167,7 +167,7 @@ def stress(
     subjects: Sequence[Subject], args: argparse.Namespace, device: torch.device, console: Console, calls: str = CALLS
 ) -> list[Outcome]:
     """Try all subjects on the busy device; after each, `args.output` holds those that are done."""
-    from diffsparse.eval.bench_machine import describe_machine
+    from diffsparse.eval.environment import describe_machine
 
     record: dict[str, Any] = {
         "machine": describe_machine(device),
