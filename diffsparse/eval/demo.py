@@ -180,23 +180,14 @@ def _as_dict(demo: Demo, args: argparse.Namespace, device: str) -> dict[str, Any
         "machine": devices(),
         "versions": versions(),
         "load_seconds": demo.load_seconds,
-        "dense": _times(demo.dense),
-        "sparse": _times(demo.sparse),
+        "dense": demo.dense.times(),
+        "sparse": demo.sparse.times(),
         "speed_up": {
             "steps": demo.dense.seconds_per_step / demo.sparse.seconds_per_step,
             "total": demo.dense.total_seconds / demo.sparse.total_seconds,
         },
         "quality": demo.comparison.as_dict(),
         "attention": demo.attention.as_dict(),
-    }
-
-
-def _times(made: Generation) -> dict[str, Any]:
-    return {
-        "total_seconds": made.total_seconds,
-        "seconds_per_step": made.seconds_per_step,
-        "other_seconds": made.other_seconds,
-        "step_seconds": made.step_seconds,
     }
 
 

@@ -89,6 +89,11 @@ class Generation:
         """What is not denoising: text encoder and VAE."""
         return self.total_seconds - sum(self.step_seconds)
 
+    def times(self) -> dict[str, Any]:
+        """All of these, ready for JSON."""
+        names = ("total_seconds", "seconds_per_step", "other_seconds", "step_seconds")
+        return {name: getattr(self, name) for name in names}
+
 
 def check_seeds(option: str, seeds: Iterable[int]) -> None:
     """Raise ValueError unless torch takes the seeds; `option` is what names them on the command line."""
