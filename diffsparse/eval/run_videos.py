@@ -8,7 +8,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import diffsparse
 from diffsparse.eval.attention_seconds import AttentionSeconds
@@ -19,6 +19,7 @@ from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.peak_memory import PeakMemory
 from diffsparse.eval.run_config import RunConfig
 from diffsparse.eval.run_folder import Pair, RunFolder
+from diffsparse.eval.run_progress import RunProgress
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,6 @@ class Job:
         return len(self.pairs) * len(self.config_names)
 
 
-class Progress(Protocol):
-    """Who is told how far it is."""
-
-    def start(self, what: str) -> None: ...  # noqa: D102
-    def step(self) -> None: ...  # noqa: D102
-    def end(self, what: str, outcome: str) -> None: ...  # noqa: D102
-    def skip(self, num_videos: int) -> None: ...  # noqa: D102
-
-
 def open_studio(job: Job, folder: RunFolder) -> Studio:
     """Where the videos are made; the model is loaded if one is missing.
 
@@ -77,7 +69,7 @@ def open_studio(job: Job, folder: RunFolder) -> Studio:
     return studio
 
 
-def make_videos(job: Job, folder: RunFolder, studio: Studio, progress: Progress) -> int:
+def make_videos(job: Job, folder: RunFolder, studio: Studio, progress: RunProgress) -> int:
     """Make every video that is not there or not as it was written; how many failed, each with its reason noted.
 
     The dense video of a pair and its sparse ones are made by one process, so that their times can be compared. Pairs
@@ -160,7 +152,9 @@ class Studio:
         return {"density": None, "overall_density": None, "transformers": []}
 
 
-def _make_pair(pair: Pair, job: Job, folder: RunFolder, studio: Studio, progress: Progress, after_others: bool) -> bool:
+def _make_pair(
+    pair: Pair, job: Job, folder: RunFolder, studio: Studio, progress: RunProgress, after_others: bool
+) -> bool:
     """Whether this process had the pair to itself, and so made what was missing."""
     with folder.claim(pair, wait=after_others) as mine:
         if not mine:
