@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from diffsparse.eval.bench_plot import draw
 from diffsparse.eval.bench_suite import SUITES, run_suite
 from diffsparse.eval.bench_table import as_markdown
-from diffsparse.eval.output_file import check_output_file, write_json
+from diffsparse.eval.output_file import check_output_file, reading, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -184,14 +184,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(file: Path, plot: Path | None) -> None:
     """Print the results of a suite in a file as Markdown, and draw them."""
-    try:
+    with reading(f"`--table` {file} holds no results of a suite", "Name what `diffsparse bench --suite` has written."):
         record = json.loads(file.read_text(encoding="utf-8"))
-        print(as_markdown(record), end="")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"`--table` {file} holds no results of a suite ({type(error).__name__}: {error}). "
-            f"Name what `diffsparse bench --suite` has written."
-        ) from error
+        table = as_markdown(record)
+    print(table, end="")
     if plot is not None:
         draw(record, plot)
 

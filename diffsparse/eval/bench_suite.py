@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffsparse.eval.bench_transformer import SUBJECTS, bench_transformer
 from diffsparse.eval.dense_attention import EXACT, dense_candidates
-from diffsparse.eval.output_file import write_json
+from diffsparse.eval.output_file import reading, write_json
 from diffsparse.eval.random_attention import (
     BLOCK_SIZE,
     error_of_sampled_rows,
@@ -79,15 +79,10 @@ def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str]
     today = datetime.now(timezone.utc).date().isoformat()
     record: dict[str, Any] = {"suite": name, "machine": machine, "date": today, "attention": {}, "transformers": {}}
     if output.exists():
-        try:
+        with reading(f"`--output` {output} holds no results of a suite", "Name another file, or remove this one."):
             found = json.loads(output.read_text(encoding="utf-8"))
             # With all that a record has.
             record = {key: found[key] for key in record}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"`--output` {output} holds no results of a suite ({type(error).__name__}: {error}). Name another "
-                f"file, or remove this one."
-            ) from error
         if (record["suite"], record["machine"]) != (name, machine):
             raise ValueError(
                 f"`--output` {output} holds suite {record['suite']!r} of another machine or version, "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffsparse.eval.output_file import write_json
+from diffsparse.eval.output_file import reading, write_json
 from diffsparse.eval.recorded_calls import RecordedCall, density_of, error_of
 from diffsparse.eval.with_tail import with_tail
 from diffsparse.strategies.strategy import Strategy
@@ -78,13 +78,9 @@ class Dials:
         self._contents: dict[str, Any] = {"conditions": conditions, "settings": {}}
         if not file.exists():
             return
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            has_dials = found.keys() >= self._contents.keys()
-        except (OSError, ValueError, AttributeError):
-            has_dials = False
-        if not has_dials:
-            raise ValueError(f"--dials {file} holds no dials that can be read. Name another file.")
+        with reading(f"--dials {file} holds no dials that can be read", "Name another file."):
+            contents = json.loads(file.read_text(encoding="utf-8"))
+            found = {key: contents[key] for key in self._contents}
         if found["conditions"] != conditions:
             raise ValueError(
                 f"{file} holds dials found under other conditions ({found['conditions']}), wanted are {conditions}. "

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffsparse.eval.output_file import reading
+
 SAMPLING_FILE = "demo.json"
 
 LARGEST_SEED = 2**63 - 1
@@ -54,11 +56,9 @@ class Sampling:
                 raise ValueError(
                     f"The model is incomplete: {needed} is missing. Install diffsparse again, or name another model."
                 )
-        try:
+        with reading(f"{file} is damaged", _WAY_OUT):
             values = json.loads(file.read_text())
             chosen = {field.name: values[field.name] for field in dataclasses.fields(cls)}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}). {_WAY_OUT}") from error
         wrong = {name: value for name, value in chosen.items() if not _is_positive_number(value)}
         if wrong:
             raise ValueError(f"{file} is damaged: expected numbers above 0, got {wrong}. {_WAY_OUT}")

@@ -1,10 +1,11 @@
-"""Files that a command writes, and their folder: looked at before it works for them."""
+"""Files that a command writes, looked at before it works for them, and reads again."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ def make_writable(folder: Path) -> None:
         raise ValueError(
             f"Nothing can be written to --output {folder}: {error.strerror}. Name another folder."
         ) from error
+
+
+@contextlib.contextmanager
+def reading(failure: str, way_out: str) -> Iterator[None]:
+    """A file that the block cannot read, or that lacks what it looks for: ValueError of failure, reason, way out."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{failure} ({type(error).__name__}: {error}). {way_out}") from error
 
 
 def write_json(file: Path, contents: dict[str, Any], default: Callable[[Any], str] | None = None) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from diffsparse.eval.output_file import write_json
+from diffsparse.eval.output_file import reading, write_json
 from diffsparse.eval.video_io import write_images
 from diffsparse.whole_file import whole_file
 
@@ -167,14 +167,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     if not file.is_file():
         raise ValueError(f"{folder} is no folder of `diffsparse eval run`: it has no {MANIFEST}.")
-    try:
+    with reading(f"{file} is damaged", "Name another folder."):
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         values = found["settings"] | {"made_by": found["made_by"]}
         for name, kind in KINDS.items():
             if not isinstance(values[name], kind):
                 raise TypeError(f"{name} is {values[name]!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}). Name another folder.") from error
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsparse.eval.metrics import as_json
-from diffsparse.eval.output_file import write_json
+from diffsparse.eval.output_file import reading, write_json
 from diffsparse.eval.report_data import as_number
 
 
@@ -67,7 +67,7 @@ class SweepResults:
         Raises:
             ValueError: it is no such file.
         """
-        try:
+        with reading(f"{file} holds no results that can be read", "Name another file."):
             contents = json.loads(file.read_text(encoding="utf-8"))
             results = cls(contents["settings"])
             for video in contents["videos"]:
@@ -76,10 +76,6 @@ class SweepResults:
                 # Older files know nothing of LPIPS.
                 names = [field.name for field in dataclasses.fields(Score) if field.name in video]
                 results.scores[pair, variant] = Score(**{name: as_number(video[name]) for name in names})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{file} holds no results that can be read ({type(error).__name__}: {error}). Name another file."
-            ) from error
         return results
 
     @classmethod

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -131,3 +133,9 @@ def test_a_table_of_no_results_is_an_error_that_names_the_file(tmp_path, content
     file.write_text(contents)
     with pytest.raises(ValueError, match=r"`--table` .*speed\.json holds no results of a suite"):
         bench.run(parse("--table", str(file)))
+
+
+def test_who_stops_reading_the_table_does_not_make_it_a_damaged_file(monkeypatch):
+    monkeypatch.setattr(bench, "print", Mock(side_effect=BrokenPipeError), raising=False)
+    with pytest.raises(BrokenPipeError):
+        bench.run(parse("--table", str(Path(__file__).parents[2] / "docs/benchmarks/h200.json")))
