@@ -99,7 +99,7 @@ def _dials(args: argparse.Namespace, sampling: Sampling, load: Callable[[], Any]
     Raises:
         ValueError: the file lacks some, and this is a shard, all of which would find them.
     """
-    pair = sweep.first_pair(args)
+    pair = sweep.pairs_of(args)[0]
     conditions = {"sampling": str(sampling), "dense_steps": args.dense_steps, "prompt": pair.prompt, "seed": pair.seed}
     dials = Dials(args.dials, conditions)
     missing = {row: [d for d in args.densities if not dials.has(row.name, d)] for row in _rows(args)}

@@ -76,11 +76,6 @@ def prepared(args: argparse.Namespace) -> tuple[Sampling, str, Callable[[], Any]
     return sampling, device, functools.cache(lambda: load_pipeline(args.model, device))
 
 
-def first_pair(args: argparse.Namespace) -> Pair:
-    """The first prompt and seed, whatever the shard."""
-    return _pairs(args)[0]
-
-
 def carry_out(args: argparse.Namespace, name: str, prepare: Prepare) -> SweepResults | None:
     """Make what the file of results does not have yet; or join files into one. None for a shard, which is no table.
 
@@ -141,7 +136,7 @@ def _make_videos(
     from diffsparse import SparseAttentionConfig, disable_sparse_attention, enable_sparse_attention
 
     first, every = args.shard or (1, 1)
-    for pair in _pairs(args)[first - 1 :: every]:
+    for pair in pairs_of(args)[first - 1 :: every]:
         wanted = [variant for variant in strategies if (pair, variant) not in results.scores]
         if not wanted:
             continue
@@ -166,8 +161,8 @@ def _make_videos(
             print(f"{score.psnr_db:6.2f} dB  {variant}: {pair.prompt}, seed {pair.seed}", flush=True)
 
 
-def _pairs(args: argparse.Namespace) -> list[Pair]:
-    """Every prompt with every seed, prompt by prompt.
+def pairs_of(args: argparse.Namespace) -> list[Pair]:
+    """Every prompt with every seed, prompt by prompt, whatever the shard.
 
     Raises:
         ValueError: more prompts than there are, or none.
