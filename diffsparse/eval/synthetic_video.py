@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib.resources import files
 
 import torch
 from torch import Tensor
@@ -82,12 +81,6 @@ class Scene:
 
 def _a(words: str) -> str:
     return f"an {words}" if words.startswith("orange") else f"a {words}"
-
-
-def demo_prompts() -> list[str]:
-    """The fixed prompts of the demo and the benchmark."""
-    text = files("diffsparse").joinpath("assets/demo_prompts.txt").read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line]
 
 
 def random_scene(generator: torch.Generator) -> Scene:

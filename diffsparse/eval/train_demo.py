@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from diffsparse.eval.demo_tokenizer import build_tokenizer
 from diffsparse.eval.generate import choose_device
-from diffsparse.eval.synthetic_video import demo_prompts
+from diffsparse.eval.prompts import read_prompts
 from diffsparse.eval.train_demo_export import contact_sheet, export_pipeline, write_model_card
 from diffsparse.eval.train_demo_latents import fit_demo_vae
 from diffsparse.eval.train_demo_transformer import (
@@ -94,7 +94,7 @@ def main() -> None:
     grid = PHASES[-1].grid
     pipe = export_pipeline(folder, *parts, grid)
     if arguments.samples > 0:
-        prompts = demo_prompts()[: arguments.samples]
+        prompts = read_prompts("demo")[: arguments.samples]
         contact_sheet(pipe.to(device), prompts, folder / "samples.png", grid)
         log = arguments.output / "log.jsonl"
         write_model_card(

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from diffsparse.eval.prompts import read_prompts
 from diffsparse.eval.synthetic_video import (
     BACKGROUNDS,
     COLORS,
@@ -14,7 +15,6 @@ from diffsparse.eval.synthetic_video import (
     TEXTURES,
     Scene,
     Shape,
-    demo_prompts,
     random_scene,
     render,
 )
@@ -59,7 +59,7 @@ def test_captions_follow_the_grammar_and_name_the_scene():
 
 
 def test_demo_prompts_are_sentences_of_the_grammar():
-    prompts = demo_prompts()
+    prompts = read_prompts("demo")
     assert len(prompts) == len(set(prompts)) == 16
     for prompt in prompts:
         words = GRAMMAR.fullmatch(prompt)
