@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
@@ -40,9 +42,7 @@ class LatentPool:
     def __init__(self, vae: AutoencoderKLWan, grid: tuple[int, int, int], capacity: int = 2048) -> None:
         self.vae = vae
         self.grid = grid
-        self.capacity = capacity
-        self.clips: list[tuple[Tensor, str]] = []
-        self._oldest = 0
+        self.clips: deque[tuple[Tensor, str]] = deque(maxlen=capacity)
         # [C, 1, 1, 1]
         self._mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(-1, 1, 1, 1)
         self._std = torch.tensor(vae.config.latents_std, device=vae.device).view(-1, 1, 1, 1)
@@ -58,12 +58,7 @@ class LatentPool:
         size = (frames, PATCH_SIZE * height, PATCH_SIZE * width)
         video = torch.stack([render(scene, *size, device=self.vae.device) for scene in scenes])
         latents = (encoded_frames(self.vae, video) - self._mean) / self._std
-        for clip in zip(latents, [scene.caption for scene in scenes], strict=True):
-            if len(self.clips) < self.capacity:
-                self.clips.append(clip)
-            else:
-                self.clips[self._oldest] = clip
-                self._oldest = (self._oldest + 1) % self.capacity
+        self.clips.extend(zip(latents, [scene.caption for scene in scenes], strict=True))
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
         """Latents [batch, C, F, H, W] and captions, drawn without replacement."""
