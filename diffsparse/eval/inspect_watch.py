@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -146,7 +147,7 @@ def watching(pipe: Any, config: SparseAttentionConfig, watch: Watch) -> Iterator
     hooks = []
     try:
         for name in [transformer.name for transformer in diffsparse.sparse_attention_report(pipe).transformers]:
-            hooks.append(getattr(pipe, name).register_forward_pre_hook(_Named(watch, name)))
+            hooks.append(getattr(pipe, name).register_forward_pre_hook(functools.partial(_is_called, watch, name)))
         yield lambda: watch.end_step(diffsparse.sparse_attention_report(pipe))
     finally:
         for hook in hooks:
@@ -154,15 +155,8 @@ def watching(pipe: Any, config: SparseAttentionConfig, watch: Watch) -> Iterator
         diffsparse.disable_sparse_attention(pipe)
 
 
-@dataclass(frozen=True)
-class _Named:
-    """A hook that says which transformer is called."""
-
-    watch: Watch
-    name: str
-
-    def __call__(self, module: Any, args: Any) -> None:
-        self.watch.transformer = self.name
+def _is_called(watch: Watch, name: str, *_: Any) -> None:
+    watch.transformer = name
 
 
 @dataclass(frozen=True)
