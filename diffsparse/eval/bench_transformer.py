@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-NUM_LAYERS = 1
 STEPS = 4
 """A plan is kept this long by default, so one step in this many pays for planning."""
 
@@ -39,12 +38,7 @@ SUBJECTS = {
 
 
 def bench_transformer(
-    whole: nn.Module,
-    call: Mapping[str, Any],
-    device: torch.device,
-    config: Any,
-    rounds: int,
-    num_layers: int = NUM_LAYERS,
+    whole: nn.Module, call: Mapping[str, Any], device: torch.device, config: Any, rounds: int
 ) -> dict[str, Any]:
     """Seconds of a step, dense and sparse in turn: medians over rounds of `STEPS` steps, planning included.
 
@@ -55,7 +49,6 @@ def bench_transformer(
         config: as for `enable_sparse_attention`; its dense steps are left out. By default all stays dense where sparse
             attention is not faster, and the density is None.
         rounds: how often dense and sparse take turns.
-        num_layers: of each kind; the model has more.
     """
     import dataclasses
 
@@ -67,7 +60,7 @@ def bench_transformer(
     from diffsparse.speed_check import seconds_of
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = with_few_layers(whole, num_layers, device, dtype)
+    model = with_few_layers(whole, device, dtype)
     arguments = tree_map_only(
         torch.Tensor,
         lambda x: torch.randn(x.shape, device=device, dtype=dtype) if x.is_meta else x.to(device),
@@ -105,11 +98,11 @@ def bench_transformer(
     }
 
 
-def with_few_layers(model: Any, num_layers: int, device: torch.device, dtype: torch.dtype) -> Any:
-    """A new transformer of the same config with at most `num_layers` of each kind."""
+def with_few_layers(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A new transformer of the same config with at most one layer of each kind."""
     import torch
 
-    few = {name: min(num_layers, total) for name, total in _layer_counts(model).items()}
+    few = {name: min(1, total) for name, total in _layer_counts(model).items()}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
