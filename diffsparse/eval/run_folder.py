@@ -102,12 +102,12 @@ class RunFolder:
     @contextlib.contextmanager
     def claim(self, pair: Pair, wait: bool) -> Iterator[bool]:
         """Whether this process has the pair to itself inside the block; with `wait`, once it has."""
-        with self._lock(pair.name) as lock:
-            try:
-                lock.acquire(timeout=-1 if wait else 0)
-            except Timeout:
-                yield False
-                return
+        try:
+            held = self._lock(pair.name).acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            yield False
+            return
+        with held:
             yield True
 
     def check(self, settings: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ class RunFolder:
         Raises:
             ValueError: the folder holds results of other settings.
         """
-        with self._lock("manifest") as lock, lock:
+        with self._lock("manifest"):
             file = self.path / MANIFEST
             if file.is_file():
                 self.check(settings)
@@ -141,15 +141,10 @@ class RunFolder:
                 makers = [made_by]
             write_json(file, {"settings": settings, "made_by": makers})
 
-    @contextlib.contextmanager
-    def _lock(self, name: str) -> Iterator[FileLock]:
+    def _lock(self, name: str) -> FileLock:
         folder = self.path / ".locks"
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / name)
-        try:
-            yield lock
-        finally:
-            lock.release()
+        return FileLock(folder / name)
 
     def _record_file(self, config: str, pair: Pair) -> Path:
         return self.path / config / f"{pair.name}.json"
