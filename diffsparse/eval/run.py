@@ -19,7 +19,7 @@ from diffsparse.eval.prompts import first_prompts, read_prompts
 from diffsparse.eval.protocol import PROTOCOLS, choose_protocol
 from diffsparse.eval.run_config import read_run_configs
 from diffsparse.eval.run_folder import RunFolder
-from diffsparse.eval.run_videos import Job, make_videos, open_studio
+from diffsparse.eval.run_videos import Job, Studio, make_videos
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     make_writable(args.output)
     folder = RunFolder(args.output)
     folder.check(_settings(job))
-    _check_room(job, folder)
+    num_missing = job.num_missing(folder)
+    _check_room(folder.path, num_missing, job.model.sampling.largest_video_bytes)
     sampling = job.model.sampling
     configs = ", ".join(config.text for config in job.configs)
     console.print(
@@ -85,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
         markup=False,
         soft_wrap=True,
     )
-    studio = open_studio(job, folder)
+    studio = Studio(job)
+    if num_missing:
+        studio.open()
     # Only now: a config that the model cannot have would be missing for ever.
     folder.agree(_settings(job), {"command": _command(args, job)} | environment(job.device))
     with RunProgress(console, job.num_videos, sampling.num_inference_steps) as progress:
@@ -186,13 +189,10 @@ def _command(args: argparse.Namespace, job: Job) -> str:
     return shlex.join([*words, "--output", str(args.output)])
 
 
-def _check_room(job: Job, folder: RunFolder) -> None:
+def _check_room(folder: Path, num_videos: int, bytes_a_video: int) -> None:
     """Find out now whether the disk can hold all the videos."""
-    missing = sum(folder.record(config, pair) is None for pair in job.pairs for config in job.config_names)
-    needed = missing * job.model.sampling.largest_video_bytes
-    free = shutil.disk_usage(folder.path).free
-    if needed > free:
+    if (needed := num_videos * bytes_a_video) > (free := shutil.disk_usage(folder).free):
         raise ValueError(
-            f"--output {folder.path}: {missing} videos may need {needed / 1e9:.1f} GB, the disk has "
+            f"--output {folder}: {num_videos} videos may need {needed / 1e9:.1f} GB, the disk has "
             f"{free / 1e9:.1f} GB free. Make room, or name another folder."
         )

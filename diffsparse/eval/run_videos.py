@@ -56,17 +56,9 @@ class Job:
         """Of all pairs and configs."""
         return len(self.pairs) * len(self.config_names)
 
-
-def open_studio(job: Job, folder: RunFolder) -> Studio:
-    """Where the videos are made; the model is loaded if one is missing.
-
-    Raises:
-        ValueError: the model cannot be loaded, or a config does not go with it.
-    """
-    studio = Studio(job)
-    if any(folder.record(config, pair) is None for pair in job.pairs for config in job.config_names):
-        studio.open()
-    return studio
+    def num_missing(self, folder: RunFolder) -> int:
+        """Of all these videos, how many the folder does not have yet."""
+        return sum(folder.record(config, pair) is None for pair in self.pairs for config in self.config_names)
 
 
 def make_videos(job: Job, folder: RunFolder, studio: Studio, progress: RunProgress) -> int:
@@ -78,7 +70,7 @@ def make_videos(job: Job, folder: RunFolder, studio: Studio, progress: RunProgre
     taken = [pair for pair in job.pairs if not _make_pair(pair, job, folder, studio, progress, after_others=False)]
     for pair in taken:
         _make_pair(pair, job, folder, studio, progress, after_others=True)
-    return sum(folder.record(config, pair) is None for pair in job.pairs for config in job.config_names)
+    return job.num_missing(folder)
 
 
 class Studio:
