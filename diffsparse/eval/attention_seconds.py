@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ class AttentionSeconds:
             self._hooks += [layer.register_forward_pre_hook(self._begin), layer.register_forward_hook(self._end)]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
