@@ -110,18 +110,13 @@ def choose_device(name: str | None) -> str:
     """
     import torch
 
-    if name is None:
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    available = ["cpu"]
+    # The best first.
+    available = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if torch.cuda.is_available():
-        available += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        available.append("mps")
-    if name not in available:
+        available = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *available]
+    if name is not None and name not in available:
         raise ValueError(f"There is no device {name!r} here, only {', '.join(available)}.")
-    return name
+    return name or available[0]
 
 
 def load_pipeline(folder: Path, device: str) -> Any:
@@ -166,7 +161,8 @@ def generate(
     ticks: list[float] = []
 
     def tick(*_: Any) -> None:
-        _wait_for_device()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         ticks.append(time.perf_counter())
 
     def start(*_: Any) -> None:
@@ -213,15 +209,6 @@ def _sizes(pipe: Any, sampling: Sampling) -> dict[str, Any]:
     if sampling.num_frames == 1 and "num_frames" not in known:
         del values["num_frames"]
     return values
-
-
-def _wait_for_device() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    elif torch.backends.mps.is_available():
-        torch.mps.synchronize()
 
 
 def _is_positive_number(value: Any) -> bool:
