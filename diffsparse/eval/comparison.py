@@ -114,10 +114,7 @@ def windows_of(a: Path, b: Path) -> Iterator[tuple[Frames, Frames]]:
 def _pairs(a: Path, b: Path) -> Iterator[tuple[Any, Any]]:
     frames_a, frames_b = read_frames(a), read_frames(b)
     size = None
-    for index in itertools.count():
-        first, second = next(frames_a, None), next(frames_b, None)
-        if first is None and second is None:
-            return
+    for index, (first, second) in enumerate(itertools.zip_longest(frames_a, frames_b)):
         if first is None or second is None:
             length_a = index + sum(1 for _ in frames_a) + (first is not None)
             length_b = index + sum(1 for _ in frames_b) + (second is not None)

@@ -41,17 +41,14 @@ def make_clips(data: dict[str, Any], largest_bytes: float) -> tuple[list[Clip], 
     The worst video of each config comes first, by PSNR, then the others, worst first.
     """
     ordered = sorted(data["videos"], key=lambda video: as_number(video["scores"]["psnr_db"]["mean"]))
-    seen: set[tuple[int, str]] = set()
-    worst: list[dict[str, Any]] = []
-    others: list[dict[str, Any]] = []
+    worst: dict[tuple[int, str], dict[str, Any]] = {}
     for video in ordered:
-        config = video["run"], video["config"]
-        (others if config in seen else worst).append(video)
-        seen.add(config)
+        worst.setdefault((video["run"], video["config"]), video)
+    others = (video for video in ordered if video is not worst[video["run"], video["config"]])
     clips: list[Clip] = []
     left_out: list[dict[str, Any]] = []
     room = largest_bytes
-    for video in worst + others:
+    for video in [*worst.values(), *others]:
         # What follows a clip that did not fit would not be the worst that is left.
         clip = None if left_out else make_clip(data["runs"][video["run"]], video)
         if clip is None or len(clip.uri) > room:
