@@ -47,18 +47,18 @@ class Job:
         return pairs[self.start :] + pairs[: self.start]
 
     @property
-    def config_names(self) -> list[str]:
-        """Folders of the videos, the dense ones' first."""
-        return [DENSE, *(config.folder for config in self.configs)]
+    def all_configs(self) -> list[RunConfig]:
+        """What videos are made by: first densely, with nothing on the pipeline."""
+        return [RunConfig(DENSE, ()), *self.configs]
 
     @property
     def num_videos(self) -> int:
         """Of all pairs and configs."""
-        return len(self.pairs) * len(self.config_names)
+        return len(self.pairs) * len(self.all_configs)
 
     def num_missing(self, folder: RunFolder) -> int:
         """Of all these videos, how many the folder does not have yet."""
-        return sum(folder.record(config, pair) is None for pair in self.pairs for config in self.config_names)
+        return sum(folder.record(config.folder, pair) is None for pair in self.pairs for config in self.all_configs)
 
 
 def make_videos(job: Job, folder: RunFolder, studio: Studio, progress: RunProgress) -> int:
@@ -104,30 +104,28 @@ class Studio:
         self._pipe = pipe
 
     def make(
-        self, config: RunConfig | None, prompt: str, seed: int, on_step: Callable[[], None]
+        self, config: RunConfig, prompt: str, seed: int, on_step: Callable[[], None]
     ) -> tuple[Generation, dict[str, Any]]:
-        """A video by a config, or densely, and its record. The studio is open.
+        """A video by a config, and its record. The studio is open.
 
         The first calls of a process are slower: memory is fetched, kernels are compiled. So the first video of each
         config follows after one step outside the timing.
         """
-        name = DENSE if config is None else config.folder
         sampling = self._job.model.sampling
-        if name not in self._warm:
+        if config.folder not in self._warm:
             one_step = dataclasses.replace(sampling, num_inference_steps=1)
-            with contextlib.nullcontext() if config is None else config.on(self._pipe, 1, dense_steps=0.0):
+            with config.on(self._pipe, 1, dense_steps=0.0):
                 generate(self._pipe, prompt, seed, one_step)
-            self._warm.add(name)
+            self._warm.add(config.folder)
         memory = PeakMemory(self._job.device)
-        num_steps = sampling.num_inference_steps
-        with contextlib.nullcontext() if config is None else config.on(self._pipe, num_steps):
+        with config.on(self._pipe, sampling.num_inference_steps):
             with AttentionSeconds(self._pipe, self._job.device) as attention_seconds:
                 made = generate(self._pipe, prompt, seed, sampling, on_step)
-            attention = None if config is None else self._attention(config)
+            attention = self._attention(config)
         return made, {
             "prompt": prompt,
             "seed": seed,
-            "config": name,
+            "config": config.folder,
             "num_frames": len(made.frames),
             **made.times(),
             "attention_seconds": attention_seconds.total,
@@ -138,10 +136,10 @@ class Studio:
             "process": self._process,
         }
 
-    def _attention(self, config: RunConfig) -> dict[str, Any]:
+    def _attention(self, config: RunConfig) -> dict[str, Any] | None:
         if config.has_sparse_attention:
             return diffsparse.sparse_attention_report(self._pipe).as_dict()
-        return {"density": None, "overall_density": None, "transformers": []}
+        return {"density": None, "overall_density": None, "transformers": []} if config.parts else None
 
 
 def _make_pair(
@@ -151,11 +149,12 @@ def _make_pair(
     with folder.claim(pair, wait=after_others) as mine:
         if not mine:
             return False
-        for name, config in zip(job.config_names, [None, *job.configs]):
+        for config in job.all_configs:
+            name = config.folder
             if folder.is_whole(name, pair) or (after_others and folder.failure(name, pair)):
                 progress.skip(1)
                 continue
-            what = f"{config.text if config else DENSE}, prompt {pair.prompt}, seed {pair.seed}"
+            what = f"{config.text}, prompt {pair.prompt}, seed {pair.seed}"
             studio.open()
             progress.start(what)
             # Whatever goes wrong with one video, the rest may still be made.
