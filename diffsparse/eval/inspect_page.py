@@ -171,20 +171,13 @@ def _maps_of_head(data: dict[str, Any], maps: list[dict[str, Any]], pictures: di
 
 def _table(data: dict[str, Any]) -> list[str]:
     several = len(data["transformers"]) > 1
-    headings = ["transformer"] * several + [
-        "layer",
-        "head",
-        *MEASURES,
-        "largest error",
-        "at step",
-        "sparse steps",
-        "tail steps",
-        "incoherence",
-    ]
+    headings = ["transformer"] * several + ["layer", "head", *MEASURES, "largest error", "at step"]
+    headings += ["sparse steps", "tail steps", "incoherence"]
     rows = []
     for transformer in data["transformers"]:
         for head in sorted(transformer["heads"], key=lambda each: -each["error"]):
             others = [f"{name} in {count}" for name, count in head["classes"].items() if name != head["class"]]
+            at_step = head["largest_error_at_step"]
             why_dense = ", ".join(head["dense_reasons"]) if not head["sparse_steps"] else ""
             cells = [
                 *([sorted_cell(head["transformer"], head["transformer"], "config")] if several else []),
@@ -192,7 +185,7 @@ def _table(data: dict[str, Any]) -> list[str]:
                 sorted_cell(head["class"], head["class"], below=", ".join(others)),
                 *(sorted_cell(percent(head[name]), head[name]) for name in MEASURES[1:]),
                 sorted_cell(percent(head["largest_error"]), head["largest_error"]),
-                sorted_cell(_or_dash(head["largest_error_at_step"]), head["largest_error_at_step"]),
+                sorted_cell("–" if at_step is None else str(at_step), at_step),
                 sorted_cell(str(head["sparse_steps"]), head["sparse_steps"], below=why_dense),
                 sorted_cell(str(head["tail_steps"]), head["tail_steps"]),
                 sorted_cell(in_both_orders(head), head["incoherence_plan_order"]),
@@ -225,7 +218,3 @@ def _dot(name: str) -> str:
 
 def _class_place(name: str) -> int:
     return list(COLOURS).index(name) if name in COLOURS else len(COLOURS)
-
-
-def _or_dash(value: Any) -> str:
-    return "–" if value is None else str(value)

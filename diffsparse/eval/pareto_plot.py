@@ -39,12 +39,7 @@ def pareto_svg(points: list[Point]) -> str:
         *(_line("grid", x(x_ticks[0]), y(t), x(x_ticks[-1]), y(t)) for t in y_ticks),
         *(_text(x(t), HEIGHT - BOTTOM + 18, f"{t:g}×", "middle") for t in x_ticks),
         *(_text(LEFT - 8, y(t) + 4, f"{t:g}", "end") for t in y_ticks),
-        _text(
-            (LEFT + WIDTH - RIGHT) / 2,
-            HEIGHT - 8,
-            "speed-up over dense, whole video",
-            "middle",
-        ),
+        _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "speed-up over dense, whole video", "middle"),
         f'<g transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)">'
         + _text(0, 0, "mean PSNR to dense, dB", "middle")
         + "</g>",
