@@ -24,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, write the JSON."""
-    if args.json is not None:
-        check_output_file("--json", args.json)
+    check_output_file("--json", args.json)
     lpips = lpips_or_reason(args.lpips_net, args.lpips_backbone)
     are_runs = [(path / MANIFEST).is_file() for path in (args.a, args.b)]
     if any(are_runs) and not all(are_runs):

@@ -35,8 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from diffsparse.eval.doctor_tables import backends_table, dtype_name, self_tests_table
     from diffsparse.kernels.backends import BACKENDS
 
-    if args.json is not None:
-        check_output_file("`--json`", args.json)
+    check_output_file("`--json`", args.json)
     console = Console()
     machine = Table("what", "here", title="This machine")
     for name, version in versions().items():

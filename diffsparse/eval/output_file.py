@@ -12,8 +12,10 @@ from typing import Any
 from diffsparse.whole_file import whole_file
 
 
-def check_output_file(option: str, file: Path) -> None:
-    """Raise ValueError unless a file of this name can be written; `option` is what names it on the command line."""
+def check_output_file(option: str, file: Path | None) -> None:
+    """Raise ValueError where a file is asked for by `option` of the command line, and cannot be written."""
+    if file is None:
+        return
     # Where a link leads to, as `whole_file` writes it.
     target = Path(os.path.realpath(file))
     if target.is_dir() or not target.parent.is_dir():

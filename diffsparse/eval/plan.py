@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"`--size` must be width x height in pixels, got {args.size!r}. Say 1280x720.")
     if args.steps < 1:
         raise ValueError(f"`--steps` must be at least 1, got {args.steps}.")
-    if args.json is not None:
-        check_output_file("`--json`", args.json)
+    check_output_file("`--json`", args.json)
     transformer = published_transformer(args.family)
     frames = args.frames
     if frames is None:

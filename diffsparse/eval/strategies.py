@@ -63,8 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Find dials, make videos, print the table; or join files into one table."""
-    if args.plot is not None:
-        check_output_file("--plot", args.plot)
+    check_output_file("--plot", args.plot)
     if args.find_dials:
         sampling, _, load = sweep.prepared(args)
         _dials(args, sampling, load)

@@ -70,8 +70,7 @@ def prepared(args: argparse.Namespace) -> tuple[Sampling, str, Callable[[], Any]
     if not 0 <= args.dense_steps <= 1:
         raise ValueError(f"--dense-steps must be a share from 0 to 1, got {args.dense_steps:g}. For 20 % say 0.2.")
     check_seeds("--seeds", args.seeds)
-    if args.output is not None:
-        check_output_file("--output", args.output)
+    check_output_file("--output", args.output)
     sampling, device = Sampling.read(args.model, args.steps), choose_device(args.device)
     return sampling, device, functools.cache(lambda: load_pipeline(args.model, device))
 
@@ -89,8 +88,7 @@ def carry_out(args: argparse.Namespace, name: str, prepare: Prepare) -> SweepRes
         ValueError: results of other settings.
     """
     if args.merge:
-        if args.output is not None:
-            check_output_file("--output", args.output)
+        check_output_file("--output", args.output)
         results = SweepResults.merged(args.merge)
         if args.output is not None:
             results.write(args.output)
