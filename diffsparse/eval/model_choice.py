@@ -93,8 +93,9 @@ def choose_model(name: str, size: str | None, frames: int | None, steps: int | N
     for option, value in (("--frames", frames), ("--steps", steps)):
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}.")
-    changes = {"num_frames": frames, "num_inference_steps": steps} | _read_size(size)
+    changes = {"num_frames": frames, "num_inference_steps": steps}
     given = {key: value for key, value in changes.items() if value is not None}
+    given |= {} if size is None else read_size(size)
     if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") != 1):
         raise ValueError(
             f"--model {name} is no folder, and no name on the hub such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
@@ -108,17 +109,16 @@ def choose_model(name: str, size: str | None, frames: int | None, steps: int | N
     return ModelChoice(name, Sampling(**given), _fingerprint(folder) if folder.is_dir() else None)
 
 
-def _folder(name: str) -> Path:
-    return MODEL if name == EMBEDDED else Path(name)
-
-
-def _read_size(size: str | None) -> dict[str, int | None]:
-    if size is None:
-        return {}
+def read_size(size: str) -> dict[str, int]:
+    """Width and height of a text such as 1280x720."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)
     if match is None:
         raise ValueError(f"--size must be WIDTHxHEIGHT such as 1280x720, got {size}.")
     return {"width": int(match[1]), "height": int(match[2])}
+
+
+def _folder(name: str) -> Path:
+    return MODEL if name == EMBEDDED else Path(name)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 
@@ -36,14 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the prediction."""
+    from diffsparse.eval.model_choice import read_size
     from diffsparse.eval.named_config import read_config
     from diffsparse.eval.output_file import check_output_file, write_json
     from diffsparse.predict import predict_sparse_attention
     from diffsparse.published_models import CALLS, published_transformer
 
-    size = re.fullmatch(r"(\d+)x(\d+)", args.size)
-    if size is None:
-        raise ValueError(f"`--size` must be width x height in pixels, got {args.size!r}. Say 1280x720.")
+    size = read_size(args.size)
     if args.steps < 1:
         raise ValueError(f"`--steps` must be at least 1, got {args.steps}.")
     check_output_file("`--json`", args.json)
@@ -53,8 +51,7 @@ def run(args: argparse.Namespace) -> int:
         frames = 81 if CALLS[type(transformer).__name__].frames else 1
     prediction = predict_sparse_attention(
         transformer,
-        height=int(size[2]),
-        width=int(size[1]),
+        **size,
         num_frames=frames,
         num_inference_steps=args.steps,
         config=read_config(args.config),

@@ -39,7 +39,7 @@ def test_the_help_names_every_published_model():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "720p"], "`--size` must be width x height in pixels, got '720p'. Say 1280x720."),
+        (["--size", "720p"], "--size must be WIDTHxHEIGHT such as 1280x720, got 720p."),
         (["--family", "sora"], "`--family` must be one of wan, wan-1.3b, "),
         (["--steps", "0"], "`--steps` must be at least 1, got 0"),
         (["--json", "/nowhere/plan.json"], "`--json` must name a file in a folder that exists, got /nowhere/plan.json"),
