@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffsparse.config import MIN_TOKENS, PRESETS, SparseAttentionConfig, as_config
 from diffsparse.eval.comparison import Comparison, compare
-from diffsparse.eval.doctor import devices, versions
+from diffsparse.eval.environment import devices, versions
 from diffsparse.eval.generate import Generation, Sampling, check_seeds, choose_device, generate, load_pipeline
 from diffsparse.eval.head_picture import draw_head_classes
 from diffsparse.eval.lpips_metric import add_lpips_arguments, lpips_or_reason

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import math
-import os
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffsparse.eval.environment import architecture, devices, versions
 from diffsparse.eval.output_file import check_output_file, write_json
 
 if TYPE_CHECKING:
     from diffsparse.eval.backend_states import BackendState
 
-PACKAGES = ("diffsparse", "torch", "diffusers", "transformers", "triton", "accelerate")
 # Of queries and of keys, in tokens: what `Adaptive` makes of long and of short sequences.
 USUAL_BLOCKS = ((128, 64), (64, 64))
 
@@ -64,44 +61,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, as_dict(alike, states, taken), dtype_name)
     return 0 if works else 1
-
-
-def versions() -> dict[str, str]:
-    """The version of Python and of each package that matters here."""
-    found = {"python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
-    return found | {package: version_of(package) for package in PACKAGES}
-
-
-def version_of(package: str) -> str:
-    """Of a package that may not be installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def devices() -> dict[str, str]:
-    """The processor and the accelerators that torch sees."""
-    import torch
-
-    found = {"cpu": f"{os.cpu_count()} cores, of which torch uses {torch.get_num_threads()}"}
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        gibibytes = properties.total_memory / 2**30
-        found[f"cuda:{index}"] = f"{properties.name}, {gibibytes:.0f} GiB, {architecture(index)}"
-    if torch.backends.mps.is_available():
-        found["mps"] = "Apple GPU"
-    return found
-
-
-def architecture(index: int) -> str:
-    """Of the GPU of this index: "sm_90", or "gfx942" of AMD."""
-    import torch
-
-    from diffsparse.kernels import amd
-
-    properties = torch.cuda.get_device_properties(index)
-    return amd.architecture(torch.device("cuda", index)) or f"sm_{properties.major}{properties.minor}"
 
 
 def alike_devices() -> dict[str, tuple[str, ...]]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsparse.eval.doctor import devices, version_of, versions
-
 if TYPE_CHECKING:
     import torch
 
+PACKAGES = ("diffsparse", "torch", "diffusers", "transformers", "triton", "accelerate")
 PACKAGE = Path(__file__).parent.parent
 
 
@@ -23,6 +24,44 @@ def environment(device: str) -> dict[str, Any]:
         "versions": versions(),
         "git_revision": git_revision(),
     }
+
+
+def versions() -> dict[str, str]:
+    """The version of Python and of each package that matters here."""
+    found = {"python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
+    return found | {package: version_of(package) for package in PACKAGES}
+
+
+def version_of(package: str) -> str:
+    """Of a package that may not be installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def devices() -> dict[str, str]:
+    """The processor and the accelerators that torch sees."""
+    import torch
+
+    found = {"cpu": f"{os.cpu_count()} cores, of which torch uses {torch.get_num_threads()}"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gibibytes = properties.total_memory / 2**30
+        found[f"cuda:{index}"] = f"{properties.name}, {gibibytes:.0f} GiB, {architecture(index)}"
+    if torch.backends.mps.is_available():
+        found["mps"] = "Apple GPU"
+    return found
+
+
+def architecture(index: int) -> str:
+    """Of the GPU of this index: "sm_90", or "gfx942" of AMD."""
+    import torch
+
+    from diffsparse.kernels import amd
+
+    properties = torch.cuda.get_device_properties(index)
+    return amd.architecture(torch.device("cuda", index)) or f"sm_{properties.major}{properties.minor}"
 
 
 def describe_machine(device: torch.device) -> dict[str, str | int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import diffsparse
 from diffsparse.config import SparseAttentionConfig
-from diffsparse.eval.doctor import devices, versions
+from diffsparse.eval.environment import devices, versions
 from diffsparse.eval.generate import check_seeds, choose_device, generate
 from diffsparse.eval.inspect_data import collect
 from diffsparse.eval.inspect_measures import SAMPLED_ROWS

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffsparse.eval import backend_states, doctor
-from diffsparse.eval.doctor import versions
+from diffsparse.eval import backend_states, doctor, environment
+from diffsparse.eval.environment import versions
 from diffsparse.kernels import block_sparse, block_sparse_eager, self_test
 
 GIB = 2**30
@@ -232,5 +232,5 @@ def test_the_backend_taken_is_the_first_that_can(only_backends):
 
 
 def test_a_missing_package_is_named_as_such(monkeypatch):
-    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
     assert versions()["no-such-package"] == "not installed"
