@@ -74,25 +74,19 @@ class Dials:
     """
 
     def __init__(self, file: Path, conditions: dict[str, Any]) -> None:
-        self._file = file
-        self._contents: dict[str, Any] = {"conditions": conditions, "settings": {}}
+        self._file, self._conditions = file, conditions
+        # By row and density, as in the file.
+        self.settings: dict[str, dict[str, dict[str, Any]]] = {}
         if not file.exists():
             return
         with reading(f"--dials {file} holds no dials that can be read", "Name another file."):
-            contents = json.loads(file.read_text(encoding="utf-8"))
-            found = {key: contents[key] for key in self._contents}
-        if found["conditions"] != conditions:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            its_conditions, self.settings = found["conditions"], found["settings"]
+        if its_conditions != conditions:
             raise ValueError(
-                f"{file} holds dials found under other conditions ({found['conditions']}), wanted are {conditions}. "
+                f"{file} holds dials found under other conditions ({its_conditions}), wanted are {conditions}. "
                 f"Name another file as --dials."
             )
-        self._contents = found
-
-    @property
-    def settings(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """By row and density, as in the file."""
-        found: dict[str, dict[str, dict[str, Any]]] = self._contents["settings"]
-        return found
 
     def has(self, row: str, density: float) -> bool:
         """Whether the setting of a row at a density is known."""
@@ -110,7 +104,7 @@ class Dials:
             errors = (error_of(with_tail(row.at(position), tail), calls) for tail in (False, True))
             setting = Setting(row.option, str(row.value_at(position)), position, measured[position], *errors)
             self.settings.setdefault(row.name, {})[str(density)] = dataclasses.asdict(setting)
-        write_json(self._file, self._contents)
+        write_json(self._file, {"conditions": self._conditions, "settings": self.settings})
 
 
 def find_position(measure: Callable[[float], float], density: float, measured: dict[float, float]) -> float:
