@@ -20,9 +20,9 @@ class Overhead:
     """Seconds of one call each, medians, in one run.
 
     Attributes:
-        plan: making the plan of a layer, which then serves `replan_every` steps.
-        permute: key and value into the order of the plan, and where the backend does not do it beside its own work,
-            query too and the output back; at each call.
+        plan_seconds: making the plan of a layer, which then serves `replan_every` steps.
+        permute_seconds: key and value into the order of the plan, and where the backend does not do it beside its own
+            work, query too and the output back; at each call.
         replan_every: steps for which a plan is kept by default.
     """
 
@@ -66,10 +66,11 @@ def bench_planning(
         if not with_kernel:
             plan.permutation.undo(plan.permutation.apply(query))
 
-    def dense() -> None:
-        F.scaled_dot_product_attention(query, key, value)
-
-    calls = {"dense": dense, "plan": lambda: strategy.plan(query, key, value, call), "permute": permute}
+    calls = {
+        "dense": lambda: F.scaled_dot_product_attention(query, key, value),
+        "plan": lambda: strategy.plan(query, key, value, call),
+        "permute": permute,
+    }
     seconds = {name: statistics.median(each) for name, each in seconds_in_rounds(calls, repeats, device).items()}
     return Overhead(
         dense_seconds=seconds["dense"],

@@ -76,24 +76,20 @@ def bench_transformer(
                 ran += 1
                 model(**arguments | {"timestep": arguments["timestep"] * (1 - 1e-3 * (ran % STEPS))})
 
-    seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
-    report = None
-    for number in range(rounds + 1):
-        took = {"dense": seconds_of(steps, device)}
+    dense, sparse = [], []
+    for _ in range(rounds + 1):
+        dense.append(seconds_of(steps, device) / STEPS)
         enable_sparse_attention(model, config)
-        took["sparse"] = seconds_of(steps, device)
+        sparse.append(seconds_of(steps, device) / STEPS)
         report = sparse_attention_report(model)
         disable_sparse_attention(model)
-        if number > 0:
-            for name, value in took.items():
-                seconds[name].append(value / STEPS)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    assert report is not None
+    # The first round is not counted.
+    dense, sparse = dense[1:], sparse[1:]
     return {
         "layers_measured": sum(_layer_counts(model).values()),
         "layers_of_model": sum(_layer_counts(whole).values()),
-        "seconds_per_step": medians,
-        "speed_up": statistics.median(a / b for a, b in zip(seconds["dense"], seconds["sparse"])),
+        "seconds_per_step": {"dense": statistics.median(dense), "sparse": statistics.median(sparse)},
+        "speed_up": statistics.median(a / b for a, b in zip(dense, sparse)),
         "density": report.density,
     }
 
