@@ -16,25 +16,6 @@ from diffsparse.eval.dials import Row
 from diffsparse.eval.named_config import exported_strategies
 from diffsparse.heads import HeadClass
 from diffsparse.strategies.adaptive import Adaptive, Candidate
-from diffsparse.strategies.draft_attention import DraftAttention
-from diffsparse.strategies.flex_prefill import FlexPrefill
-from diffsparse.strategies.jenga import Jenga
-from diffsparse.strategies.minference import MInference
-from diffsparse.strategies.nabla import NABLA
-from diffsparse.strategies.radial import Radial
-from diffsparse.strategies.rain_fusion import RainFusion
-from diffsparse.strategies.rain_fusion2 import RainFusion2
-from diffsparse.strategies.s2_attention import S2Attention
-from diffsparse.strategies.sample_attention import SampleAttention
-from diffsparse.strategies.sliding_tile import SlidingTile
-from diffsparse.strategies.sol_attention import SolAttention
-from diffsparse.strategies.sparge_attention import SpargeAttention
-from diffsparse.strategies.sparse_vdit import SparseVDiT
-from diffsparse.strategies.svg2 import SVG2
-from diffsparse.strategies.svg_ear import SVGEAR
-from diffsparse.strategies.svoo import SVOO
-from diffsparse.strategies.vmoba import VMoBA
-from diffsparse.strategies.x_attention import XAttention
 
 REFERENCE = "Adaptive"
 """The row that the others are held against."""
@@ -67,32 +48,32 @@ def _tau_at(position: float) -> float:
 NAMED = (
     Row(REFERENCE, Adaptive(**BLOCKS)),
     Row("random blocks", Adaptive(candidates=RANDOM, equal_heads=True, front_load=0.0, **BLOCKS)),
-    Row("DraftAttention", DraftAttention(patch=(8, 8), **BLOCKS)),
-    Row("FlexPrefill", FlexPrefill(block_size=64), "mass"),
+    Row("DraftAttention", diffsparse.DraftAttention(patch=(8, 8), **BLOCKS)),
+    Row("FlexPrefill", diffsparse.FlexPrefill(block_size=64), "mass"),
     # Blocks that touch are 24 % of so small a grid, and the window of NABLA is 54 %.
-    Row("Jenga", Jenga(neighbours=False, **BLOCKS)),
-    Row("MInference", MInference(block_size=64)),
-    Row("NABLA", NABLA(window=None, **BLOCKS), "mass"),
-    Row("Radial", Radial(**BLOCKS), "decay"),
+    Row("Jenga", diffsparse.Jenga(neighbours=False, **BLOCKS)),
+    Row("MInference", diffsparse.MInference(block_size=64)),
+    Row("NABLA", diffsparse.NABLA(window=None, **BLOCKS), "mass"),
+    Row("Radial", diffsparse.Radial(**BLOCKS), "decay"),
     # The released code's rule: the checkerboard of the paper's keeps half of the keys, whatever the density.
-    Row("RainFusion", RainFusion(rule="two-way", **BLOCKS)),
-    Row("RainFusion2", RainFusion2(window=(8, 8), **BLOCKS)),
+    Row("RainFusion", diffsparse.RainFusion(rule="two-way", **BLOCKS)),
+    Row("RainFusion2", diffsparse.RainFusion2(window=(8, 8), **BLOCKS)),
     # With the default neighbourhood of eight blocks to either side, no stride reaches 0.1 of a few thousand tokens.
-    Row("S2Attention", S2Attention(local_blocks=2, block_size=64), "stride", _stride_at),
+    Row("S2Attention", diffsparse.S2Attention(local_blocks=2, block_size=64), "stride", _stride_at),
     # So that window and columns fit into 0.1.
-    Row("SampleAttention", SampleAttention(window=0.05, block_size=64), "mass"),
-    Row("SlidingTile", SlidingTile(tile=(4, 4, 4), **BLOCKS), "window", _window_at),
-    Row("SolAttention", SolAttention(**BLOCKS), "tau", _tau_at),
+    Row("SampleAttention", diffsparse.SampleAttention(window=0.05, block_size=64), "mass"),
+    Row("SlidingTile", diffsparse.SlidingTile(tile=(4, 4, 4), **BLOCKS), "window", _window_at),
+    Row("SolAttention", diffsparse.SolAttention(**BLOCKS), "tau", _tau_at),
     # The released function that goes by density; the other one keeps all blocks whose tokens differ among themselves.
-    Row("SpargeAttention", SpargeAttention(density=0.5, similarity=-0.1, **BLOCKS)),
+    Row("SpargeAttention", diffsparse.SpargeAttention(density=0.5, similarity=-0.1, **BLOCKS)),
     # By the relative error, or the scale of a model's values would decide.
-    Row("SparseVDiT", SparseVDiT(relative=True, **BLOCKS)),
-    Row("SVG2", SVG2(**BLOCKS), "mass"),
+    Row("SparseVDiT", diffsparse.SparseVDiT(relative=True, **BLOCKS)),
+    Row("SVG2", diffsparse.SVG2(**BLOCKS), "mass"),
     # With less for their mass than released, and SVOO with the lower of its released bounds, so that 0.1 is reached.
-    Row("SVGEAR", SVGEAR(least=0.025, **BLOCKS), "mass"),
-    Row("SVOO", SVOO(least=0.05, most=0.1, **BLOCKS), "mass"),
-    Row("VMoBA", VMoBA(**BLOCKS), "threshold"),
-    Row("XAttention", XAttention(**BLOCKS), "mass"),
+    Row("SVGEAR", diffsparse.SVGEAR(least=0.025, **BLOCKS), "mass"),
+    Row("SVOO", diffsparse.SVOO(least=0.05, most=0.1, **BLOCKS), "mass"),
+    Row("VMoBA", diffsparse.VMoBA(**BLOCKS), "threshold"),
+    Row("XAttention", diffsparse.XAttention(**BLOCKS), "mass"),
 )
 
 
