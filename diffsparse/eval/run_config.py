@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import re
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from diffsparse.eval.named_config import DENSE, exported_strategies, parse_confi
 
 LONGEST_FOLDER_NAME = 150
 """Characters. File systems take 255 bytes."""
-
-NOTHING_FIXED: Mapping[str, Any] = types.MappingProxyType({})
 
 Part = SparseAttentionConfig | AttentionBackend | Cache
 
@@ -77,7 +74,7 @@ class RunConfig:
 
 
 def read_run_configs(
-    texts: Sequence[str], fixed: Mapping[str, Any] = NOTHING_FIXED, baselines: Sequence[str] = ()
+    texts: Sequence[str], fixed: Mapping[str, Any] = {}, baselines: Sequence[str] = ()
 ) -> list[RunConfig]:
     """The configs of the baselines and of other texts; `fixed` is what every sparse one of them has by a protocol.
 
@@ -96,7 +93,7 @@ def read_run_configs(
     return configs
 
 
-def read_run_config(text: str, fixed: Mapping[str, Any] = NOTHING_FIXED, option: str = "--config") -> RunConfig:
+def read_run_config(text: str, fixed: Mapping[str, Any] = {}, option: str = "--config") -> RunConfig:
     """The config of a text that `option` gives on the command line: what `parse_config` reads, `backend:NAME`, a cache
     as NAME:OPTION=VALUE,…, or some of these joined by +.
 
