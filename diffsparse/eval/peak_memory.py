@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -21,8 +22,11 @@ class PeakMemory:
 
             torch.cuda.reset_peak_memory_stats(device)
             return
-        # Sets the process's high-water mark back to what it holds now; proc(5).
-        self._resets = _write(Path("/proc/self/clear_refs"), "5")
+        self._resets = False
+        with contextlib.suppress(OSError):
+            # Sets the process's high-water mark back to what it holds now; proc(5).
+            Path("/proc/self/clear_refs").write_text("5")
+            self._resets = True
 
     @property
     def num_bytes(self) -> int | None:
@@ -35,11 +39,3 @@ class PeakMemory:
             return None
         match = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
         return int(match[1]) * 1024 if match else None
-
-
-def _write(file: Path, text: str) -> bool:
-    try:
-        file.write_text(text)
-    except OSError:
-        return False
-    return True
