@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffsparse.eval.head_picture import draw_head_classes
 from diffsparse.eval.lpips_metric import add_lpips_arguments, lpips_or_reason
@@ -17,9 +17,6 @@ from diffsparse.eval.report_page import as_page
 from diffsparse.eval.report_tables import filled, headline, label, notes, published
 from diffsparse.report import SparseAttentionReport, TransformerReport
 from diffsparse.whole_file import whole_file
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,19 +91,13 @@ def _print(data: dict[str, Any], output: Path) -> None:
         table.add_row(heading, *(Text(row[index]) for row in rows))
     console.print(table)
     if data["published"]:
-        _print_published(data, console)
+        headings, rows = filled(headings, published(data, mark=""))
+        table = Table(*headings, title="Published, not measured here", title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     for note in notes(data):
         console.print(note, markup=False, soft_wrap=True)
     console.print(
         f"Open {output / 'report.html'}; report.md and report.json lie beside it.", markup=False, soft_wrap=True
     )
-
-
-def _print_published(data: dict[str, Any], console: Console) -> None:
-    from rich.table import Table
-
-    headings, rows = filled(headline(data)[0], published(data, mark=""))
-    table = Table(*headings, title="Published, not measured here", title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

@@ -32,9 +32,7 @@ def as_page(
     body = [
         "<h1>Sparse against dense attention</h1>",
         *_introduction(data),
-        '<div class="scroll">',
         _table(*_what_matters_first(headings, rows + published(data)), first="config"),
-        "</div>",
         '<p class="dim">Mean over the videos [95 % interval of the mean, by bootstrap]. Each video is compared with '
         "the dense one of the same prompt and seed. PSNR and the SSIMs: higher is closer. LPIPS and flicker "
         "(changes from frame to frame that differ): lower is closer. Density: "
@@ -106,9 +104,7 @@ def _differences(data: dict[str, Any]) -> list[str]:
         return []
     return [
         "<h2>Config against config</h2>",
-        '<div class="scroll">',
         _table(headings, rows, first="config"),
-        "</div>",
         '<p class="dim">Of each prompt and seed, the first config’s score less the second’s. A p below 0.05 would be '
         "rare if neither were better; with fewer than six videos it cannot be that small.</p>",
     ]
@@ -160,7 +156,7 @@ def _missing(data: dict[str, Any]) -> list[str]:
     if not data["missing"]:
         return []
     rows = [[v["prompt"], str(v["seed"]), label(data, v["run"], v["config"]), v["reason"]] for v in data["missing"]]
-    return ["<h2>Missing</h2>", '<div class="scroll">', _table(["prompt", "seed", "config", "why"], rows), "</div>"]
+    return ["<h2>Missing</h2>", _table(["prompt", "seed", "config", "why"], rows)]
 
 
 def _heads(pictures: dict[str, bytes]) -> list[str]:
@@ -196,7 +192,8 @@ def _table(headings: list[str], rows: list[list[str]], first: str = "") -> str:
     for row in rows:
         cells = [f'<td class="{first}">{text(row[0])}</td>', *(f"<td>{_split(cell)}</td>" for cell in row[1:])]
         body.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
 
 
 def _split(cell: str) -> str:
