@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import Counter
@@ -158,14 +159,11 @@ def _of_metric(key: str, videos: list[dict[str, Any]]) -> dict[str, Any] | str:
 def _differences(run: int, names: list[str], videos: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each two configs and each metric: by how much the first is better on the same prompt and seed."""
     found = []
-    for index, first in enumerate(names):
-        for second in names[index + 1 :]:
-            for key, metric in METRICS.items():
-                of = {name: finite_means(videos, name, key) for name in (first, second)}
-                both = [pair for pair in of[first] if pair in of[second]]
-                differences = [of[first][pair] - of[second][pair] for pair in both]
-                if not differences:
-                    continue
+    for first, second in itertools.combinations(names, 2):
+        for key, metric in METRICS.items():
+            of_first, of_second = (finite_means(videos, name, key) for name in (first, second))
+            differences = [of_first[video] - of_second[video] for video in of_first if video in of_second]
+            if differences:
                 found.append(
                     {
                         "run": run,
