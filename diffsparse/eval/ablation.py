@@ -77,17 +77,14 @@ def _table(results: SweepResults, title: str, as_text: Callable[[float], str], s
         f"| {title}: dropped / pooled tail | " + " | ".join(f"{100 * d:g} %" for d in densities) + " |",
         "|---" * (len(densities) + 1) + "|",
     ]
+
+    def mean(variant: Variant) -> str:
+        # Nobody may have made the videos of one.
+        if variant not in variants:
+            return "–"
+        return as_text(statistics.fmean(getattr(results.scores[pair, variant], score) for pair in pairs))
+
     for rule in dict.fromkeys(variant.row for variant in variants):
-        cells = []
-        for density in densities:
-            both = (Variant(rule, density, tail) for tail in (False, True))
-            # Nobody may have made the videos of one.
-            means = (
-                as_text(statistics.fmean(getattr(results.scores[pair, variant], score) for pair in pairs))
-                if variant in variants
-                else "–"
-                for variant in both
-            )
-            cells.append(" / ".join(means))
+        cells = (" / ".join(mean(Variant(rule, density, tail)) for tail in (False, True)) for density in densities)
         lines.append(f"| {rule} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
