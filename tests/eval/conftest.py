@@ -6,8 +6,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -17,6 +20,7 @@ from tiny_models import tiny_wan_pipeline
 from torchvision.models import alexnet, squeezenet1_1
 from torchvision.models.vgg import cfgs, make_layers
 
+from diffsparse.eval import child_process
 from diffsparse.eval.lpips_backbone import BACKBONES
 from diffsparse.eval.run_folder import Pair, RunFolder
 from diffsparse.kernels import backends, block_sparse, capabilities, self_test
@@ -118,6 +122,21 @@ def fake_run(tmp_path):
         return run.path
 
     return make
+
+
+@pytest.fixture
+def children_find_the_standins(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(Path(__file__).parents[up]) for up in (1, 2)))
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Every process that is started."""
+    processes, popen = [], subprocess.Popen
+    monkeypatch.setattr(
+        child_process.subprocess, "Popen", lambda *args, **more: processes.append(popen(*args, **more)) or processes[-1]
+    )
+    return processes
 
 
 class RandomBackbones:

@@ -3,17 +3,15 @@ from __future__ import annotations
 import functools
 import io
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from commands import parsed
 from rich.console import Console
 
-from diffsparse.eval import child_process, cli, stress
+from diffsparse.eval import cli, stress
 from diffsparse.eval.stress_load import busy_device
 from diffsparse.eval.stress_trial import Outcome, Subject
 from diffsparse.kernels import backends
@@ -22,21 +20,14 @@ CPU = torch.device("cpu")
 SUBJECT = Subject("eager", "int8", "small", False, "cpu")
 
 
-@pytest.fixture(autouse=True)
-def _children_find_the_standins(monkeypatch):
-    folders = (str(Path(__file__).parents[1]), str(Path(__file__).parents[2]))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
+pytestmark = pytest.mark.usefixtures("children_find_the_standins")
 
 
 @pytest.fixture
-def idle_load(monkeypatch):
+def idle_load(started, monkeypatch):
     """The processes beside only sleep; gives every process that is started."""
-    processes, popen = [], subprocess.Popen
-    monkeypatch.setattr(
-        child_process.subprocess, "Popen", lambda *args, **more: processes.append(popen(*args, **more)) or processes[-1]
-    )
     monkeypatch.setattr(stress, "busy_device", functools.partial(busy_device, module="stress_idle_load"))
-    return processes
+    return started
 
 
 def parse(*arguments):

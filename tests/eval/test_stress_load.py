@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,26 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from diffsparse.eval import child_process, stress_load
+from diffsparse.eval import stress_load
 from diffsparse.eval.stress_load import busy_device
 
 IDLE = "stress_idle_load"
-FOLDERS = (str(Path(__file__).parents[1]), str(Path(__file__).parents[2]))
-
-
-@pytest.fixture(autouse=True)
-def _children_find_the_standins(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(FOLDERS))
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """Every process that is started."""
-    processes, popen = [], subprocess.Popen
-    monkeypatch.setattr(
-        child_process.subprocess, "Popen", lambda *args, **more: processes.append(popen(*args, **more)) or processes[-1]
-    )
-    return processes
+pytestmark = pytest.mark.usefixtures("children_find_the_standins")
 
 
 def test_all_run_while_it_lasts_and_none_after(started):

@@ -18,10 +18,7 @@ from diffsparse.eval.stress_trial import Subject, repeat, try_subject
 SUBJECT = Subject("stand-in", "native", "small", False, "cpu")
 
 
-@pytest.fixture(autouse=True)
-def _children_find_the_standins(monkeypatch):
-    folders = (str(Path(__file__).parents[1]), str(Path(__file__).parents[2]))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
+pytestmark = pytest.mark.usefixtures("children_find_the_standins")
 
 
 def attempt(standin, seconds=0.2, limit=60.0):
