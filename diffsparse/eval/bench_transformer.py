@@ -56,7 +56,7 @@ def bench_transformer(
     from torch.utils._pytree import tree_map_only
 
     from diffsparse.config import as_config
-    from diffsparse.enable import disable_sparse_attention, enable_sparse_attention, sparse_attention_report
+    from diffsparse.eval.generate import sparse_attention
     from diffsparse.speed_check import seconds_of
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -79,10 +79,9 @@ def bench_transformer(
     dense, sparse = [], []
     for _ in range(rounds + 1):
         dense.append(seconds_of(steps, device) / STEPS)
-        enable_sparse_attention(model, config)
-        sparse.append(seconds_of(steps, device) / STEPS)
-        report = sparse_attention_report(model)
-        disable_sparse_attention(model)
+        with sparse_attention(model, config) as report:
+            sparse.append(seconds_of(steps, device) / STEPS)
+            density = report().density
     # The first round is not counted.
     dense, sparse = dense[1:], sparse[1:]
     return {
@@ -90,7 +89,7 @@ def bench_transformer(
         "layers_of_model": sum(_layer_counts(whole).values()),
         "seconds_per_step": {"dense": statistics.median(dense), "sparse": statistics.median(sparse)},
         "speed_up": statistics.median(a / b for a, b in zip(dense, sparse)),
-        "density": report.density,
+        "density": density,
     }
 
 

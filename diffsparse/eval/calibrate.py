@@ -6,9 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import diffsparse
 from diffsparse.config import PLAN_FILE_SUFFIX, SparseAttentionConfig
-from diffsparse.eval.generate import check_seeds, choose_device, generate
+from diffsparse.eval.generate import check_seeds, choose_device, generate, sparse_attention
 from diffsparse.eval.model_choice import add_model_arguments, choose_model
 from diffsparse.eval.named_config import read_config
 from diffsparse.eval.output_file import make_writable
@@ -63,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
     pipe = model.load(device, args.offload)
     # Nothing is timed: the plans are for other machines as well.
     recording = dataclasses.replace(config, strategy=recorder, min_tokens=config.fewest_tokens)
-    diffsparse.enable_sparse_attention(pipe, recording)
+    num_steps = model.sampling.num_inference_steps
     try:
-        with RunProgress(console, len(prompts), model.sampling.num_inference_steps) as progress:
+        with sparse_attention(pipe, recording), RunProgress(console, len(prompts), num_steps) as progress:
             for prompt in prompts:
                 progress.start(f"prompt {recorder.num_prompts + 1}")
                 made = generate(pipe, prompt, args.seed, model.sampling, progress.step)
@@ -78,8 +77,6 @@ def run(args: argparse.Namespace) -> int:
                 f"{output} has the plans of the first {recorder.num_prompts} of {len(prompts)} prompts.", markup=False
             )
         raise
-    finally:
-        diffsparse.disable_sparse_attention(pipe)
     console.print(
         f"{output}: {output.stat().st_size / 1e3:,.0f} kB. "
         f'Use it: pipe.enable_sparse_attention("{output}"), for this model and size.',

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from diffsparse.config import MIN_TOKENS, PRESETS, SparseAttentionConfig, as_config
 from diffsparse.eval.comparison import Comparison, compare
 from diffsparse.eval.environment import devices, versions
-from diffsparse.eval.generate import Generation, Sampling, check_seeds, choose_device, generate, load_pipeline
+from diffsparse.eval.generate import (
+    Generation,
+    Sampling,
+    check_seeds,
+    choose_device,
+    generate,
+    load_pipeline,
+    sparse_attention,
+)
 from diffsparse.eval.head_picture import draw_head_classes
 from diffsparse.eval.lpips_metric import add_lpips_arguments, lpips_or_reason
 from diffsparse.eval.output_file import make_writable, write_json
@@ -110,8 +118,6 @@ def _generate_both(
 ) -> tuple[Generation, Generation, SparseAttentionReport]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    import diffsparse
-
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         # First calls are slower: memory is fetched, kernels are compiled. One step each way, outside the timing.
@@ -127,16 +133,12 @@ def _generate_both(
             return made
 
         generate(pipe, prompt, seed, one_step, on_step=lambda: progress.advance(warm_up))
-        diffsparse.enable_sparse_attention(pipe, dataclasses.replace(config, dense_steps=0.0))
-        generate(pipe, prompt, seed, one_step, on_step=lambda: progress.advance(warm_up))
-        diffsparse.disable_sparse_attention(pipe)
+        with sparse_attention(pipe, dataclasses.replace(config, dense_steps=0.0)):
+            generate(pipe, prompt, seed, one_step, on_step=lambda: progress.advance(warm_up))
 
         dense = timed(dense_task)
-        diffsparse.enable_sparse_attention(pipe, config)
-        sparse = timed(sparse_task)
-        attention = diffsparse.sparse_attention_report(pipe)
-        diffsparse.disable_sparse_attention(pipe)
-    return dense, sparse, attention
+        with sparse_attention(pipe, config) as report:
+            return dense, timed(sparse_task), report()
 
 
 def _write(demo: Demo, args: argparse.Namespace, device: str) -> None:

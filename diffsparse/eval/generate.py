@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import diffsparse
 from diffsparse.eval.output_file import reading
 
 SAMPLING_FILE = "demo.json"
@@ -147,6 +150,16 @@ def load_pipeline(folder: Path, device: str) -> Any:
         for transformer in transformers_of(pipe):
             transformer.to(torch.bfloat16)
     return pipe
+
+
+@contextlib.contextmanager
+def sparse_attention(pipe: Any, config: Any) -> Iterator[Callable[[], diffsparse.SparseAttentionReport]]:
+    """Sparse attention on a pipeline, or on a transformer, inside the block; gives what reports what has run."""
+    diffsparse.enable_sparse_attention(pipe, config)
+    try:
+        yield functools.partial(diffsparse.sparse_attention_report, pipe)
+    finally:
+        diffsparse.disable_sparse_attention(pipe)
 
 
 def generate(

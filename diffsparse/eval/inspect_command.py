@@ -12,10 +12,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import diffsparse
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.eval.environment import devices, versions
-from diffsparse.eval.generate import check_seeds, choose_device, generate
+from diffsparse.eval.generate import check_seeds, choose_device, generate, sparse_attention
 from diffsparse.eval.inspect_data import collect
 from diffsparse.eval.inspect_measures import SAMPLED_ROWS
 from diffsparse.eval.inspect_page import as_page, head_name, in_words, percent
@@ -149,10 +148,9 @@ def _heads(texts: list[str]) -> tuple[tuple[int, int], ...]:
 def _check_fit(pipe: Any, config: SparseAttentionConfig, watch: Watch) -> None:
     """Raise ValueError where the config is not for this pipeline, or it has not the heads to be drawn."""
     # With its own strategy, which may be for one model only; watched, it would say so at its first plan.
-    diffsparse.enable_sparse_attention(pipe, config)
-    report = diffsparse.sparse_attention_report(pipe)
-    diffsparse.disable_sparse_attention(pipe)
-    for transformer in report.transformers:
+    with sparse_attention(pipe, config) as report:
+        transformers = report().transformers
+    for transformer in transformers:
         # What the model's own config says. Where it does not, the first attention call does.
         num_heads = getattr(getattr(pipe, transformer.name).config, "num_attention_heads", None)
         for layer, head in watch.map_heads or ():

@@ -6,14 +6,14 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-import diffsparse
 from diffsparse.config import SparseAttentionConfig
+from diffsparse.eval.generate import sparse_attention
 from diffsparse.eval.inspect_maps import MapPair, attention_maps
 from diffsparse.eval.inspect_measures import Attended, HeadMeasure, measure
 from diffsparse.grid import TokenGrid
@@ -143,16 +143,12 @@ def watching(pipe: Any, config: SparseAttentionConfig, watch: Watch) -> Iterator
 
     Gives what to call after each denoising step.
     """
-    diffsparse.enable_sparse_attention(pipe, replace(config, strategy=_Watched(config.strategy, watch)))
-    hooks = []
-    try:
-        for name in [transformer.name for transformer in diffsparse.sparse_attention_report(pipe).transformers]:
-            hooks.append(getattr(pipe, name).register_forward_pre_hook(functools.partial(_is_called, watch, name)))
-        yield lambda: watch.end_step(diffsparse.sparse_attention_report(pipe))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        diffsparse.disable_sparse_attention(pipe)
+    watched = replace(config, strategy=_Watched(config.strategy, watch))
+    with sparse_attention(pipe, watched) as report, ExitStack() as hooks:
+        for name in [transformer.name for transformer in report().transformers]:
+            hook = getattr(pipe, name).register_forward_pre_hook(functools.partial(_is_called, watch, name))
+            hooks.callback(hook.remove)
+        yield lambda: watch.end_step(report())
 
 
 def _is_called(watch: Watch, name: str, *_: Any) -> None:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.config import SparseAttentionConfig
-from diffsparse.enable import disable_sparse_attention, enable_sparse_attention
-from diffsparse.eval.generate import Sampling, generate
+from diffsparse.eval.generate import Sampling, generate, sparse_attention
 from diffsparse.heads import sample_rows
 from diffsparse.plan import AttentionPlan
 from diffsparse.steps import progress
@@ -66,11 +65,8 @@ def record_calls(pipe: Any, prompt: str, seed: int, sampling: Sampling, dense_st
     """
     recorder = _Recorder()
     config = SparseAttentionConfig(recorder, dense_steps=dense_steps, min_tokens=0, replan_every=1)
-    enable_sparse_attention(pipe, config)
-    try:
+    with sparse_attention(pipe, config):
         generate(pipe, prompt, seed, sampling)
-    finally:
-        disable_sparse_attention(pipe)
     if not recorder.calls:
         raise ValueError(
             f"No attention call of the model can be sparse with {dense_steps:g} of "

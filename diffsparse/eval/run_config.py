@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffsparse
 from diffsparse.config import PLAN_FILE_SUFFIX, PRESETS, SparseAttentionConfig
 from diffsparse.eval.baseline import BACKEND_PREFIX, AttentionBackend, Cache, cache_names
+from diffsparse.eval.generate import sparse_attention
 from diffsparse.eval.named_config import DENSE, exported_strategies, parse_config, read_options
 
 LONGEST_FOLDER_NAME = 150
@@ -68,8 +68,7 @@ class RunConfig:
                 config = dataclasses.replace(part, min_tokens=part.fewest_tokens)
                 if dense_steps is not None:
                     config = dataclasses.replace(config, dense_steps=dense_steps)
-                diffsparse.enable_sparse_attention(pipe, config)
-                stack.callback(diffsparse.disable_sparse_attention, pipe)
+                stack.enter_context(sparse_attention(pipe, config))
             yield
 
 

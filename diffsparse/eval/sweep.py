@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffsparse.config import SparseAttentionConfig
 from diffsparse.eval.demo import MODEL
-from diffsparse.eval.generate import Sampling, check_seeds, choose_device, generate, load_pipeline
+from diffsparse.eval.generate import Sampling, check_seeds, choose_device, generate, load_pipeline, sparse_attention
 from diffsparse.eval.lpips_metric import Lpips, NoLpips, add_lpips_arguments, lpips_for, lpips_or_reason
 from diffsparse.eval.metrics import FrameScores, psnr_db, ssim
 from diffsparse.eval.output_file import check_output_file
@@ -131,8 +132,6 @@ def _make_videos(
     file: Path,
 ) -> None:
     """Make what is missing, all variants of a prompt before the next; write the file after each video."""
-    from diffsparse import SparseAttentionConfig, disable_sparse_attention, enable_sparse_attention
-
     first, every = args.shard or (1, 1)
     for pair in pairs_of(args)[first - 1 :: every]:
         wanted = [variant for variant in strategies if (pair, variant) not in results.scores]
@@ -142,10 +141,9 @@ def _make_videos(
         dense = generate(pipe, pair.prompt, pair.seed, sampling)
         for variant in wanted:
             config = SparseAttentionConfig(strategies[variant], dense_steps=args.dense_steps, min_tokens=0)
-            enable_sparse_attention(pipe, config)
-            sparse = generate(pipe, pair.prompt, pair.seed, sampling)
-            density = pipe.sparse_attention_report().density
-            disable_sparse_attention(pipe)
+            with sparse_attention(pipe, config) as report:
+                sparse = generate(pipe, pair.prompt, pair.seed, sampling)
+                density = report().density
             videos = dense.frames, sparse.frames
             score = results.scores[pair, variant] = Score(
                 psnr_db=FrameScores(tuple(psnr_db(*videos)), higher_is_better=True).mean,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -23,21 +24,19 @@ VARIANTS = {
 DENSE = np.full((2, 16, 16, 3), 0.5, dtype=np.float32)
 
 
-class FakePipe:
-    """Enabled by nobody: `generated` gives videos, so only the calls of the loop are seen."""
-
-
 @pytest.fixture
 def generated(monkeypatch):
     """Stands for models and their videos: what was asked for, prompt by prompt; `stop_at` interrupts at that video."""
     calls, enabled = [], []
-    monkeypatch.setattr(sweep, "load_pipeline", lambda folder, device: FakePipe())
-    monkeypatch.setattr(
-        "diffsparse.enable_sparse_attention", lambda pipe, config: enabled.append(config.strategy), raising=False
-    )
-    monkeypatch.setattr("diffsparse.disable_sparse_attention", lambda pipe: enabled.pop(), raising=False)
-    report = argparse.Namespace(density=0.25)
-    monkeypatch.setattr(FakePipe, "sparse_attention_report", lambda pipe: report, raising=False)
+    monkeypatch.setattr(sweep, "load_pipeline", lambda folder, device: None)
+
+    @contextlib.contextmanager
+    def sparse_attention(pipe, config):
+        enabled.append(config.strategy)
+        yield lambda: argparse.Namespace(density=0.25)
+        enabled.pop()
+
+    monkeypatch.setattr(sweep, "sparse_attention", sparse_attention)
 
     def generate(pipe, prompt, seed, sampling):
         strategy = enabled[-1] if enabled else None
