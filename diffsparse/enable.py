@@ -127,7 +127,7 @@ def _transformers(model: Any, own: tuple[Family, ...] = ()) -> dict[str, nn.Modu
     A module that is there under several names comes once, by the first.
     """
     if isinstance(model, nn.Module):
-        inner = _uncompiled(model)
+        inner = _unwrapped(model, own)
         return {type(inner).__name__: inner}
     components = getattr(model, "components", None)
     if not isinstance(components, Mapping):
@@ -135,12 +135,26 @@ def _transformers(model: Any, own: tuple[Family, ...] = ()) -> dict[str, nn.Modu
     names: dict[nn.Module, str] = {}
     for name, part in components.items():
         if isinstance(part, nn.Module):
-            names.setdefault(_uncompiled(part), name)
+            names.setdefault(_unwrapped(part, own), name)
     return {
         name: module
         for module, name in names.items()
         if find_family(module, (*own, *FAMILIES)) is not None or module in _ENABLED or name.startswith("transformer")
     }
+
+
+def _unwrapped(module: nn.Module, own: tuple[Family, ...]) -> nn.Module:
+    """The transformer inside what torch.compile, peft, DDP or FSDP made of it; the module itself where there is none.
+
+    Each of these has it as its only child. One of no family is looked for in torch.compile's alone.
+    """
+    inner = uncompiled = _uncompiled(module)
+    while find_family(inner, (*own, *FAMILIES)) is None and inner not in _ENABLED:
+        children = list(inner.children())
+        if len(children) != 1:
+            return uncompiled
+        inner = _uncompiled(children[0])
+    return inner
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:

@@ -1,0 +1,97 @@
+"""Modules that stand in for the transformer, or for its attention, and pass calls on: of peft, DDP, FSDP and others."""
+
+import sys
+
+import pytest
+import torch
+from enabled import FULL, SPARSE, report_of, run
+from tiny_models import TINY, generate, tiny_wan_pipeline
+from torch import nn
+
+import diffsparse
+
+CALLS = 3 * 2 * 2
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone."""
+    if sys.platform != "linux":
+        pytest.skip("gloo is tried on Linux")
+    torch.distributed.init_process_group("cpu:gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def peft_model(transformer):
+    """As training scripts leave it in the pipeline."""
+    peft = pytest.importorskip("peft")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapter = peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+        return peft.get_peft_model(transformer, adapter)
+
+
+def compiled_peft_model(transformer):
+    return torch.compile(peft_model(transformer), backend="eager")
+
+
+def fully_sharded(transformer):
+    return torch.distributed.fsdp.FullyShardedDataParallel(
+        transformer, device_id=torch.device("cpu"), use_orig_params=True
+    )
+
+
+def sharded_in_place(transformer):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for part in (*transformer.blocks, transformer):
+        torch.distributed.fsdp.fully_shard(part, mesh=mesh)
+    return transformer
+
+
+def prepared_by_accelerate(transformer):
+    return pytest.importorskip("accelerate").Accelerator(cpu=True).prepare(transformer)
+
+
+WRAPPERS = (peft_model, compiled_peft_model, fully_sharded, sharded_in_place, prepared_by_accelerate)
+
+
+@pytest.mark.parametrize("enabled_first", [True, False])
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapped_transformer_of_a_pipeline_runs_sparse_and_is_disabled(wrap, enabled_first, one_rank, dynamo):
+    stock = tiny_wan_pipeline()
+    stock.transformer = wrap(stock.transformer)
+    expected = generate(stock)
+    pipeline = tiny_wan_pipeline()
+    if enabled_first:
+        pipeline.enable_sparse_attention(FULL)
+    pipeline.transformer = wrap(pipeline.transformer)
+    if not enabled_first:
+        pipeline.enable_sparse_attention(FULL)
+    torch.testing.assert_close(generate(pipeline), expected)
+    assert (report_of(pipeline).name, report_of(pipeline).sparse_calls) == ("transformer", CALLS)
+    assert report_of(pipeline).dense_calls == 0
+    with pytest.raises(ValueError, match="already enabled on `transformer`"):
+        pipeline.enable_sparse_attention(SPARSE)
+    pipeline.disable_sparse_attention()
+    assert torch.equal(generate(pipeline), expected)
+    pipeline.enable_sparse_attention(SPARSE)
+    assert not torch.allclose(generate(pipeline), expected)
+
+
+def test_a_transformer_of_ddp_runs_sparse(one_rank):
+    # Pipelines take none: it has no config.
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    wrapped = nn.parallel.DistributedDataParallel(model.requires_grad_(True))
+    stock = run(wrapped, call)
+    diffsparse.enable_sparse_attention(wrapped, FULL)
+    torch.testing.assert_close(run(wrapped, call), stock)
+    assert (report_of(model).sparse_calls, report_of(wrapped).dense_calls) == (3, 0)
