@@ -203,7 +203,7 @@ def _attach(transformer: nn.Module, session: TransformerSession) -> None:
         if not make_sparse(transformer.get_submodule(name), handle, session.family.spreads_mask):
             session.refused.add(layer)
             logger.warning("%s keeps its own attention: its processor cannot be made sparse.", name)
-    if hasattr(transformer, "cache_context"):
+    if hasattr(type(transformer), "cache_context"):
         transformer.__dict__["cache_context"] = CacheContextReceiver(transformer, session.clock)
     begin = transformer.register_forward_pre_hook(_BeginHook(session), with_kwargs=True)
     end = transformer.register_forward_hook(_EndHook(session))

@@ -95,3 +95,26 @@ def test_a_transformer_of_ddp_runs_sparse(one_rank):
     diffsparse.enable_sparse_attention(wrapped, FULL)
     torch.testing.assert_close(run(wrapped, call), stock)
     assert (report_of(model).sparse_calls, report_of(wrapped).dense_calls) == (3, 0)
+
+
+class WithAnotherPart(nn.Module):
+    """Shows the attributes of a transformer as its own, as wrappers do, and has more in it."""
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.transformer, self.other = transformer, nn.Linear(1, 1)
+
+    def __getattr__(self, name):
+        return self._modules[name] if name in self._modules else getattr(self._modules["transformer"], name)
+
+    def forward(self, *args, **kwargs):
+        return self.transformer(*args, **kwargs)
+
+
+def test_a_wrapper_that_is_not_looked_into_stays_dense_and_its_pipeline_runs():
+    pipeline = tiny_wan_pipeline()
+    stock = generate(pipeline)
+    pipeline.transformer = WithAnotherPart(pipeline.transformer)
+    pipeline.enable_sparse_attention(SPARSE)
+    assert torch.equal(generate(pipeline), stock)
+    assert report_of(pipeline).family is None
