@@ -200,7 +200,8 @@ def _layer_names(transformer: nn.Module, family: Family) -> tuple[str, ...]:
 
 def _attach(transformer: nn.Module, session: TransformerSession) -> None:
     for layer, (name, handle) in enumerate(zip(session.layer_names, session.handles)):
-        if not make_sparse(transformer.get_submodule(name), handle, session.family.spreads_mask):
+        module = session.module(layer)
+        if module is None or not make_sparse(module, handle, session.family.spreads_mask):
             session.refused.add(layer)
             logger.warning("%s keeps its own attention: its processor cannot be made sparse.", name)
     if hasattr(type(transformer), "cache_context"):
@@ -215,8 +216,10 @@ def _detach(transformer: nn.Module) -> None:
     for hook in enabled.hooks:
         hook.remove()
     transformer.__dict__.pop("cache_context", None)
-    for name in enabled.session.layer_names:
-        make_stock(transformer.get_submodule(name))
+    for layer in range(len(enabled.session.layer_names)):
+        # Gone where the user took a block away meanwhile.
+        if (module := enabled.session.module(layer)) is not None:
+            make_stock(module)
     enabled.session.close()
 
 

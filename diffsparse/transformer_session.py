@@ -48,7 +48,7 @@ class TransformerSession(Session):
         self._thread: int | None = None
         self._lock = threading.RLock()
         """Held where step, layout and plans are changed, and while a layer goes by them."""
-        self._modules = tuple(weakref.ref(transformer.get_submodule(name)) for name in layer_names)
+        self._modules = tuple(weakref.ref(_with_processor(transformer.get_submodule(name))) for name in layer_names)
         self._argument_names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self.handles = tuple(_register(self, layer) for layer in range(len(layer_names)))
         self.close = weakref.finalize(self, _forget, tuple(int(handle) for handle in self.handles))
@@ -107,9 +107,13 @@ class TransformerSession(Session):
             if self.step is not None and self.step.is_last_of_generation:
                 self.forget_plans()
 
+    def module(self, layer: int) -> nn.Module | None:
+        """The attention module of the layer; None once it is gone."""
+        return self._modules[layer]()
+
     def processor(self, layer: int) -> Any:
         """The processor that the layer has now."""
-        return getattr(self._modules[layer](), "processor", None)
+        return getattr(self.module(layer), "processor", None)
 
     def why_not_reached(self, layer: int) -> str | None:
         """Why no call of this layer comes here; None where they do."""
@@ -118,6 +122,16 @@ class TransformerSession(Session):
         if layer in self.refused:
             return "its processor cannot be made sparse"
         return "its processor was replaced after enabling"
+
+
+def _with_processor(module: nn.Module) -> nn.Module:
+    """The attention module itself, inside what FSDP or activation checkpointing made of it.
+
+    These show its processor as theirs, and keep one that is set to themselves.
+    """
+    while "processor" not in vars(module) | module._modules and len(children := list(module.children())) == 1:
+        (module,) = children
+    return module
 
 
 _LAYERS: dict[int, tuple[weakref.ref[TransformerSession], int]] = {}

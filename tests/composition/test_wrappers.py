@@ -118,3 +118,38 @@ def test_a_wrapper_that_is_not_looked_into_stays_dense_and_its_pipeline_runs():
     pipeline.enable_sparse_attention(SPARSE)
     assert torch.equal(generate(pipeline), stock)
     assert report_of(pipeline).family is None
+
+
+@pytest.mark.parametrize("enabled_first", [True, False])
+@pytest.mark.parametrize("wrapper", ["checkpointing", "FSDP"])
+def test_attention_that_is_wrapped_by_itself_runs_sparse(wrapper, enabled_first, one_rank):
+    """It shows the processor of the module inside as its own, and keeps one that is set."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    stock = run(model, call)
+    own = [block.attn1 for block in model.blocks]
+    if enabled_first:
+        model.enable_sparse_attention(SPARSE)
+    for block in model.blocks:
+        block.attn1 = (checkpoint_wrapper if wrapper == "checkpointing" else fully_sharded)(block.attn1)
+    for _ in range(2):
+        if not model.is_sparse_attention_enabled:
+            model.enable_sparse_attention(SPARSE)
+        assert not torch.allclose(run(model, call), stock)
+        assert report_of(model).sparse_calls == 3
+        model.disable_sparse_attention()
+        assert torch.equal(run(model, call), stock)
+        assert {type(attention.processor).__name__ for attention in own} == {"WanAttnProcessor"}
+
+
+def test_blocks_that_were_taken_away_are_no_obstacle_to_disabling():
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5))
+    model.enable_sparse_attention(SPARSE)
+    del model.blocks[1]
+    run(model, call)
+    model.disable_sparse_attention()
+    assert not model.is_sparse_attention_enabled
+    assert {type(block.attn1.processor).__name__ for block in model.blocks} == {"WanAttnProcessor"}
