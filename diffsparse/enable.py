@@ -86,7 +86,7 @@ def enable_sparse_attention(
             f"`family` describes {', '.join(family.transformers) or 'no transformer'}, but {type(model).__name__} has "
             f"{', '.join(sorted({type(t).__name__ for t in transformers.values()}))}. Name its class in `transformers`."
         )
-    sessions = {name: _open_session(t, families[name], chosen, pipeline) for name, t in transformers.items()}
+    sessions = {name: _open_session(t, families[name], chosen, pipeline, name) for name, t in transformers.items()}
     for name, transformer in transformers.items():
         _attach(transformer, sessions[name])
 
@@ -164,7 +164,7 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 
 
 def _open_session(
-    transformer: nn.Module, family: Family | None, config: SparseAttentionConfig, pipeline: Any
+    transformer: nn.Module, family: Family | None, config: SparseAttentionConfig, pipeline: Any, name: str
 ) -> TransformerSession:
     if family is None and (reason := LEFT_ALONE.get(type(transformer).__name__)) is not None:
         logger.warning("%s stays dense: %s.", type(transformer).__name__, reason)
@@ -177,7 +177,7 @@ def _open_session(
             family_to_start_from(transformer),
         )
         return TransformerSession(transformer, UNKNOWN, (), config, pipeline)
-    return TransformerSession(transformer, family, _layer_names(transformer, family), config, pipeline)
+    return TransformerSession(transformer, family, _layer_names(transformer, family), config, pipeline, name)
 
 
 def _layer_names(transformer: nn.Module, family: Family) -> tuple[str, ...]:

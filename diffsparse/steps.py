@@ -72,20 +72,24 @@ def progress(index: int, num_served: int, first: int, end: int) -> float:
 class StepClock:
     """Reads the step off whatever runs the denoising loop, once for each call of the transformer.
 
-    Sources, best first: the step in the transformer's cache context; the guider of a modular pipeline; the
-    scheduler's step index, while it moves with the calls; the timestep's place in the scheduler's; a change of the
-    timestep. Calls are never counted to find the step, since caches skip layers and whole calls.
+    Sources, best first: the step in the transformer's cache context; the scheduler's step index, while it moves with
+    the calls; the guider of a modular pipeline; the timestep's place in the scheduler's; a change of the timestep. The
+    guider names the branch in any case. Calls are never counted to find the step, since caches skip layers and whole
+    calls.
 
     Args:
         pipeline: what owns the scheduler; None for a transformer enabled on its own. Held weakly. Once it is gone,
             its scheduler and guider go on: a pipeline made of its parts (`from_pipe`) runs the transformer with them.
+        name: what the pipeline calls the transformer. `transformer_2` has a guider of its own, `guider_2`, where there
+            is one.
     """
 
-    def __init__(self, pipeline: Any = None) -> None:
+    def __init__(self, pipeline: Any = None, name: str = "transformer") -> None:
         self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
         self._parts: dict[str, Any] = {}
-        for name in ("scheduler", "guider"):
-            self._part(name)
+        self._guiders = name.replace("transformer", "guider"), "guider"
+        for part in ("scheduler", *self._guiders):
+            self._part(part)
         self._context: Any = None
         self._last: Step | None = None
         self._timesteps_before: Any = None
@@ -146,25 +150,28 @@ class StepClock:
         name, index, total = self._context or (None, None, None)
         if index is not None and total is not None:
             return index, total, name, 0
-        guider = self._part("guider")
-        if getattr(guider, "_step", None) is not None and getattr(guider, "_num_inference_steps", None):
+        guider: Any = next((part for part in map(self._part, self._guiders) if part is not None), None)
+        is_guided = getattr(guider, "_step", None) is not None and getattr(guider, "_num_inference_steps", None)
+        if is_guided:
             name = name or getattr(guider, "_count_prepared", None)
-            return guider._step, guider._num_inference_steps, name, 0
         scheduler = self._part("scheduler")
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is not None and hasattr(scheduler, "_step_index"):
+        timesteps: Any = getattr(scheduler, "timesteps", None)
+        has_index = timesteps is not None and hasattr(scheduler, "_step_index")
+        # One that nobody has told how many steps there are runs no loop.
+        is_told = getattr(scheduler, "num_inference_steps", None) is not None
+        if has_index:
             current, begin = scheduler._step_index, getattr(scheduler, "_begin_index", None)
-            # One that nobody has told how many steps there are runs no loop.
-            is_told = getattr(scheduler, "num_inference_steps", None) is not None
             if current is None and is_told:
                 current = begin if begin is not None else self._beginning(timestep, timesteps)
             if begin is None:
                 begin = self._begun[1] if self._begun[0] is timesteps else 0
             if current is not None and self._watch.takes_part(timesteps, current, timestep):
                 return current, len(timesteps), name, begin
-            # One that was told how many steps there are and takes none may have copies that run the loop.
-            if scheduler._step_index is not None or not is_told:
-                timesteps = None
+        if is_guided:
+            return guider._step, guider._num_inference_steps, name, 0
+        # One that was told how many steps there are and takes none may have copies that run the loop.
+        if has_index and (scheduler._step_index is not None or not is_told):
+            timesteps = None
         return *self._by_timestep(_value(timestep), timesteps), name, 0
 
     def _beginning(self, timestep: Any, timesteps: Any) -> int:

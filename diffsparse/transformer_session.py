@@ -29,6 +29,7 @@ class TransformerSession(Session):
         layer_names: its self-attention modules in the order they run.
         config: what the user asked for.
         pipeline: what runs the denoising loop; None for a transformer enabled on its own. Held weakly.
+        name: what the pipeline calls the transformer.
     """
 
     family: Family
@@ -40,9 +41,10 @@ class TransformerSession(Session):
         layer_names: tuple[str, ...],
         config: SparseAttentionConfig,
         pipeline: Any = None,
+        name: str = "transformer",
     ) -> None:
         super().__init__(family.class_name(transformer), family, layer_names, config)
-        self.clock = StepClock(pipeline)
+        self.clock = StepClock(pipeline, name)
         self.refused: set[int] = set()
         """Layers that could not be given a sparse processor."""
         self._thread: int | None = None

@@ -149,6 +149,36 @@ def test_the_guider_says_step_and_branch():
     assert (step.index, step.total, step.branch) == (3, 8, 2)
 
 
+def test_the_second_transformer_goes_by_its_own_guider():
+    # As in modular Wan 2.2, whose first guider has stopped by then. There may also be one for both.
+    first = SimpleNamespace(_step=2, _num_inference_steps=8, _count_prepared=2)
+    second = SimpleNamespace(_step=3, _num_inference_steps=8, _count_prepared=1)
+    for guider_2, expected in ((second, (3, 8, 1)), (None, (2, 8, 2))):
+        pipeline = Pipeline(guider=first, guider_2=guider_2)
+        step = StepClock(pipeline, "transformer_2").tick(None)
+        assert (step.index, step.total, step.branch) == expected
+        step = StepClock(pipeline, "transformer").tick(None)
+        assert (step.index, step.total, step.branch) == (2, 8, 2)
+
+
+def test_the_scheduler_says_the_step_and_the_guider_the_branch():
+    # The guider counts anew where the generation begins late, and takes Heun's 9 evaluations for 5 steps.
+    scheduler = HeunDiscreteScheduler()
+    scheduler.set_timesteps(5)
+    scheduler.set_begin_index(3)
+    guider = SimpleNamespace(_step=0, _num_inference_steps=5, _count_prepared=2)
+    pipeline = Pipeline(scheduler=scheduler, guider=guider)
+    clock, sample = StepClock(pipeline), torch.zeros(1, 2)
+    for index, timestep in enumerate(scheduler.timesteps[3:]):
+        guider._step = index
+        step = clock.tick(timestep)
+        assert (step.index, step.total, step.branch, step.sparse_from) == (3 + index, 9, 2, 3)
+        sample = scheduler.step(sample, timestep, sample).prev_sample
+    # A loop that the scheduler has no part in.
+    step = clock.tick(torch.tensor(3.0))
+    assert (step.index, step.total) == (5, 5)
+
+
 @pytest.mark.parametrize("falling", [True, False])
 def test_a_changed_timestep_is_a_new_step_and_a_jump_back_a_new_generation(falling):
     values = [900.0, 500.0, 100.0] if falling else [0.1, 0.5, 0.9]

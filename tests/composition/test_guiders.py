@@ -9,31 +9,31 @@ from enabled import FULL, SPARSE, config, report_of, run
 from tiny_models import TINY
 from tiny_pipelines import text
 
-from diffsparse import DenseFallback
+from diffsparse import Adaptive, DenseFallback
 
 STEPS, LAYERS = 3, 2
 PERTURBED = "a torch function mode stands in for attention, as in perturbed attention guidance"
 
 
-def modular_pipeline(guider=None):
-    blocks = diffusers.WanBlocks()
+def modular_pipeline(guider=None, blocks=None, **transformers):
+    blocks = blocks or diffusers.WanBlocks()
     for name in ("text_encoder", "decode"):
         blocks.sub_blocks.pop(name)
     pipeline = blocks.init_pipeline()
-    transformer = TINY["wan"].make(in_channels=16, out_channels=16, num_layers=LAYERS)
+    transformers = transformers or {"transformer": TINY["wan"].make(in_channels=16, out_channels=16, num_layers=LAYERS)}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipeline.update_components(transformer=transformer, scheduler=scheduler)
+    pipeline.update_components(**transformers, scheduler=scheduler)
     if guider is not None:
         pipeline.update_components(guider=guider)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def generate(pipeline):
+def generate(pipeline, steps=STEPS):
     return pipeline(
         prompt_embeds=text(),
         negative_prompt_embeds=-text(),
-        num_inference_steps=STEPS,
+        num_inference_steps=steps,
         num_frames=5,
         height=48,
         width=80,
@@ -80,11 +80,35 @@ def test_sparse_attention_runs_in_every_branch_of_a_guider(name):
     report = report_of(pipeline)
     assert (report.sparse_calls, report.dense_calls) == (first_calls + (STEPS - 1) * later_calls, 0)
     pipeline.disable_sparse_attention()
-    # The guider says which step it is.
     pipeline.enable_sparse_attention(config(dense_steps=1 / STEPS))
     generate(pipeline)
     assert report_of(pipeline).dense_reasons == {"early step": first_calls}
     assert report_of(pipeline).sparse_calls == (STEPS - 1) * later_calls
+
+
+def test_each_transformer_of_modular_wan_2_2_goes_by_its_own_guider():
+    transformers = {
+        name: TINY["wan"].make(in_channels=16, out_channels=16, num_layers=LAYERS)
+        for name in ("transformer", "transformer_2")
+    }
+    pipeline = modular_pipeline(blocks=diffusers.Wan22Blocks(), **transformers)
+    planned_at = []
+
+    class Watched(Adaptive):
+        def plan(self, query, key, value, call):
+            planned_at.append((call.layer, call.step, call.num_steps))
+            return super().plan(query, key, value, call)
+
+    pipeline.enable_sparse_attention(
+        config(Watched(query_block_size=16, key_block_size=16), dense_steps=0.5, replan_every=2)
+    )
+    generate(pipeline, steps=6)
+    # The first transformer runs in steps 0 and 1, the second in the others, of which one is early.
+    calls = 2 * LAYERS
+    first, second = pipeline.sparse_attention_report().transformers
+    assert (first.sparse_calls, first.dense_reasons) == (0, {"early step": 2 * calls})
+    assert (second.sparse_calls, second.dense_reasons) == (3 * calls, {"early step": calls})
+    assert planned_at == [(layer, step, 6) for step in (3, 5) for layer in range(LAYERS)]
 
 
 ENABLED_FIRST = pytest.mark.parametrize("enabled_first", [True, False])
