@@ -14,19 +14,34 @@ from diffsparse.pipelines.position_ids import read_once
 def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     """The grid that the call names, then the tokens of keyframes and references: what else the latents [B, S, C] have.
 
-    Where it names none, as the pipelines of keyframe slots and their tiles (DFR), the coordinates begin with it.
+    Where it names none, as the pipelines of keyframe slots and their tiles (DFR), the coordinates begin with it. Echo
+    has its memory of earlier shots before the grid, which the coordinates show.
     """
-    latents, coords = call.get("hidden_states"), call.get("video_coords")
+    latents = call.get("hidden_states")
+    coords: Any = call.get("video_coords")
     frames, height, width = (call.get(name) for name in ("num_frames", "height", "width"))
     if latents is None or latents.ndim != 3:
         return None
-    names_none = (frames, height, width) == (None, None, None)
-    if names_none and coords is not None and coords.ndim == 4 and coords.shape[2] == latents.shape[1]:
-        frames, height, width = read_once(coords, _grid_at_start) or (None, None, None)
+    sizes = frames, height, width
+    names_none = sizes == (None, None, None)
+    has_coords = coords is not None and coords.ndim == 4 and coords.shape[2] == latents.shape[1]
+    if names_none and has_coords:
+        sizes = read_once(coords, _grid_at_start) or sizes
+    frames, height, width = sizes
     if frames is None or height is None or width is None:
         return None
     num_others = latents.shape[1] - frames * height * width
-    return None if num_others < 0 else Layout(int(frames), int(height), int(width), text_after=int(num_others))
+    if num_others < 0:
+        return None
+    if has_coords and not names_none and num_others > 0:
+        at_start, at_end = read_once(coords, _grids_at_both_ends)
+        if at_end == sizes != at_start:
+            return Layout(int(frames), int(height), int(width), text_before=int(num_others))
+    return Layout(int(frames), int(height), int(width), text_after=int(num_others))
+
+
+def _grids_at_both_ends(coords: Tensor) -> tuple[tuple[int, int, int] | None, tuple[int, int, int] | None]:
+    return _grid_at_start(coords), _grid_at_start(-coords.flip(2))
 
 
 def _grid_at_start(coords: Tensor) -> tuple[int, int, int] | None:

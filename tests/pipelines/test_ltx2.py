@@ -54,6 +54,19 @@ def test_the_grid_is_what_the_coordinates_begin_with(grid):
     assert read(video, coords((1, *grid[1:]), 8 * grid[0])) == (grid[0] + 1, *grid[1:], 0, 0)
 
 
+@pytest.mark.parametrize("memory", [(1, 7, 5), (2, 7, 5), (4, 7, 5), (1, 2, 2)])
+def test_tokens_before_a_grid_that_the_call_names_are_seen_in_the_coordinates(memory):
+    # Memory of earlier shots, as Echo puts it there: at times far behind the video's.
+    size = {"num_frames": 3, "height": 7, "width": 5}
+    video, slots = coords((3, 7, 5)), coords(memory, 12000)
+    tokens = slots.shape[2]
+    assert read(slots, video, **size) == (3, 7, 5, tokens, 0)
+    assert read(video, slots, **size) == (3, 7, 5, 0, tokens)
+    assert read(video, coords((3, 7, 5)), **size) == (3, 7, 5, 0, 105)
+    # Coordinates that show no such grid are no reason to give up that of the call.
+    assert read(slots, video * torch.tensor([1, -1, 1])[:, None, None], **size) == (3, 7, 5, 0, tokens)
+
+
 def test_coordinates_that_begin_with_no_full_grid_leave_it_unknown():
     video = coords((3, 7, 5))
     # At the end of each frame's second row.
