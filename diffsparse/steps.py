@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 MAX_UNNAMED_BRANCHES = 4
 """Calls of one step that are taken for branches where nothing names them; one more is the next generation's."""
@@ -245,11 +246,11 @@ class _SchedulerWatch:
 def _value(timestep: Any) -> float | None:
     """A timestep as a number, the largest where there are many. Reading it off a GPU waits for it.
 
-    None on the meta device, where operations are counted and nothing is computed.
+    None on the meta device and of a fake tensor, where operations are counted or traced and nothing is computed.
     """
     if not isinstance(timestep, Tensor):
         return timestep
-    return None if timestep.is_meta else timestep.detach().max().item()
+    return None if timestep.is_meta or is_fake(timestep) else timestep.detach().max().item()
 
 
 class CacheContextReceiver:

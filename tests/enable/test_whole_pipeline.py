@@ -337,6 +337,19 @@ def test_an_enabled_transformer_runs_on_the_meta_device():
     assert report_of(model).sparse_calls == 0
 
 
+def test_an_enabled_transformer_can_be_exported_and_goes_on():
+    # Its timestep is a symbol there, which the steps of later calls cannot be compared with.
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (3, 7, 5)) | {"return_dict": False}
+    with torch.no_grad():
+        expected = model(**call)[0]
+        model.enable_sparse_attention(FULL)
+        exported = torch.export.export(model, (), call).module()
+        for each in (exported, model):
+            torch.testing.assert_close(each(**call)[0], expected)
+    assert report_of(model).sparse_calls == 2 * 3
+
+
 @pytest.mark.parametrize("cache_first", [False, True])
 def test_a_cache_that_skips_blocks_does_not_confuse_the_layers(pipeline, cache_first):
     cache = diffusers.FirstBlockCacheConfig(threshold=0.0)
