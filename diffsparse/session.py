@@ -96,6 +96,8 @@ class Session:
         self._dense_layers = resolve_dense_layers(config.dense_layers, len(layer_names), model_name)
         self.layout: tuple[int | None, ...] | None = None
         self.why_no_layout = "the call does not say the size of the grid"
+        self.mask_hides_nothing = False
+        """Whether a mask that comes with this call is to be taken for none."""
         self._rows: Counter[int] = Counter()
         self.step: Step | None = None
         """That of the call of the transformer that runs, or ran last."""
@@ -191,8 +193,9 @@ class Session:
         if (reason := self._policy(layer, query) or self._speed_check.why_slow(query, mask)) is not None:
             self.count_dense(layer, reason)
             return None
-        if (reason := self._obstacle(query, key, value, mask, ranks)) is None:
-            key_length = _key_length(mask, query.shape[0])
+        hiding = None if self.mask_hides_nothing else mask
+        if (reason := self._obstacle(query, key, value, hiding, ranks)) is None:
+            key_length = _key_length(hiding, query.shape[0])
             order = RankOrder(self._parts(query.shape[2]), ranks)
             query, key, value = (order.undo(x) for x in (query, key, value))
 

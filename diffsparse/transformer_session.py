@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.pipelines.family import Family
+from diffsparse.pipelines.padding import hides_nothing
 from diffsparse.session import Session, grid_of
 from diffsparse.steps import StepClock
 
@@ -62,6 +63,8 @@ class TransformerSession(Session):
         with self._lock:
             step = self.clock.tick(call.get(self.family.timestep))
             layout = self._read_layout(transformer, call)
+            text_mask = self.family.text_mask
+            self.mask_hides_nothing = text_mask is not None and hides_nothing(call.get(text_mask))
             # Branches may differ in their text, but never in the size of the video.
             if _video_size(layout) != _video_size(self.layout) or self._thread != threading.get_ident():
                 self.forget_plans()

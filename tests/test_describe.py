@@ -223,6 +223,7 @@ def test_a_family_refuses_a_bare_string_for_a_tuple(field):
         ("padding_mask", "no", "True or False, got 'no'"),
         ("spreads_mask", None, "True or False, got None"),
         ("text_apart", "no", "True, False or None, got 'no'"),
+        ("text_mask", True, "None or a string, got True"),
     ],
 )
 def test_a_field_of_another_type_is_refused(field, value, expected):

@@ -47,6 +47,9 @@ class Family:
             device.
         padding_mask: the mask that reaches self-attention is a bool [B, 1, 1, S] that hides nothing but a
             tail of padded text, so that it can become a key length. Any other mask keeps a layer dense.
+        text_mask: the argument that holds a mask [B, text tokens] which self-attention is given in every call, for the
+            text alone. Where it hides no token, as for a single prompt, self-attention is taken to have no mask. It is
+            read off the device once.
         timestep: the argument that holds the timestep. It tells the steps of a transformer that is enabled on its
             own.
         spreads_mask: the processor is given such a mask as [B, text tokens] and makes a mask of all pairs of tokens
@@ -64,6 +67,7 @@ class Family:
     layers: tuple[str, ...]
     layout: Callable[[nn.Module, Mapping[str, Any]], Layout | None]
     padding_mask: bool = False
+    text_mask: str | None = None
     spreads_mask: bool = False
     text_apart: bool | None = None
     timestep: str = "timestep"
@@ -80,6 +84,8 @@ class Family:
             value = getattr(self, field)
             if not isinstance(value, str):
                 raise TypeError(f"`{field}` of a family must be a string, got {value!r}.")
+        if not (self.text_mask is None or isinstance(self.text_mask, str)):
+            raise TypeError(f"`text_mask` of a family must be None or a string, got {self.text_mask!r}.")
         for field in ("padding_mask", "spreads_mask", "text_apart"):
             value = getattr(self, field)
             if not (isinstance(value, bool) or (field == "text_apart" and value is None)):

@@ -1,4 +1,4 @@
-"""Whether padded text is last in its sequence, where the model leaves it wherever the tokenizer has put it."""
+"""What a mask of text hides: nothing, or padding that is last in its sequence, or that the tokenizer puts elsewhere."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ def check_padding_is_last(mask: Tensor | None) -> None:
     # On the meta device there is nothing to read.
     if mask is not None and not mask.is_meta and not read_once(mask, _hides_a_tail):
         raise ValueError("text is padded before its end, which no key length can stand for")
+
+
+def hides_nothing(mask: Tensor | None) -> bool:
+    """Whether there is a mask [B, text tokens] and it hides no token. Read from the device once for each mask."""
+    return mask is not None and not mask.is_meta and read_once(mask, _hides_no_token)
+
+
+def _hides_no_token(mask: Tensor) -> bool:
+    return bool(mask.bool().all())
 
 
 def _hides_a_tail(mask: Tensor) -> bool:

@@ -17,8 +17,8 @@ PERTURBED = "a torch function mode stands in for attention, as in perturbed atte
 
 def modular_pipeline(guider=None, blocks=None, **transformers):
     blocks = blocks or diffusers.WanBlocks()
-    for name in ("text_encoder", "decode"):
-        blocks.sub_blocks.pop(name)
+    for name in ("text_encoder", "vae_encoder", "controlnet_vae_encoder", "decode"):
+        blocks.sub_blocks.pop(name, None)
     pipeline = blocks.init_pipeline()
     transformers = transformers or {"transformer": TINY["wan"].make(in_channels=16, out_channels=16, num_layers=LAYERS)}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -109,6 +109,23 @@ def test_each_transformer_of_modular_wan_2_2_goes_by_its_own_guider():
     assert (first.sparse_calls, first.dense_reasons) == (0, {"early step": 2 * calls})
     assert (second.sparse_calls, second.dense_reasons) == (3 * calls, {"early step": calls})
     assert planned_at == [(layer, step, 6) for step in (3, 5) for layer in range(LAYERS)]
+
+
+def test_modular_qwen_image_runs_sparse_with_the_masks_of_its_prompts():
+    transformer = TINY["qwen_image"].make()
+    pipeline = modular_pipeline(blocks=diffusers.QwenImageAutoBlocks(), transformer=transformer)
+    mask = torch.ones(1, text().shape[1], dtype=torch.long)
+    arguments = {"prompt_embeds": text(), "prompt_embeds_mask": mask, "height": 7 * 16, "width": 5 * 16}
+    arguments |= {"negative_prompt_embeds": -text(), "negative_prompt_embeds_mask": mask.clone()}
+
+    def generate():
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(**arguments, num_inference_steps=STEPS, generator=generator, output="latents")
+
+    stock = generate()
+    pipeline.enable_sparse_attention(FULL)
+    torch.testing.assert_close(generate(), stock)
+    assert (report_of(pipeline).sparse_calls, report_of(pipeline).dense_calls) == (STEPS * 2 * LAYERS, 0)
 
 
 ENABLED_FIRST = pytest.mark.parametrize("enabled_first", [True, False])

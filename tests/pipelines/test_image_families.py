@@ -125,6 +125,23 @@ def test_padded_text_before_the_image_stays_dense():
     assert Called("qwen_image", batch=2, encoder_hidden_states_mask=mask).stays_dense("attention mask")
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_a_mask_that_hides_no_text_of_qwen_image_is_none(dtype):
+    # Modular pipelines pass one for each prompt.
+    called = Called("qwen_image", batch=2)
+    expected = called.ran()
+    called.call["encoder_hidden_states_mask"] = mask = torch.ones(2, 7, dtype=dtype)
+    stock = called.run()
+    assert called.ran() == expected == (len(called.tiny.layers), {})
+    called.model.enable_sparse_attention(FULL)
+    torch.testing.assert_close(called.run(), stock)
+    # One that comes to hide some is seen.
+    mask[1, 5:] = 0
+    assert called.model.sparse_attention_report().transformers[0].dense_calls == 0
+    called.run()
+    assert called.model.sparse_attention_report().transformers[0].dense_reasons == {"attention mask": 2}
+
+
 def test_chroma_stays_dense_with_the_mask_of_its_pipeline():
     mask = torch.ones(1, 7 + 35)
     mask[:, 4:7] = 0

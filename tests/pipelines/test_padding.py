@@ -1,11 +1,11 @@
-"""Text that is padded elsewhere than at its end, which a key length cannot hide."""
+"""Text that is padded elsewhere than at its end, which a key length cannot hide; masks that hide nothing."""
 
 import pytest
 import torch
 from enabled import FULL, SPARSE, report_of, run
 from tiny_models import TINY
 
-from diffsparse.pipelines.padding import check_padding_is_last
+from diffsparse.pipelines.padding import check_padding_is_last, hides_nothing
 
 REASON = "the layout of its family raises ValueError: text is padded before its end, which no key length can stand for"
 
@@ -25,6 +25,17 @@ def test_padding_before_the_end_is_none(hidden):
     for each in (mask, mask.bool(), mask.float()):
         with pytest.raises(ValueError, match="padded before its end"):
             check_padding_is_last(each)
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float])
+def test_a_mask_of_ones_hides_nothing(dtype):
+    mask = torch.ones(2, 7, dtype=dtype)
+    assert hides_nothing(mask)
+    # There are no values, or no mask.
+    assert not hides_nothing(mask.to("meta"))
+    assert not hides_nothing(None)
+    mask[1, 3] = 0
+    assert not hides_nothing(mask)
 
 
 # The other families' models sort their text, or are told how long it is.
