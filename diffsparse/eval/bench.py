@@ -13,7 +13,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffsparse.eval.bench_plot import draw
 from diffsparse.eval.bench_suite import SUITES, run_suite
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DTYPES = ("float32", "bfloat16", "float16")
+OF_ONE_SIZE: dict[str, Any] = {
+    "tokens": 8192,
+    "heads": 2,
+    "head_dim": 64,
+    "densities": [0.25, 0.1],
+    "dtypes": ["float32", "bfloat16"],
+    "blocks": ["128x128"],
+}
+"""Options that a suite has no use for, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +80,14 @@ class Speed:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The shapes to measure and where to write."""
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of the sequence (default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=2, help="attention heads (default: %(default)s)")
-    parser.add_argument("--head-dim", type=int, default=64, help="numbers per head (default: %(default)s)")
-    parser.add_argument(
-        "--densities", type=float, nargs="+", default=[0.25, 0.1], help="shares of key blocks (default: 0.25 0.1)"
-    )
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16"
-    )
+    parser.add_argument("--tokens", type=int, help="tokens of the sequence (default: %(default)s)")
+    parser.add_argument("--heads", type=int, help="attention heads (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, help="numbers per head (default: %(default)s)")
+    parser.add_argument("--densities", type=float, nargs="+", help="shares of key blocks (default: 0.25 0.1)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: float32 bfloat16")
     parser.add_argument(
         "--blocks",
         nargs="+",
-        default=["128x128"],
         metavar="QUERYxKEY",
         help="block sizes in tokens, of query and key (default: 128x128)",
     )
@@ -105,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("diffsparse_bench.json"), help="JSON file to write (default: %(default)s)"
     )
+    parser.set_defaults(**OF_ONE_SIZE)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         if args.table is None:
             raise ValueError(f"`--plot` {args.plot} draws the results that `--table` names, and there is no `--table`.")
         check_output_file("`--plot`", args.plot)
+    _check_of_one_size(args)
     if args.table is not None:
         _show(args.table, args.plot)
         return 0
@@ -180,6 +186,20 @@ def run(args: argparse.Namespace) -> int:
     write_json(args.output, record)
     console.print(f"Written to {args.output}")
     return 0
+
+
+def _check_of_one_size(args: argparse.Namespace) -> None:
+    """Raise ValueError where an option would be passed over without a word."""
+    other = "table" if args.table is not None else "suite"
+    if (value := getattr(args, other)) is None:
+        return
+    for name, default in OF_ONE_SIZE.items():
+        if (given := getattr(args, name)) != default:
+            text = " ".join(map(str, given)) if isinstance(given, list) else given
+            raise ValueError(
+                f"`--{name.replace('_', '-')}` {text} is of one size, and `--{other}` {value} has sizes of its own. "
+                f"Leave one of the two out."
+            )
 
 
 def _show(file: Path, plot: Path | None) -> None:

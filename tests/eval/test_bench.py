@@ -120,6 +120,9 @@ def test_threads_are_left_as_they_were(tmp_path):
         (("--output", "/nowhere/speed.json"), "`--output` must name a file in a folder that exists"),
         (("--output", "/"), "`--output` must name a file in a folder that exists"),
         (("--table", "/nowhere/speed.json"), "`--table` /nowhere/speed.json holds no results of a suite"),
+        (("--suite", "tiny", "--densities", "0.5", "0.1"), "`--densities` 0.5 0.1 is of one size, and `--suite` tiny"),
+        (("--suite", "tiny", "--head-dim", "128"), "`--head-dim` 128 is of one size, and `--suite` tiny"),
+        (("--table", "speed.json", "--tokens", "4096"), r"`--tokens` 4096 is of one size, and `--table` speed\.json"),
     ],
 )
 def test_bad_arguments_are_an_error_that_names_them(arguments, message):
