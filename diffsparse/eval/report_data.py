@@ -77,18 +77,26 @@ def _videos(
     for prompt, text in enumerate(settings["prompts"]):
         for seed in settings["seeds"]:
             pair = Pair(prompt, seed)
-            dense = folder.record(DENSE, pair)
+            why_no_dense = _why_missing(folder, DENSE, pair)
             for name in sorted(settings["configs"]):
-                record = folder.record(name, pair)
                 where = {"run": run, "config": name, "prompt_index": prompt, "prompt": text, "seed": seed}
-                if dense is None or record is None:
-                    lacking = name if record is None else DENSE
-                    reason = folder.failure(lacking, pair) or f"the {lacking} video is not made yet"
+                if (reason := _why_missing(folder, name, pair) or why_no_dense) is not None:
                     missing.append(where | {"reason": reason})
-                else:
-                    scores = scores_of(folder, name, pair, lpips)
-                    videos.append(where | _video(dense, record) | {"scores": scores})
+                    continue
+                dense, record = folder.record(DENSE, pair), folder.record(name, pair)
+                assert dense is not None
+                assert record is not None
+                scores = scores_of(folder, name, pair, lpips)
+                videos.append(where | _video(dense, record) | {"scores": scores})
     return videos, missing
+
+
+def _why_missing(folder: RunFolder, name: str, pair: Pair) -> str | None:
+    if folder.is_whole(name, pair):
+        return None
+    if folder.record(name, pair) is None:
+        return folder.failure(name, pair) or f"the {name} video is not made yet"
+    return f"the frames of the {name} video are not those that were made: the run's own command makes it anew"
 
 
 def _video(dense: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from diffsparse.eval.output_file import reading, write_json
-from diffsparse.eval.video_io import write_images
+from diffsparse.eval.video_io import IMAGE_SUFFIXES, write_images
 from diffsparse.whole_file import whole_file
 
 MANIFEST = "manifest.json"
@@ -190,7 +190,8 @@ def _short(value: Any) -> str:
 
 def _checksum(folder: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
+    # Whatever looks at the frames may leave files of its own beside them.
+    for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES):
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -63,6 +63,21 @@ def test_missing_videos_are_listed_with_why(fake_run):
     assert [video["prompt"] for video in data["videos"]] == ["b"]
 
 
+@pytest.mark.parametrize("is_scored", [True, False])
+@pytest.mark.parametrize(("names", "blamed"), [(["dense"], "dense"), (["fast"], "fast"), (["dense", "fast"], "fast")])
+def test_a_video_that_lost_a_frame_is_missing_and_the_others_are_there(fake_run, names, blamed, is_scored):
+    run = fake_run(["a", "b"])
+    if is_scored:
+        collect([run], NO_LPIPS)
+    for name in names:
+        (RunFolder(run).frames(name, Pair(0, 0)) / "00001.png").unlink()
+    data = collect([run], NO_LPIPS)
+    assert [(m["prompt"], m["reason"]) for m in data["missing"]] == [
+        ("a", f"the frames of the {blamed} video are not those that were made: the run's own command makes it anew")
+    ]
+    assert [video["prompt"] for video in data["videos"]] == ["b"]
+
+
 def test_a_run_without_any_video_has_a_report_too(fake_run):
     run = fake_run(["a"])
     for config in ("dense", "fast"):

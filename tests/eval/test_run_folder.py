@@ -52,6 +52,12 @@ def test_a_frame_that_was_changed_or_lost_is_noticed(folder, name):
     assert not folder.is_whole("fast", PAIR)
 
 
+def test_what_a_file_manager_left_beside_the_frames_changes_nothing(folder):
+    folder.add("fast", PAIR, noise(), {})
+    (folder.frames("fast", PAIR) / ".DS_Store").write_bytes(b"view")
+    assert folder.is_whole("fast", PAIR)
+
+
 @pytest.mark.parametrize("contents", ["", "[]", "{}"])
 def test_a_damaged_record_is_like_none(folder, contents):
     folder.add("fast", PAIR, noise(), {})
