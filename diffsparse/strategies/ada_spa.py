@@ -10,7 +10,7 @@ from torch import Tensor
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_attention import block_attention
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.option_checks import check_density, check_integers, check_shares
+from diffsparse.strategies.option_checks import check_block_sizes, check_density, check_shares
 from diffsparse.strategies.strategy import AttentionCall
 from diffsparse.strategies.top_blocks import top_blocks
 
@@ -44,7 +44,7 @@ class AdaSpa:
     def __post_init__(self) -> None:
         check_density(self.density)
         check_shares(recall=self.recall)
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

@@ -18,7 +18,7 @@ from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.adaptive_geometry import ORDERS, Geometry, geometry_of
 from diffsparse.strategies.adaptive_trials import RULES, Inputs, Means, Trial, scores_by
 from diffsparse.strategies.error_budget import on_device, share_out
-from diffsparse.strategies.option_checks import check_bools, check_density, check_integers, check_sampling, is_number
+from diffsparse.strategies.option_checks import check_block_sizes, check_bools, check_density, check_sampling, is_number
 from diffsparse.strategies.select_blocks import select_blocks
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -112,7 +112,7 @@ class Adaptive:
     def __post_init__(self) -> None:
         check_density(self.density)
         sizes = {"query_block_size": self.query_block_size, "key_block_size": self.key_block_size}
-        check_integers(1, **{name: size for name, size in sizes.items() if size is not None})
+        check_block_sizes(**{name: size for name, size in sizes.items() if size is not None})
         check_sampling(self.sampled_rows, self.seed)
         check_bools(tail=self.tail, equal_heads=self.equal_heads)
         if self.tile is not None and (

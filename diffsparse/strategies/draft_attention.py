@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.option_checks import check_density, check_integers, check_sides
+from diffsparse.strategies.option_checks import check_block_sizes, check_density, check_sides
 from diffsparse.strategies.pooled_scores import pooled_scores
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -43,7 +43,7 @@ class DraftAttention:
     def __post_init__(self) -> None:
         check_density(self.density)
         check_sides("patch", self.patch, (8, 16))
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

@@ -11,7 +11,7 @@ from diffsparse.kernels.pooling import block_means
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
 from diffsparse.strategies.fixed_masks import sampled_rows
-from diffsparse.strategies.option_checks import check_integers, check_sampling, check_shares
+from diffsparse.strategies.option_checks import check_block_sizes, check_sampling, check_shares
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.pooled_scores import pooled_scores
 from diffsparse.strategies.smallest_set import smallest_set
@@ -53,7 +53,7 @@ class FlexPrefill:
     def __post_init__(self) -> None:
         check_shares(mass=self.mass, threshold=self.threshold)
         check_sampling(self.sampled_rows, self.seed)
-        check_integers(1, block_size=self.block_size)
+        check_block_sizes(block_size=self.block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

@@ -13,7 +13,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.permutation import hilbert_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import BlockLayout, block_layout
-from diffsparse.strategies.option_checks import check_bools, check_density, check_integers, check_shares
+from diffsparse.strategies.option_checks import check_block_sizes, check_bools, check_density, check_shares
 from diffsparse.strategies.pooled_scores import pooled_scores
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
@@ -54,7 +54,7 @@ class Jenga:
         check_density(self.density)
         check_shares(mass=self.mass)
         check_bools(neighbours=self.neighbours)
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

@@ -11,7 +11,7 @@ from diffsparse.heads import BlockSums, head_errors
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
 from diffsparse.strategies.fixed_masks import sampled_rows
-from diffsparse.strategies.option_checks import check_density, check_integers, check_sampling, check_shares
+from diffsparse.strategies.option_checks import check_block_sizes, check_density, check_sampling, check_shares
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.pooled_scores import pooled_scores
 from diffsparse.strategies.strategy import AttentionCall
@@ -61,7 +61,7 @@ class MInference:
         for share in self.column_shares:
             check_shares(column_shares=share)
         check_sampling(self.sampled_rows, self.seed)
-        check_integers(1, block_size=self.block_size)
+        check_block_sizes(block_size=self.block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

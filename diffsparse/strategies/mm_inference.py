@@ -14,7 +14,7 @@ from diffsparse.permutation import axis_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import block_distance, exact_blocks
 from diffsparse.strategies.fixed_masks import FixedMasks, sampled_rows
-from diffsparse.strategies.option_checks import check_density, check_integers, check_sampling
+from diffsparse.strategies.option_checks import check_block_sizes, check_density, check_integers, check_sampling
 from diffsparse.strategies.strategy import AttentionCall
 from diffsparse.strategies.top_blocks import top_blocks
 
@@ -60,7 +60,7 @@ class MMInference:
             )
         for stride in self.strides or ():
             check_integers(1, strides=stride)
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
         check_sampling(self.sampled_rows, self.seed)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsparse.grid import TokenGrid
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import BlockLayout, block_layout
-from diffsparse.strategies.option_checks import check_integers, check_shares, check_sides
+from diffsparse.strategies.option_checks import check_block_sizes, check_shares, check_sides
 from diffsparse.strategies.pooled_scores import pooled_scores
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
@@ -50,7 +50,7 @@ class NABLA:
         if self.window is not None:
             check_sides("window", self.window, (11, 3, 3))
         check_sides("patch", self.patch, (8, 8))
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeGuard
 
+LARGEST_BLOCK = 65536
+"""In tokens. The last block is filled up to its size: beyond this, the filling alone can take gigabytes."""
+
+LARGEST_INTEGER = 2**63 - 1
+"""No tensor holds a larger one."""
+
 
 def check_density(density: object) -> None:
     """`density` is a share of the key blocks."""
@@ -27,11 +33,18 @@ def check_shares(**options: object) -> None:
         check_number(name, value, 0, 1)
 
 
-def check_integers(least: int, **options: object) -> None:
-    """Each of the named options is an integer of at least `least`."""
+def check_integers(least: int, most: int = LARGEST_INTEGER, **options: object) -> None:
+    """Each of the named options is an integer from `least` to `most`."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        if value > most:
+            raise ValueError(f"`{name}` must be an integer of at most {most}, got {value}.")
+
+
+def check_block_sizes(**options: object) -> None:
+    """Each of the named options is a number of tokens that make a block."""
+    check_integers(1, LARGEST_BLOCK, **options)
 
 
 def check_sampling(sampled_rows: object, seed: object) -> None:

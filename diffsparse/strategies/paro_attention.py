@@ -15,7 +15,7 @@ from diffsparse.kernels.pooling import block_token_counts
 from diffsparse.permutation import Permutation, axis_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks
-from diffsparse.strategies.option_checks import check_density, check_integers, check_shares
+from diffsparse.strategies.option_checks import check_block_sizes, check_density, check_integers, check_shares
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -79,13 +79,8 @@ class PAROAttention:
         check_density(self.density)
         check_shares(alpha=self.alpha, negligible=self.negligible)
         check_shares(empty_share=self.empty_share, shared_from=self.shared_from)
-        check_integers(
-            1,
-            sampled_blocks=self.sampled_blocks,
-            sampled_rows=self.sampled_rows,
-            query_block_size=self.query_block_size,
-            key_block_size=self.key_block_size,
-        )
+        check_integers(1, sampled_blocks=self.sampled_blocks, sampled_rows=self.sampled_rows)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

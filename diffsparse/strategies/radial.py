@@ -13,7 +13,7 @@ from diffsparse.block_mask import num_blocks
 from diffsparse.grid import TokenGrid
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.option_checks import check_bools, check_integers, check_number
+from diffsparse.strategies.option_checks import check_block_sizes, check_bools, check_number
 from diffsparse.strategies.strategy import AttentionCall
 
 
@@ -53,7 +53,7 @@ class Radial:
     def __post_init__(self) -> None:
         check_number("decay", self.decay, 0, 100)
         check_bools(first_frame=self.first_frame)
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

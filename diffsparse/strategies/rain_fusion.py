@@ -15,7 +15,14 @@ from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks, first_exact_place, first_frame_last
 from diffsparse.strategies.bands import band
 from diffsparse.strategies.fixed_masks import FixedMasks
-from diffsparse.strategies.option_checks import check_bools, check_choice, check_density, check_integers, check_shares
+from diffsparse.strategies.option_checks import (
+    check_block_sizes,
+    check_bools,
+    check_choice,
+    check_density,
+    check_integers,
+    check_shares,
+)
 from diffsparse.strategies.strategy import AttentionCall
 
 RULES = ("three-way", "two-way")
@@ -76,14 +83,8 @@ class RainFusion:
         check_choice("rule", self.rule, RULES)
         check_shares(alpha=self.alpha)
         check_bools(alternate=self.alternate)
-        check_integers(
-            1,
-            stride=self.stride,
-            band_multiple=self.band_multiple,
-            sampled_rows=self.sampled_rows,
-            query_block_size=self.query_block_size,
-            key_block_size=self.key_block_size,
-        )
+        check_integers(1, stride=self.stride, band_multiple=self.band_multiple, sampled_rows=self.sampled_rows)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
         if self.bandwidths is None:
             return
         if not isinstance(self.bandwidths, tuple) or not self.bandwidths:

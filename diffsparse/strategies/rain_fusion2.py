@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.option_checks import check_bools, check_density, check_integers, check_sides
+from diffsparse.strategies.option_checks import check_block_sizes, check_bools, check_density, check_sides
 from diffsparse.strategies.pooled_scores import pooled_scores
 from diffsparse.strategies.strategy import AttentionCall
 from diffsparse.strategies.top_blocks import top_blocks
@@ -48,7 +48,7 @@ class RainFusion2:
         check_density(self.density)
         check_sides("window", self.window, (8, 8))
         check_bools(first_frame=self.first_frame)
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsparse.grid import TokenGrid
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.option_checks import check_integers
+from diffsparse.strategies.option_checks import check_block_sizes, check_integers
 from diffsparse.strategies.strategy import AttentionCall
 
 
@@ -38,7 +38,8 @@ class S2Attention:
     block_size: int = 64
 
     def __post_init__(self) -> None:
-        check_integers(1, local_blocks=self.local_blocks, stride=self.stride, block_size=self.block_size)
+        check_integers(1, local_blocks=self.local_blocks, stride=self.stride)
+        check_block_sizes(block_size=self.block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

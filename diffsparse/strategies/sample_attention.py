@@ -10,7 +10,7 @@ from torch import Tensor
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
 from diffsparse.strategies.fixed_masks import sampled_rows
-from diffsparse.strategies.option_checks import check_integers, check_sampling, check_shares
+from diffsparse.strategies.option_checks import check_block_sizes, check_sampling, check_shares
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
@@ -46,7 +46,7 @@ class SampleAttention:
     def __post_init__(self) -> None:
         check_shares(window=self.window, mass=self.mass)
         check_sampling(self.sampled_rows, self.seed)
-        check_integers(1, block_size=self.block_size)
+        check_block_sizes(block_size=self.block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsparse.grid import TokenGrid
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.option_checks import check_integers, check_sides
+from diffsparse.strategies.option_checks import check_block_sizes, check_sides
 from diffsparse.strategies.strategy import AttentionCall
 from diffsparse.strategies.tile_windows import blocks_of_windows
 
@@ -47,7 +47,7 @@ class SlidingTile:
     def __post_init__(self) -> None:
         check_sides("tile", self.tile, (6, 8, 8))
         check_sides("window", self.window, (3, 3, 3))
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

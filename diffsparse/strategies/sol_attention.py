@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsparse.kernels.pooling import block_means
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.option_checks import check_bools, check_integers, check_number
+from diffsparse.strategies.option_checks import check_block_sizes, check_bools, check_number
 from diffsparse.strategies.strategy import AttentionCall
 
 EPSILON = 1e-6
@@ -50,7 +50,7 @@ class SolAttention:
     def __post_init__(self) -> None:
         check_number("tau", self.tau, 0, 4)
         check_bools(tail=self.tail)
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

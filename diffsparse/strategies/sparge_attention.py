@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsparse.kernels.pooling import block_means
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.option_checks import check_density, check_integers, check_number, check_shares
+from diffsparse.strategies.option_checks import check_block_sizes, check_density, check_number, check_shares
 from diffsparse.strategies.pooled_scores import pooled_scores
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
@@ -51,7 +51,7 @@ class SpargeAttention:
         if self.density is not None:
             check_density(self.density)
         check_number("similarity", self.similarity, -1, 1)
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

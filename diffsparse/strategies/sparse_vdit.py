@@ -16,7 +16,13 @@ from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks
 from diffsparse.strategies.bands import band, half_width_beside_text
 from diffsparse.strategies.fixed_masks import FixedMasks, sampled_rows
-from diffsparse.strategies.option_checks import check_bools, check_density, check_integers, check_number, check_sampling
+from diffsparse.strategies.option_checks import (
+    check_block_sizes,
+    check_bools,
+    check_density,
+    check_number,
+    check_sampling,
+)
 from diffsparse.strategies.strategy import AttentionCall
 
 
@@ -81,7 +87,7 @@ class SparseVDiT:
         check_number("largest", self.largest, 0, float("inf"))
         check_bools(relative=self.relative, first_frame=self.first_frame)
         check_sampling(self.sampled_rows, self.seed)
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

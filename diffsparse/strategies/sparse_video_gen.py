@@ -15,7 +15,7 @@ from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks
 from diffsparse.strategies.bands import band, band_with_first_frame_moved, half_width_beside_text
 from diffsparse.strategies.fixed_masks import FixedMasks, sampled_rows
-from diffsparse.strategies.option_checks import check_bools, check_density, check_integers, check_sampling
+from diffsparse.strategies.option_checks import check_block_sizes, check_bools, check_density, check_sampling
 from diffsparse.strategies.strategy import AttentionCall
 
 AXES = {HeadClass.SPATIAL: ("frame", "height", "width"), HeadClass.TEMPORAL: ("height", "width", "frame")}
@@ -58,7 +58,7 @@ class SparseVideoGen:
         check_density(self.density)
         check_bools(first_frame=self.first_frame)
         check_sampling(self.sampled_rows, self.seed)
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""

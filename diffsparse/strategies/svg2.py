@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.clustered_tokens import Clusters, block_mass, most_clusters, plan_by_clusters
-from diffsparse.strategies.option_checks import check_integers, check_shares
+from diffsparse.strategies.option_checks import check_block_sizes, check_integers, check_shares
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
 from diffsparse.strategies.top_blocks import top_blocks
@@ -58,7 +58,7 @@ class SVG2:
 
     def __post_init__(self) -> None:
         check_integers(1, query_clusters=self.query_clusters, key_clusters=self.key_clusters)
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
         check_shares(mass=self.mass, least=self.least)
         check_integers(0, iterations=self.iterations, seed=self.seed)
 

@@ -20,7 +20,7 @@ from diffsparse.strategies.clustered_tokens import (
 )
 from diffsparse.strategies.fixed_masks import sampled_rows
 from diffsparse.strategies.k_means import cluster_means
-from diffsparse.strategies.option_checks import check_integers, check_sampling, check_shares
+from diffsparse.strategies.option_checks import check_block_sizes, check_integers, check_sampling, check_shares
 from diffsparse.strategies.planning_memory import slices
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
@@ -72,7 +72,7 @@ class SVOO:
 
     def __post_init__(self) -> None:
         check_integers(1, query_clusters=self.query_clusters, key_clusters=self.key_clusters)
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
         check_integers(1, iterations=self.iterations)
         check_shares(mass=self.mass, covered=self.covered, least=self.least, most=self.most)
         check_sampling(self.sampled_rows, self.seed)

@@ -16,7 +16,7 @@ from diffsparse.permutation import Permutation, tile_of_token, tile_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks
 from diffsparse.strategies.chunk_selection import best_by_number, best_by_threshold
-from diffsparse.strategies.option_checks import check_choice, check_integers, check_shares
+from diffsparse.strategies.option_checks import check_block_sizes, check_choice, check_integers, check_shares
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -66,12 +66,8 @@ class VMoBA:
     key_block_size: int = 64
 
     def __post_init__(self) -> None:
-        check_integers(
-            1,
-            frames_chunk=self.frames_chunk,
-            query_block_size=self.query_block_size,
-            key_block_size=self.key_block_size,
-        )
+        check_integers(1, frames_chunk=self.frames_chunk)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
         for name, length in (("places_chunk", 2), ("box_chunk", 3), ("top_k", 3)):
             value = getattr(self, name)
             if not isinstance(value, tuple) or len(value) != length:

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsparse.block_mask import num_blocks
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.block_layout import block_layout
-from diffsparse.strategies.option_checks import check_integers, check_shares
+from diffsparse.strategies.option_checks import check_block_sizes, check_integers, check_shares
 from diffsparse.strategies.planning_memory import slices
 from diffsparse.strategies.smallest_set import smallest_set
 from diffsparse.strategies.strategy import AttentionCall
@@ -46,7 +46,8 @@ class XAttention:
     def __post_init__(self) -> None:
         check_shares(mass=self.mass)
         blocks = {"query_block_size": self.query_block_size, "key_block_size": self.key_block_size}
-        check_integers(1, stride=self.stride, **blocks)
+        check_integers(1, stride=self.stride)
+        check_block_sizes(**blocks)
         for name, size in blocks.items():
             if size % self.stride:
                 raise ValueError(f"`{name}` must be a multiple of `stride`, {self.stride}, got {size}.")

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from diffsparse import FlexPrefill, MInference, MMInference, SampleAttention, SparseVDiT, SparseVideoGen
+from diffsparse.eval.named_config import exported_strategies
 from diffsparse.strategies.option_checks import check_shares
 
 SAMPLING = [FlexPrefill, MInference, MMInference, SampleAttention, SparseVDiT, SparseVideoGen]
@@ -15,6 +18,15 @@ SAMPLING = [FlexPrefill, MInference, MMInference, SampleAttention, SparseVDiT, S
 def test_rows_are_sampled_at_least_once_by_a_seed_that_is_none_below_0(strategy, name, value, least):
     with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least {least}, got {value}"):
         strategy(**{name: value})
+
+
+@pytest.mark.parametrize("strategy", filter(dataclasses.fields, exported_strategies().values()))
+def test_numbers_that_no_tensor_or_kernel_could_take_are_refused_when_a_strategy_is_made(strategy):
+    refused = {"seed": 2**63} if hasattr(strategy, "seed") else {}
+    refused |= {f.name: 65537 for f in dataclasses.fields(strategy) if f.name.endswith("block_size")}
+    for name, value in refused.items():
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer of at most {value - 1}, got {value}"):
+            strategy(**{name: value})
 
 
 @pytest.mark.parametrize(
