@@ -50,25 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Not every terminal or pipe has "×": a question mark is better than an error after all the work.
         sys.stdout.reconfigure(errors="replace")
-    args = make_parser(argv).parse_args(argv)
     try:
-        exit_code: int = args.run(args)
-        # There is none where the shell has closed it.
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        # Here too: the modules of a command take seconds to load.
+        return _run_command(make_parser(argv).parse_args(argv))
     except KeyboardInterrupt:
         print("diffsparse: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever reads the output has read enough, as `head` does. Python would complain of the rest when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return STOPPED_READING
-    except (ValueError, OSError) as error:
-        if args.traceback:
-            raise
-        print(f"diffsparse: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
-    return exit_code
 
 
 def make_parser(words: Collection[str] | None = None) -> argparse.ArgumentParser:
@@ -86,6 +73,24 @@ def make_parser(words: Collection[str] | None = None) -> argparse.ArgumentParser
     evaluation = commands.add_parser("eval", help="quality of videos", description="Quality of videos.")
     _add(evaluation.add_subparsers(required=True, metavar="COMMAND"), EVAL_COMMANDS, words)
     return parser
+
+
+def _run_command(args: argparse.Namespace) -> int:
+    try:
+        exit_code: int = args.run(args)
+        # There is none where the shell has closed it.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads the output has read enough, as `head` does. Python would complain of the rest when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STOPPED_READING
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            raise
+        print(f"diffsparse: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    return exit_code
 
 
 def _add(

@@ -95,6 +95,15 @@ def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "diffsparse: interrupted\n"
 
 
+def test_ctrl_c_while_a_command_loads_ends_in_one_line_too(monkeypatch, capsys):
+    def load(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", load)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "diffsparse: interrupted\n"
+
+
 def run_printing(text, stdout, **environment):
     """A process whose command prints this."""
     code = (
