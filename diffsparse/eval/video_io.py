@@ -52,6 +52,7 @@ def write_video(path: Path, frames: NDArray[Any], fps: float) -> None:
 
     Raises:
         ValueError: an odd height or width, which H.264 cannot hold.
+        OSError: it cannot be written whole.
     """
     import imageio.v2
 
@@ -69,12 +70,16 @@ def write_video(path: Path, frames: NDArray[Any], fps: float) -> None:
             ffmpeg_log_level="error",
             output_params=["-movflags", "+faststart"],
         )
-        # As a context manager of its own, a writer stays open after an error.
-        with contextlib.closing(writer):
-            for frame in as_bytes(frames):
-                writer.append_data(frame)
-        # A full disk stops ffmpeg without a word to us.
-        num_written = sum(1 for _ in read_frames(unfinished))
+        try:
+            # As a context manager of its own, a writer stays open after an error.
+            with contextlib.closing(writer):
+                for frame in as_bytes(frames):
+                    writer.append_data(frame)
+            # A full disk may stop ffmpeg without a word to us.
+            num_written = sum(1 for _ in read_frames(unfinished))
+        except (OSError, ValueError) as error:
+            # Its words would be of a pipe, or of a damaged file under another name.
+            raise OSError(f"{path}: {len(frames)} frames could not be written. Is the disk full?") from error
         if num_written != len(frames):
             raise OSError(f"{path}: only {num_written} of {len(frames)} frames could be written. Is the disk full?")
 

@@ -173,6 +173,19 @@ def test_a_variable_frame_rate_repeats_and_drops_nothing(tmp_path):
     assert sum(1 for _ in read_frames(tmp_path / "uneven.mkv")) == 7
 
 
+@pytest.mark.parametrize("num_frames", [5, 200])
+def test_a_video_that_the_disk_cannot_hold_leaves_nothing_but_an_error_that_names_it(tmp_path, num_frames):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"a\.mp4: {num_frames} frames could not be written\. Is the disk full"):
+            write_video(tmp_path / "a.mp4", texture(num_frames), fps=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names_in(tmp_path) == []
+
+
 def test_an_interrupted_video_leaves_nothing(tmp_path, monkeypatch):
     def frames_then_stop(frames):
         yield from frames[:3]
