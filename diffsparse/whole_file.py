@@ -31,4 +31,5 @@ def whole_file(path: Path) -> Iterator[Path]:
 def unfinished_name(path: Path) -> Path:
     """The name that a file or folder has until all of it is written."""
     # Hidden, beside the real one (os.replace cannot cross disks), and of the same suffix: writers look at it.
-    return path.with_name(f".{path.stem}.{os.getpid()}.unfinished{path.suffix}")
+    # No longer than the real one, where that is as long as a name may be.
+    return path.with_name(f".{path.stem[:50]}.{os.getpid()}.unfinished{path.suffix}")

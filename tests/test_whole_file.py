@@ -39,3 +39,11 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
             unfinished.write_text(text)
         assert link.is_symlink()
         assert (tmp_path / "kept" / "real.json").read_text() == text
+
+
+@pytest.mark.parametrize("letter", ["n", "ü", "漢"])
+def test_a_name_may_be_as_long_as_the_disk_allows(tmp_path, letter):
+    path = tmp_path / (letter * (250 // len(letter.encode())) + ".json")
+    with whole_file(path) as unfinished:
+        unfinished.write_text("all")
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -53,7 +54,9 @@ def new_plans(name: str) -> Path:
     path = Path(folders.get_folder_paths(FOLDER)[0]) / (name.strip().removesuffix(PLAN_FILE_SUFFIX) + PLAN_FILE_SUFFIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The name under which it will be written, which is longer than its own.
+        # A name that is too long is found here, and below whether the folder can be written.
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()
         probe = unfinished_name(path)
         probe.touch()
         probe.unlink()
