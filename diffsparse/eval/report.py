@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     write_json(output / "report.json", data)
     for name, contents in (("report.html", page), ("report.md", as_markdown(data))):
         with whole_file(output / name) as unfinished:
-            unfinished.write_text(contents, encoding="utf-8")
+            # A folder's name may have bytes that are no UTF-8.
+            unfinished.write_text(contents, "utf-8", "backslashreplace")
     _print(data, output)
     return 1 if data["missing"] else 0
 

@@ -97,7 +97,8 @@ class RunFolder:
         file = self._failure_file(config, pair)
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as unfinished:
-            unfinished.write_text(reason, encoding="utf-8")
+            # It may name a file, and that may have bytes that are no UTF-8.
+            unfinished.write_text(reason, "utf-8", "backslashreplace")
 
     @contextlib.contextmanager
     def claim(self, pair: Pair, wait: bool) -> Iterator[bool]:

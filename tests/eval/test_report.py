@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 
@@ -162,3 +163,10 @@ def test_a_hostile_prompt_does_nothing(open_report):
     assert all(prompt in re.sub(r"\s+", " ", shown) for prompt in HOSTILE)
     # One picture, of the heads.
     assert page.locator("img").count() == 1
+
+
+def test_a_folder_whose_name_is_no_utf_8_has_a_report(fake_run):
+    run = fake_run(["a"], name=os.fsdecode(b"run-\xff"))
+    assert run_command("eval", "report", run) == 0
+    for name in ("report.html", "report.md", "report.json"):
+        assert r"run-\udcff" in (run / name).read_text("utf-8")

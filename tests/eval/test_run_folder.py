@@ -78,6 +78,11 @@ def test_what_a_kill_left_is_cleared_away(folder):
     assert folder.failure("fast", PAIR) is None
 
 
+def test_a_reason_may_name_a_file_whose_name_is_no_utf_8(folder):
+    folder.note_failure("fast", PAIR, "no room for run-\udcff")
+    assert folder.failure("fast", PAIR) == r"no room for run-\udcff"
+
+
 def test_a_pair_is_held_by_one_and_freed_by_its_death(folder):
     spawn = multiprocessing.get_context("fork")
     held = spawn.Event()
