@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +103,8 @@ class SampledTransformer:
             return None
         query, key, value = call.heads_first()
         try:
-            return self.session.attend(layer, query, key, value, call.mask, call.scale, dense=dense)
+            with _memory_of_its_own():
+                return self.session.attend(layer, query, key, value, call.mask, call.scale, dense=dense)
         except torch.OutOfMemoryError:
             # The rest of this run stays dense, or the next layer would run out of memory as well.
             self._why_dense = self._gave_up = OUT_OF_MEMORY
@@ -131,6 +134,16 @@ def _place_of_options(block: nn.Module) -> int | None:
     """Which argument of a block the options are; None where it takes none by that name."""
     names = list(inspect.signature(uncompiled(block).forward).parameters)
     return names.index(OPTIONS) if OPTIONS in names else None
+
+
+def _memory_of_its_own() -> contextlib.AbstractContextManager[Any]:
+    """ComfyUI 0.35 and newer replay what a call of some models allocates, and abort where any of it outlives the call.
+
+    Plans and counts do, and calls that make a plan allocate more than others.
+    """
+    pause = getattr(sys.modules.get("comfy.model_prefetch"), "pause_malloc_graph", contextlib.nullcontext)
+    context: contextlib.AbstractContextManager[Any] = pause()
+    return context
 
 
 def _obstacle(call: OverrideCall) -> str | None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import sys
+import types
 import weakref
 
 import comfy_standins as standins
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from diffsparse.plan import AttentionPlan
+from diffsparse.session import LayerTally
 from diffsparse.strategies.adaptive import Adaptive
 
 
@@ -226,6 +229,40 @@ def test_out_of_memory_makes_the_rest_dense_and_is_counted(monkeypatch):
     assert report.sparse_calls == 0
     assert len(tried) == 1
     assert not torch.equal(standins.sample(sparse), dense)
+
+
+def test_sparse_attention_stays_out_of_memory_that_comfyui_replays(monkeypatch):
+    paused = []
+
+    @contextlib.contextmanager
+    def pause_malloc_graph(sync=False):
+        paused.append(True)
+        try:
+            yield
+        finally:
+            paused.pop()
+
+    prefetch = types.ModuleType("comfy.model_prefetch")
+    prefetch.pause_malloc_graph = pause_malloc_graph
+    monkeypatch.setitem(sys.modules, "comfy.model_prefetch", prefetch)
+    seen = {"plan": [], "attend": [], "count": [], "dense": []}
+    for kind, owner, name in (
+        ("plan", Adaptive, "plan"),
+        ("attend", AttentionPlan, "attend"),
+        ("count", LayerTally, "count_sparse"),
+    ):
+        function = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *args, k=kind, f=function, **kwargs: seen[k].append(bool(paused)) or f(*args, **kwargs)
+        )
+    model = standins.patcher(layers=1)
+    model.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *args, **kwargs: (
+        seen["dense"].append(bool(paused)) or func(*args, **kwargs)
+    )
+    run(standins.patched(model))
+    # One plan for four sparse steps; one dense step, and cross-attention in all five.
+    assert seen == {"plan": [True], "attend": [True] * 4, "count": [True] * 4, "dense": [False] * 6}
+    assert paused == []
 
 
 def test_one_frame_is_an_image():
