@@ -142,8 +142,8 @@ class SparsePatch:
         finally:
             _put_back(options, before)
             transformer.previous = None
-            if transformer.ran_sparse:
-                self._clock.mark_sparse()
+            if transformer.ran:
+                self._clock.mark_run(transformer.ran_sparse)
 
     def report(self) -> SparseAttentionReport:
         """What ran in the last run of the sampler."""

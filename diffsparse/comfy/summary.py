@@ -13,32 +13,35 @@ from diffsparse.session import Session
 class RunClock:
     """Which steps ran, how long each took, and which of them had sparse attention.
 
-    A step ends where the next begins; the last one where the run ends.
+    A step ends where the next begins; the last one where the run ends. One that a cache of another node answers in the
+    model's place is none.
     """
 
     def __init__(self) -> None:
         self.total: int | None = None
         self._begun: dict[int, float] = {}
         self._seconds: dict[int, float] = {}
-        self._sparse: set[int] = set()
+        self._sparse: dict[int, bool] = {}
+        """By step in which the model ran."""
         self._current: int | None = None
+        self._last = 0
 
     def tick(self, step: int, total: int) -> None:
         """A call of the model begins, at this step of so many."""
         self.total = total
         if step != self._current:
             self.stop()
-            self._current = step
+            self._current = self._last = step
             self._begun[step] = time.perf_counter()
 
-    def mark_sparse(self) -> None:
-        """The step that runs has sparse attention."""
+    def mark_run(self, sparse: bool) -> None:
+        """In the step that is under way the model runs, with sparse attention or not."""
         if self._current is not None:
-            self._sparse.add(self._current)
+            self._sparse[self._current] = sparse or self._sparse.get(self._current, False)
 
     def stop(self) -> None:
-        """The step that runs is over."""
-        if self._current is not None:
+        """The step that is under way is over."""
+        if self._current is not None and self._current in self._sparse:
             took = time.perf_counter() - self._begun[self._current]
             self._seconds[self._current] = self._seconds.get(self._current, 0.0) + took
         self._current = None
@@ -47,10 +50,10 @@ class RunClock:
         """Steps and seconds, as in "14 of 20 steps sparse; 3.20 s a sparse step, 5.10 s a dense one"."""
         if not self._seconds:
             return "the model was not called"
-        sparse = [seconds for step, seconds in self._seconds.items() if step in self._sparse]
-        dense = [seconds for step, seconds in self._seconds.items() if step not in self._sparse]
+        sparse = [seconds for step, seconds in self._seconds.items() if self._sparse[step]]
+        dense = [seconds for step, seconds in self._seconds.items() if not self._sparse[step]]
         ran = len(self._seconds)
-        stopped = "" if finished else f"stopped in step {ran} of {self.total}: "
+        stopped = "" if finished else f"stopped in step {self._last + 1} of {self.total}: "
         times = [
             f"{mean(seconds):.2f} s a {name} step"
             for name, seconds in (("sparse", sparse), ("dense", dense))

@@ -43,8 +43,8 @@ class SampledTransformer:
         self.session = Session(type(module).__name__, model, tuple(blocks), config)
         self.previous: AttentionFunction | None = None
         """During a call of the model, the override that was there before ours; dense calls go through it."""
-        self.ran_sparse = False
-        """Whether any attention of the last call of the model was sparse."""
+        self.ran = self.ran_sparse = False
+        """Whether any block ran in the last call of the model, and any attention of it sparse."""
         self._why_dense: str | None = None
         self._gave_up: str | None = None
         self._layer: int | None = None
@@ -66,7 +66,7 @@ class SampledTransformer:
         self.session.begin(step, layout)
         self._why_dense = self._gave_up or why_dense
         self._layer = None
-        self.ran_sparse = False
+        self.ran = self.ran_sparse = False
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -116,6 +116,7 @@ class SampledTransformer:
     def _enter_block(
         self, layer: int, place_of_options: int | None, block: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
+        self.ran = True
         self._layer = layer
         self._awaits_attention = True
         if place_of_options is None or place_of_options < len(args) or OPTIONS in kwargs:

@@ -265,6 +265,27 @@ def test_sparse_attention_stays_out_of_memory_that_comfyui_replays(monkeypatch):
     assert paused == []
 
 
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_steps_that_a_cache_answers_are_none(ours_first, caplog):
+    model = standins.patcher()
+    calls = []
+
+    def cached(executor, *args, **kwargs):
+        calls.append(len(calls))
+        return torch.zeros_like(args[0]) if calls[-1] in (2, 4) else executor(*args, **kwargs)
+
+    if not ours_first:
+        model.add_wrapper_with_key("diffusion_model", "cache", cached)
+    sparse = standins.patched(model)
+    if ours_first:
+        sparse.add_wrapper_with_key("diffusion_model", "cache", cached)
+    with caplog.at_level(logging.INFO):
+        report = run(sparse, steps=6)
+    # Early are two of six steps, and two others the cache's.
+    assert (report.sparse_calls, report.dense_calls) == (4, 4)
+    assert "DiffSparse: 2 of 4 steps sparse" in caplog.text
+
+
 def test_one_frame_is_an_image():
     report = run(standins.patched(standins.patcher(), start_percent=0.0), frames=1)
     assert report.sparse_calls == 10

@@ -17,8 +17,7 @@ def test_a_line_has_steps_and_seconds(monkeypatch):
     clock = RunClock()
     for step in range(3):
         clock.tick(step, 4)
-        if step:
-            clock.mark_sparse()
+        clock.mark_run(sparse=step > 0)
     clock.stop()
     steps = "2 of 3 steps sparse; 1.25 s a sparse step, 2.00 s a dense step"
     assert summarize(clock, [], finished=True) == f"DiffSparse: {steps}"
@@ -44,8 +43,7 @@ def test_sparse_steps_that_are_slower_are_said_so(monkeypatch):
     clock = RunClock()
     for step in range(3):
         clock.tick(step, 3)
-        if step:
-            clock.mark_sparse()
+        clock.mark_run(sparse=step > 0)
     clock.stop()
     assert clock.describe(finished=True).endswith("1.00 s a dense step (sparse is slower here: raise min_tokens)")
 
@@ -55,8 +53,9 @@ def test_the_only_sparse_step_is_not_called_slow(monkeypatch):
     monkeypatch.setattr(summary.time, "perf_counter", lambda: next(seconds))
     clock = RunClock()
     clock.tick(0, 2)
+    clock.mark_run(sparse=False)
     clock.tick(1, 2)
-    clock.mark_sparse()
+    clock.mark_run(sparse=True)
     clock.stop()
     assert clock.describe(finished=True) == "1 of 2 steps sparse; 8.00 s a sparse step, 1.00 s a dense step"
 
@@ -65,10 +64,11 @@ def test_a_step_of_two_calls_is_one_step(monkeypatch):
     seconds = iter([0.0, 2.0])
     monkeypatch.setattr(summary.time, "perf_counter", lambda: next(seconds))
     clock = RunClock()
-    clock.tick(0, 1)
-    clock.tick(0, 1)
+    for sparse in (True, False):
+        clock.tick(0, 1)
+        clock.mark_run(sparse)
     clock.stop()
-    assert clock.describe(finished=True) == "0 of 1 steps sparse; 2.00 s a dense step"
+    assert clock.describe(finished=True) == "1 of 1 steps sparse; 2.00 s a sparse step"
 
 
 def test_a_run_that_called_no_model_has_a_line():
