@@ -16,6 +16,7 @@ from diffsparse.comfy.models import ComfyModel, uncompiled
 from diffsparse.comfy.override_call import AttentionFunction, OverrideCall, read_call
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.pipelines.family import Layout
+from diffsparse.plan_recorder import PlanRecorder
 from diffsparse.session import Session
 from diffsparse.steps import Step
 
@@ -49,6 +50,8 @@ class SampledTransformer:
         self._gave_up: str | None = None
         self._layer: int | None = None
         self._awaits_attention = False
+        self._num_tokens = 0
+        """Of the block's self-attention, once it has come."""
         self._hooks = [
             hook
             for layer, block in enumerate(blocks.values())
@@ -79,18 +82,35 @@ class SampledTransformer:
         """What stands in the options as `OVERRIDE`."""
         stand_in = function if self.previous is None else functools.partial(self.previous, function)
         dense = functools.partial(stand_in, *args, **kwargs)
-        if self._layer is None or not self._awaits_attention:
+        if self._layer is None:
             return dense()
         call = read_call(*args, **kwargs)
-        if call.is_cross_attention:
-            # The block's self-attention never came here.
+        if not self._is_self_attention(call):
             return dense()
-        self._awaits_attention = False
         output = self._attend(self._layer, call, dense)
         if output is None:
             return dense()
         self.ran_sparse = True
         return call.give_back(output)
+
+    def _is_self_attention(self, call: OverrideCall) -> bool:
+        """Whether a call in a block is its self-attention: the first there that can be, and each as long as it is.
+
+        More than one come where a node that saves memory takes a few heads at a time.
+        """
+        if not self._awaits_attention:
+            one_more = call.query.shape[-2] == call.key.shape[-2] == self._num_tokens
+            if one_more and isinstance(self.session.config.strategy, PlanRecorder):
+                raise ValueError(
+                    f"DiffSparse Calibrate: another node takes {call.heads} heads of a block at a time, to save "
+                    f"memory, and a plan file is for all of them together. Remove that node for this run."
+                )
+            return one_more
+        if call.is_cross_attention:
+            # The block's self-attention never came here.
+            return False
+        self._awaits_attention, self._num_tokens = False, call.query.shape[-2]
+        return True
 
     def _attend(self, layer: int, call: OverrideCall, dense: Callable[[], Tensor]) -> Tensor | None:
         """Sparse attention of a layer, [B, H, S, D]; None, and counted, where it stays dense."""

@@ -75,6 +75,12 @@ def test_the_file_says_what_it_was_made_for(file):
     assert {entry.from_step for entry in made.entries} <= {1, 3}
 
 
+def test_no_file_is_made_where_another_node_takes_a_few_heads_at_a_time(file):
+    with pytest.raises(ValueError, match="another node takes 1 heads of a block at a time"):
+        standins.sample(recording(standins.head_by_head(), start_percent=0.0))
+    assert not file.exists()
+
+
 def test_a_file_of_a_compiled_mochi_is_for_mochi(file):
     model = standins.patcher(standins.AsymmDiTJoint, layers=1)
     model.diffusion_model = torch.compile(model.diffusion_model, backend="eager")

@@ -191,6 +191,18 @@ def test_blocks_that_their_model_tells_nothing_run_sparse_too(caplog):
     assert torch.equal(standins.sample(model), dense)
 
 
+def test_all_heads_are_sparse_where_another_node_takes_a_few_at_a_time():
+    model = standins.head_by_head()
+    dense = standins.sample(model)
+    calls: list = []
+    model.model_options["transformer_options"]["optimized_attention_override"] = counting(calls)
+    report = run(standins.patched(model, start_percent=0.0))
+    assert (report.sparse_calls, report.dense_calls) == (20, 0)
+    # Cross-attention.
+    assert len(calls) == 10
+    torch.testing.assert_close(standins.sample(standins.patched(model, density=1.0)), dense)
+
+
 class Interrupted(Exception):
     pass
 
