@@ -23,6 +23,9 @@ from diffsparse.steps import Step
 OPTIONS, OVERRIDE = "transformer_options", "optimized_attention_override"
 """The argument in which ComfyUI tells its models how to run, and what stands there for their attention."""
 
+SKIPPED = "stg_skip_self_attn"
+"""The option by which ComfyUI's spatio-temporal guidance tells a block to pass its values through, unattended."""
+
 OUT_OF_MEMORY = "out of memory"
 UNREACHED = "another node has replaced the attention of its block"
 
@@ -138,8 +141,11 @@ class SampledTransformer:
     ) -> tuple[Any, dict[str, Any]] | None:
         self.ran = True
         self._layer = layer
-        self._awaits_attention = True
-        if place_of_options is None or place_of_options < len(args) or OPTIONS in kwargs:
+        self._num_tokens = 0
+        by_position = place_of_options is not None and place_of_options < len(args)
+        options = args[place_of_options] if by_position else kwargs.get(OPTIONS)
+        self._awaits_attention = not (options or {}).get(SKIPPED, False)
+        if place_of_options is None or by_position or OPTIONS in kwargs:
             return None
         # WanModel_S2V in ComfyUI 0.3.64 tells its blocks nothing, and they would never ask for the override.
         return args, kwargs | {OPTIONS: {OVERRIDE: self.override}}

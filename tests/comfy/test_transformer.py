@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import comfy_standins as standins
+import pytest
 import torch
 
 from diffsparse.comfy.models import find_model
 from diffsparse.comfy.transformer import SampledTransformer
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.pipelines.family import Layout
+from diffsparse.session import LayerTally
 from diffsparse.steps import Step
 from diffsparse.strategies.adaptive import Adaptive
 
@@ -46,6 +48,25 @@ def test_a_block_that_is_told_options_keeps_them():
     assert seen[0] == ((*inputs, options), {})
     assert seen[0][0][2] is options
     assert seen[1][1]["transformer_options"] is options
+
+
+@pytest.mark.parametrize("by_position", [True, False])
+def test_a_block_that_is_told_to_attend_to_nothing_counts_for_nothing(by_position):
+    module = standins.WanModel(layers=2)
+    for block in module.blocks:
+        block.self_attn.forward = lambda x, **kwargs: x
+    transformer = SampledTransformer(module, find_model(module), SparseAttentionConfig(strict=True, min_tokens=0))
+    transformer.begin_call(Step(1, 20, "prompt", False), Layout(3, 5, 4), None)
+    options = {"optimized_attention_override": transformer.override, "stg_skip_self_attn": True}
+    # What it attends to besides is longer than the sequence, as a video is than its sound.
+    tokens, others = torch.randn(1, 60, 32), torch.randn(1, 70, 32)
+    with torch.no_grad():
+        for block in module.blocks:
+            if by_position:
+                block(tokens, others, options)
+            else:
+                block(tokens, others, transformer_options=options)
+    assert transformer.session.tallies == [LayerTally(), LayerTally()]
 
 
 def test_what_was_put_on_the_blocks_is_taken_away():
