@@ -136,9 +136,16 @@ def _cogvideox(model: Any, call: Mapping[str, Any]) -> Layout:
 
 
 def _ltx(model: Any, call: Mapping[str, Any]) -> Layout:
-    """The video alone, a token for each latent pixel. LTX-2 has its audio in a sequence of its own."""
+    """The video alone, a token for each latent pixel, and guides as its last frames; LTX-2 has its audio apart.
+
+    [video | guides] where guides have fewer tokens a frame: where its mask is negative the model leaves tokens out.
+    """
     latents = call["x"][0] if isinstance(call["x"], (list, tuple)) else call["x"]
-    return Layout(*_grid(latents, (1, 1, 1)))
+    frames, height, width = _grid(latents, (1, 1, 1))
+    guides, mask = call.get("keyframe_idxs"), call.get("denoise_mask")
+    if guides is None or mask is None or not bool((mask < 0).any()):
+        return Layout(frames, height, width)
+    return Layout(frames - guides.shape[2] // (height * width), height, width, 0, None)
 
 
 def _cosmos(model: Any, call: Mapping[str, Any]) -> Layout:

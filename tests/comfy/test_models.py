@@ -73,6 +73,18 @@ def layout(class_name, module, **call):
         ),
         ("LTXVModel", {}, {"x": VIDEO}, (5, 12, 21, 0, 0)),
         ("LTXAVModel", {}, {"x": [VIDEO, torch.zeros(2, 8, 50, 16)]}, (5, 12, 21, 0, 0)),
+        (
+            "LTXAVModel",
+            {},
+            {"x": [VIDEO], "keyframe_idxs": torch.zeros(2, 3, 2 * 252, 2), "denoise_mask": VIDEO[:, :1] + 1},
+            (5, 12, 21, 0, 0),
+        ),
+        (
+            "LTXVModel",
+            {},
+            {"x": VIDEO, "keyframe_idxs": torch.zeros(2, 3, 2 * 252, 2), "denoise_mask": VIDEO[:, :1] - 1},
+            (3, 12, 21, 0, None),
+        ),
         ("MiniTrainDIT", {"patch_spatial": 2, "patch_temporal": 1}, {"x": VIDEO}, (5, 6, 11, 0, 0)),
         ("Kandinsky5", {"patch_size": (1, 2, 2)}, {"x": VIDEO}, (5, 6, 11, 0, 0)),
         ("AsymmDiTJoint", {"patch_size": 2}, {"x": VIDEO}, (5, 6, 11, 0, None)),
