@@ -15,6 +15,7 @@ FOLDER = "diffsparse"
 NO_FILE = "none"
 
 _NAME = re.compile(r"\w[\w .+-]*")
+_DEVICE_OF_WINDOWS = re.compile(r"(con|prn|aux|nul|(com|lpt)[1-9¹²³]) *(\..*)?", re.IGNORECASE)
 
 
 def plan_names() -> tuple[str, ...]:
@@ -71,6 +72,11 @@ def check_new_name(name: str) -> None:
         raise ValueError(
             f"DiffSparse: file_name {name!r} is no name of a file. Use letters, digits, spaces and . _ + -, such as "
             f"wan_720p; the folder is ComfyUI's models/{FOLDER}."
+        )
+    if _DEVICE_OF_WINDOWS.fullmatch(name.strip()) is not None:
+        raise ValueError(
+            f"DiffSparse: file_name {name!r} is a device in Windows and no name of a file there. Use another, such as "
+            f"{name.strip().partition('.')[0].strip()}_plan."
         )
 
 

@@ -56,6 +56,18 @@ def test_a_name_that_is_more_than_a_name_is_refused(tmp_path, name):
     assert not (tmp_path / "models").exists()
 
 
+@pytest.mark.parametrize("name", ["con", "NUL.safetensors", " Aux ", "com1", "lpt³.a", "prn .b"])
+def test_a_name_that_windows_keeps_for_a_device_is_refused_everywhere(tmp_path, name):
+    with pytest.raises(ValueError, match=r"is a device in Windows.* such as \S+_plan\."):
+        new_plans(name)
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("name", ["console", "con-1", "com", "com10", "my con"])
+def test_a_name_that_only_begins_like_a_device_is_one(tmp_path, name):
+    assert new_plans(name).name == f"{name}.safetensors"
+
+
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_sampling(tmp_path):
     (tmp_path / "models").write_text("a file where the folder should be")
     with pytest.raises(ValueError, match=r"cannot write .*diffsparse.*plan"):
