@@ -164,10 +164,18 @@ def _mochi(model: Any, call: Mapping[str, Any]) -> Layout:
 
 
 def _lumina(model: Any, call: Mapping[str, Any]) -> Layout:
-    """[text, reference images | image | padding to a multiple], the padding only in Z-Image."""
-    _, height, width = _grid(call["x"], (1, model.patch_size, model.patch_size))
+    """[text, reference images | image, reference frames as large | other ones, padding to a multiple].
+
+    The padding only in Z-Image and Ming-Image, of which the latter alone has more frames than one.
+    """
+    patch = (1, model.patch_size, model.patch_size)
+    frames, height, width = _grid(call["x"], patch)
+    references = [_grid(latents, patch) for latents in call.get("ref_frames") or ()]
+    alike = num_alike([(1, height, width), *references]) - 1
+    others = sum(map(math.prod, references[alike:]))
     multiple = getattr(model, "pad_tokens_multiple", None) or 1
-    return Layout(1, height, width, None, -(height * width) % multiple)
+    padding = -((frames + alike) * height * width + others) % multiple
+    return Layout(frames + alike, height, width, None, others + padding)
 
 
 def _minimax_h3(model: Any, call: Mapping[str, Any]) -> Layout:

@@ -91,6 +91,13 @@ def layout(class_name, module, **call):
         ("NextDiT", {"patch_size": 2, "pad_tokens_multiple": None}, {"x": IMAGE}, (1, 7, 10, None, 0)),
         # 70 tokens padded to 96.
         ("NextDiT", {"patch_size": 2, "pad_tokens_multiple": 32}, {"x": IMAGE}, (1, 7, 10, None, 26)),
+        # Frames and one reference as large are 6 * 66 tokens, another reference 21, all padded to 448.
+        (
+            "NextDiT",
+            {"patch_size": 2, "pad_tokens_multiple": 32},
+            {"x": VIDEO, "ref_frames": [VIDEO[:, :, 0], IMAGE[..., :5]]},
+            (6, 6, 11, None, 21 + 31),
+        ),
         ("MiniMaxH3Model", {"patch_size": (1, 2, 2)}, {"x": [VIDEO, TEXT]}, (5, 6, 11, None, 0)),
     ],
 )
