@@ -21,7 +21,7 @@ class ComfyModel:
         classes: class names of the `diffusion_model`. A subclass has to be named too: it may lay out its tokens anew.
         blocks: attributes that hold the blocks, in the order they run. The first attention of a block is its
             self-attention; what else a block attends to (text, audio) stays dense.
-        width: attribute with the channels of its attention, all heads together.
+        width: attribute with the channels of its attention, all heads together, or the path to it.
         layout: given the model and the named arguments of one call of it, where the tokens sit.
         wrapper: the wrapper of ComfyUI that sees these calls.
         padding_mask: whether a mask that reaches self-attention hides nothing but padded text.
@@ -203,6 +203,6 @@ MODELS: tuple[ComfyModel, ...] = (
     ComfyModel("kandinsky5", ("Kandinsky5",), ("visual_transformer_blocks",), "model_dim", _kandinsky5),
     ComfyModel("mochi", ("AsymmDiTJoint",), ("blocks",), "hidden_size_x", _mochi, wrapper="apply_model"),
     ComfyModel("lumina", ("NextDiT", "NextDiTPixelSpace"), ("layers",), "dim", _lumina),
-    ComfyModel("minimax_h3", ("MiniMaxH3Model",), ("blocks",), "hidden_size", _minimax_h3),
+    ComfyModel("minimax_h3", ("MiniMaxH3Model",), ("blocks",), "blocks.0.attn.out_proj.in_features", _minimax_h3),
 )
 """Every model that the node can make sparse, by the class names of ComfyUI 0.3.64 and 0.33."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def count_tokens(module: nn.Module, model: ComfyModel, latents: Any, density: fl
     blocks = model.named_blocks(module).values()
     weights = sum(weight.numel() for block in blocks for weight in block.parameters() if weight.ndim == 2)
     # Two operations a weight and token; of attention, query times key and weights times value.
-    attention = len(blocks) * 4 * tokens**2 * getattr(module, model.width)
+    attention = len(blocks) * 4 * tokens**2 * attrgetter(model.width)(module)
     return TokenCount(
         layout.frames, layout.height, layout.width, attention / (attention + 2 * tokens * weights), density
     )

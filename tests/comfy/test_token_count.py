@@ -3,6 +3,7 @@ from __future__ import annotations
 import comfy_standins as standins
 import pytest
 import torch
+from torch import nn
 
 from diffsparse.comfy.models import find_model
 from diffsparse.comfy.token_count import TokenCount, count_tokens
@@ -16,6 +17,16 @@ def test_operations_are_counted():
     # Eight projections of 32 by 32 in each of two blocks.
     other = 2 * tokens * 2 * 8 * 32 * 32
     assert count.num_tokens == tokens
+    assert count.attention_share == pytest.approx(attention / (attention + other))
+
+
+def test_heads_that_are_wider_than_the_model_are_counted_as_they_are():
+    block = nn.ModuleDict({"attn": nn.ModuleDict({"out_proj": nn.Linear(56, 42, bias=False)})})
+    model = type("MiniMaxH3Model", (nn.Module,), {"hidden_size": 42, "patch_size": (1, 2, 2)})()
+    model.blocks = nn.ModuleList([block])
+    count = count_tokens(model, find_model(model), [torch.zeros(1, 24, 5, 20, 16), torch.zeros(1, 32, 2, 9)], 0.25)
+    tokens = 5 * 10 * 8
+    attention, other = 4 * tokens * tokens * 56, 2 * tokens * 56 * 42
     assert count.attention_share == pytest.approx(attention / (attention + other))
 
 
