@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -52,7 +53,9 @@ def count_tokens(module: nn.Module, model: ComfyModel, latents: Any, density: fl
     layout = model.layout(module, {"x": latents, "context": torch.empty(1, 0, 1)})
     tokens = layout.frames * layout.height * layout.width
     blocks = model.named_blocks(module).values()
-    weights = sum(weight.numel() for block in blocks for weight in block.parameters() if weight.ndim == 2)
+    # By their shapes: of those that a GGUF file holds in 4 bits, `numel` counts the bytes.
+    shapes = [weight.shape for block in blocks for weight in block.parameters()]
+    weights = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
     # Two operations a weight and token; of attention, query times key and weights times value.
     attention = len(blocks) * 4 * tokens**2 * attrgetter(model.width)(module)
     return TokenCount(

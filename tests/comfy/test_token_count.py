@@ -30,6 +30,22 @@ def test_heads_that_are_wider_than_the_model_are_counted_as_they_are():
     assert count.attention_share == pytest.approx(attention / (attention + other))
 
 
+def test_weights_in_four_bits_are_counted_as_they_were():
+    class Packed(torch.Tensor):
+        @property
+        def shape(self):
+            return torch.Size((32, 32))
+
+    model = standins.WanModel(layers=2, width=32)
+    latents = torch.zeros(1, 4, 5, 20, 16)
+    expected = count_tokens(model, find_model(model), latents, 0.25)
+    for module in model.blocks.modules():
+        if isinstance(module, nn.Linear):
+            packed = torch.zeros(32, 18, dtype=torch.uint8).as_subclass(Packed)
+            module.weight = nn.Parameter(packed, requires_grad=False)
+    assert count_tokens(model, find_model(model), latents, 0.25) == expected
+
+
 def test_a_speed_up_is_what_amdahl_says():
     half = TokenCount(1, 1, 1, attention_share=0.5, density=0.5)
     assert half.speed_up == pytest.approx(4 / 3)
