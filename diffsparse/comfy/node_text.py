@@ -12,6 +12,8 @@ def show_on_node(text: str, node_id: str | None) -> None:
     ComfyUI's newer nodes read it as Markdown, in which two spaces before its end keep a line.
     """
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is not None and node_id is not None:
+    # What runs workflows without a browser may bring a server of its own that has none of this.
+    send = getattr(server, "send_progress_text", None)
+    if send is not None and node_id is not None:
         lines = text.removeprefix("DiffSparse: ").replace("; ", "\n").split("\n")
-        server.send_progress_text("  \n".join(lines), node_id)
+        send("  \n".join(lines), node_id)

@@ -27,4 +27,7 @@ def test_nothing_is_shown_without_a_node_or_a_server(shown, monkeypatch):
     show_on_node("text", None)
     monkeypatch.setitem(sys.modules, "server", types.ModuleType("server"))
     show_on_node("text", "8")
+    bare = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=object()))
+    monkeypatch.setitem(sys.modules, "server", bare)
+    show_on_node("text", "8")
     assert shown == []
