@@ -89,11 +89,17 @@ def _grid(latents: Tensor, patch: tuple[int, ...], *more_frames: Tensor | None) 
 
 
 def _wan(model: Any, call: Mapping[str, Any]) -> Layout:
-    """[reference image | video | what is given in context], each but the video only where there is any."""
+    """[reference image | video, context as large | other context], each but the video only where there is any."""
     before = 0
     if getattr(model, "ref_conv", None) is not None and (reference := call.get("reference_latent")) is not None:
         before = (reference.shape[-2] // model.patch_size[1]) * (reference.shape[-1] // model.patch_size[2])
-    return Layout(*_grid(call["x"], model.patch_size, call.get("time_dim_concat")), before, None)
+    frames, height, width = _grid(call["x"], model.patch_size, call.get("time_dim_concat"))
+    for context in call.get("context_latents") or ():
+        more_frames, *size = _grid(context, model.patch_size)
+        if size != [height, width]:
+            break
+        frames += more_frames
+    return Layout(frames, height, width, before, None)
 
 
 def _wan_scail(model: Any, call: Mapping[str, Any]) -> Layout:

@@ -30,6 +30,12 @@ def layout(class_name, module, **call):
             {"x": VIDEO, "reference_latent": torch.zeros(2, 16, 12, 20), "time_dim_concat": VIDEO[:, :, :2]},
             (7, 6, 11, 60, None),
         ),
+        (
+            "WanModel",
+            {"patch_size": (1, 2, 2)},
+            {"x": VIDEO, "context_latents": [VIDEO[:, :, :3], VIDEO[..., :5], VIDEO]},
+            (8, 6, 11, 0, None),
+        ),
         ("HumoWanModel", {"patch_size": (1, 2, 2)}, {"x": VIDEO, "reference_latent": VIDEO}, (5, 6, 11, 0, None)),
         (
             "SCAILWanModel",
