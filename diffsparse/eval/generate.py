@@ -122,8 +122,8 @@ def choose_device(name: str | None) -> str:
     return name or available[0]
 
 
-def load_pipeline(folder: Path, device: str) -> Any:
-    """The pipeline in a folder, quiet, on a device; nothing is downloaded.
+def load_pipeline(folder: Path, device: str, offload: bool = False) -> Any:
+    """The pipeline in a folder, quiet, on a device, as `place` puts it there; nothing is downloaded.
 
     It computes in float32; on CUDA its transformers compute in bfloat16.
 
@@ -145,11 +145,20 @@ def load_pipeline(folder: Path, device: str) -> Any:
             f"The model in {folder} cannot be loaded ({type(error).__name__}: {error}). {_WAY_OUT}"
         ) from error
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(device, torch.float32)
+    pipe.to(torch.float32)
     if device.startswith("cuda"):
         for transformer in transformers_of(pipe):
             transformer.to(torch.bfloat16)
+    place(pipe, device, offload)
     return pipe
+
+
+def place(pipe: Any, device: str, offload: bool) -> None:
+    """Put a pipeline on a device; with offload, only the part that computes."""
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
 
 
 @contextlib.contextmanager

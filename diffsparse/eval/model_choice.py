@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsparse.eval.demo import MODEL
-from diffsparse.eval.generate import SAMPLING_FILE, Sampling, load_pipeline
+from diffsparse.eval.generate import SAMPLING_FILE, Sampling, load_pipeline, place
 
 EMBEDDED = "demo"
 """The name of the embedded model, wherever it is installed."""
@@ -51,7 +51,7 @@ class ModelChoice:
             ValueError: it cannot be loaded.
         """
         if self.knows_its_sampling:
-            return load_pipeline(self.folder, device)
+            return load_pipeline(self.folder, device, offload)
         import diffusers
         import torch
 
@@ -62,10 +62,7 @@ class ModelChoice:
         except Exception as error:
             raise ValueError(f"--model {self.name} cannot be loaded ({type(error).__name__}: {error}).") from error
         pipe.set_progress_bar_config(disable=True)
-        if offload:
-            pipe.enable_model_cpu_offload(device=device)
-        else:
-            pipe.to(device)
+        place(pipe, device, offload)
         return pipe
 
 
