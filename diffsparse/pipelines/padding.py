@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from diffsparse.pipelines.position_ids import read_once
 
@@ -12,14 +13,18 @@ def check_padding_is_last(mask: Tensor | None) -> None:
 
     Read from the device once for each mask. Some tokenizers pad on the left, Gemma's among them.
     """
-    # On the meta device there is nothing to read.
-    if mask is not None and not mask.is_meta and not read_once(mask, _hides_a_tail):
+    if mask is not None and _has_values(mask) and not read_once(mask, _hides_a_tail):
         raise ValueError("text is padded before its end, which no key length can stand for")
 
 
 def hides_nothing(mask: Tensor | None) -> bool:
     """Whether there is a mask [B, text tokens] and it hides no token. Read from the device once for each mask."""
-    return mask is not None and not mask.is_meta and read_once(mask, _hides_no_token)
+    return mask is not None and _has_values(mask) and read_once(mask, _hides_no_token)
+
+
+def _has_values(mask: Tensor) -> bool:
+    """Not on the meta device, nor a fake tensor, where operations are counted or traced and nothing is computed."""
+    return not (mask.is_meta or is_fake(mask))
 
 
 def _hides_no_token(mask: Tensor) -> bool:

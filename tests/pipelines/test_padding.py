@@ -4,6 +4,7 @@ import pytest
 import torch
 from enabled import FULL, SPARSE, report_of, run
 from tiny_models import TINY
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffsparse.pipelines.padding import check_padding_is_last, hides_nothing
 
@@ -14,7 +15,7 @@ REASON = "the layout of its family raises ValueError: text is padded before its 
 def test_a_padded_tail_is_fine(hidden):
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[1, hidden] = 0
-    for each in (mask, mask.bool(), mask.float(), None, mask.to("meta")):
+    for each in (mask, mask.bool(), mask.float(), None, mask.to("meta"), FakeTensorMode().from_tensor(mask)):
         check_padding_is_last(each)
 
 
@@ -33,6 +34,7 @@ def test_a_mask_of_ones_hides_nothing(dtype):
     assert hides_nothing(mask)
     # There are no values, or no mask.
     assert not hides_nothing(mask.to("meta"))
+    assert not hides_nothing(FakeTensorMode().from_tensor(mask))
     assert not hides_nothing(None)
     mask[1, 3] = 0
     assert not hides_nothing(mask)
