@@ -69,6 +69,20 @@ def test_a_block_that_is_told_to_attend_to_nothing_counts_for_nothing(by_positio
     assert transformer.session.tallies == [LayerTally(), LayerTally()]
 
 
+def test_a_block_that_attends_to_nothing_does_not_go_by_the_length_of_the_block_before():
+    module = standins.WanModel(layers=2)
+    transformer = SampledTransformer(module, find_model(module), SparseAttentionConfig(dense_steps=0.0, min_tokens=0))
+    transformer.begin_call(Step(1, 20, "prompt", False), Layout(3, 5, 4), None)
+    options = {"optimized_attention_override": transformer.override}
+    tokens, others = torch.randn(1, 60, 32), torch.randn(1, 70, 32)
+    module.blocks[1].self_attn.forward = lambda x, **kwargs: x
+    with torch.no_grad():
+        module.blocks[0](tokens, others, options)
+        # What it attends to besides is as long as the sequence.
+        module.blocks[1](tokens, tokens, options | {"stg_skip_self_attn": True})
+    assert [tally.sparse_calls for tally in transformer.session.tallies] == [1, 0]
+
+
 def test_what_was_put_on_the_blocks_is_taken_away():
     module = standins.WanModel()
     transformer = SampledTransformer(module, find_model(module), SparseAttentionConfig())

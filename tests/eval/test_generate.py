@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffsparse.eval import generate as generate_module
-from diffsparse.eval.generate import Sampling, choose_device, generate, load_pipeline
+from diffsparse.eval.generate import Sampling, choose_device, generate, load_pipeline, sparse_attention
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,14 @@ def test_generating_leaves_no_hook_behind_even_when_stopped(pipe, sampling):
         generate(pipe, "a cat", 0, sampling, on_step=stop)
     assert not pipe.transformer._forward_pre_hooks
     generate(pipe, "a cat", 0, sampling)
+
+
+def test_sparse_attention_ends_with_its_block_even_after_an_error(pipe):
+    with pytest.raises(ZeroDivisionError), sparse_attention(pipe, "fast") as report:
+        assert pipe.is_sparse_attention_enabled
+        assert report().density is None
+        raise ZeroDivisionError
+    assert not pipe.is_sparse_attention_enabled
 
 
 def test_a_pipeline_is_loaded_in_float32_whatever_its_files_hold(pipe, tmp_path, tiny_model):
