@@ -146,10 +146,14 @@ def _transformers(model: Any, own: tuple[Family, ...] = ()) -> dict[str, nn.Modu
 def _unwrapped(module: nn.Module, own: tuple[Family, ...]) -> nn.Module:
     """The transformer inside what torch.compile, peft, DDP or FSDP made of it; the module itself where there is none.
 
-    Each of these has it as its only child. One of no family is looked for in torch.compile's alone.
+    Each of these has it as its only child. One that nobody has described is looked for in torch.compile's alone.
     """
     inner = uncompiled = _uncompiled(module)
-    while find_family(inner, (*own, *FAMILIES)) is None and inner not in _ENABLED:
+    while (
+        find_family(inner, (*own, *FAMILIES)) is None
+        and type(inner).__name__ not in LEFT_ALONE
+        and inner not in _ENABLED
+    ):
         children = list(inner.children())
         if len(children) != 1:
             return uncompiled

@@ -230,3 +230,34 @@ def test_a_field_of_another_type_is_refused(field, value, expected):
     fields = {"name": "mine", "transformers": ("Mine",), "layers": ("*.attn",), "layout": lambda model, call: None}
     with pytest.raises(TypeError, match=f"`{field}` of a family must be {expected}"):
         Family(**(fields | {field: value}))
+
+
+class PassingOn(nn.Module):
+    """What stands in for a transformer and is no more than it, as of DDP."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **call):
+        return self.module(**call)
+
+
+def test_a_transformer_of_an_own_family_is_found_inside_a_wrapper(model, call):
+    stock = model(**call)
+    wrapped = PassingOn(model)
+    diffsparse.enable_sparse_attention(wrapped, SPARSE, family=MINE)
+    assert not torch.allclose(wrapped(**call), stock)
+    # These are not told the family.
+    assert diffsparse.sparse_attention_report(wrapped).transformers[0].sparse_calls == 2
+    assert diffsparse.is_sparse_attention_enabled(wrapped)
+    diffsparse.disable_sparse_attention(wrapped)
+    assert torch.equal(model(**call), stock)
+
+
+def test_a_wrapped_transformer_that_is_left_alone_is_told_why(caplog):
+    left_alone = type("AceStepTransformer1DModel", (Mine,), {})()
+    with caplog.at_level(logging.WARNING):
+        diffsparse.enable_sparse_attention(PassingOn(left_alone))
+    assert "AceStepTransformer1DModel stays dense" in caplog.text
+    assert "no model family" not in caplog.text
