@@ -11,6 +11,8 @@ from torch import nn
 from diffsparse.comfy.models import MODELS, find_model
 
 VIDEO = torch.zeros(2, 16, 5, 12, 21)
+# Of LTX, with guides in the last two frames, of which half the tokens are left out.
+GUIDED = torch.cat([torch.ones(2, 1, 3, 12, 21), torch.tensor([0.5, -1.0]).repeat(2, 1, 2, 12, 11)[..., :21]], dim=2)
 IMAGE = torch.zeros(2, 16, 13, 20)
 TEXT = torch.zeros(2, 9, 32)
 
@@ -88,7 +90,7 @@ def layout(class_name, module, **call):
         (
             "LTXVModel",
             {},
-            {"x": VIDEO, "keyframe_idxs": torch.zeros(2, 3, 2 * 252, 2), "denoise_mask": VIDEO[:, :1] - 1},
+            {"x": VIDEO, "keyframe_idxs": torch.zeros(2, 3, 2 * 252, 2), "denoise_mask": GUIDED},
             (3, 12, 21, 0, None),
         ),
         ("MiniTrainDIT", {"patch_spatial": 2, "patch_temporal": 1}, {"x": VIDEO}, (5, 6, 11, 0, 0)),
