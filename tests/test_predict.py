@@ -12,7 +12,7 @@ from tiny_models import TINY, tiny_wan_pipeline
 
 import diffsparse
 from diffsparse import SVG2, Adaptive, SparseAttentionConfig, predict_sparse_attention
-from diffsparse.eval.bench_transformer import NUM_LAYERS, STEPS, SUBJECTS, with_few_layers
+from diffsparse.eval.bench_transformer import STEPS, SUBJECTS, with_few_layers
 from diffsparse.predict import MEASURED, between
 from diffsparse.published_models import published_transformer
 
@@ -163,7 +163,7 @@ def predict_as_measured(name):
     """Of what `bench_transformer` measures: few layers, and no dense steps."""
     config = replace(diffsparse.PRESETS["balanced"](), dense_steps=0.0)
     family, *size = astuple(SUBJECTS[name])
-    transformer = with_few_layers(published_transformer(family), NUM_LAYERS, torch.device("meta"), torch.bfloat16)
+    transformer = with_few_layers(published_transformer(family), torch.device("meta"), torch.bfloat16)
     size = dict(zip(("height", "width", "num_frames"), size))
     return predict(transformer, config=config, num_inference_steps=STEPS, **size)
 

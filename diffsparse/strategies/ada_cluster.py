@@ -19,7 +19,7 @@ from diffsparse.strategies.clustered_tokens import (
     video_tokens,
 )
 from diffsparse.strategies.k_means import by_label, cluster_means, cluster_sizes, nearest
-from diffsparse.strategies.option_checks import check_density, check_integers, check_number
+from diffsparse.strategies.option_checks import check_block_sizes, check_density, check_integers, check_number
 from diffsparse.strategies.strategy import AttentionCall
 from diffsparse.strategies.top_blocks import top_blocks
 
@@ -81,7 +81,7 @@ class AdaCluster:
         check_density(self.density)
         check_integers(1, query_clusters=self.query_clusters, key_clusters=self.key_clusters, stages=self.stages)
         check_number("threshold", self.threshold, 0, math.inf)
-        check_integers(1, query_block_size=self.query_block_size, key_block_size=self.key_block_size)
+        check_block_sizes(query_block_size=self.query_block_size, key_block_size=self.key_block_size)
         check_integers(0, iterations=self.iterations, seed=self.seed)
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
