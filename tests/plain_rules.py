@@ -15,6 +15,16 @@ def random_qkv(grid: TokenGrid, batch: int = 1, heads: int = 3, dim: int = 24, s
     return [torch.randn(batch, heads, grid.num_tokens, dim, generator=generator) for _ in range(3)]
 
 
+def qkv_of_groups() -> tuple[TokenGrid, list[Tensor]]:
+    """Query, key and value of eight groups of tokens, scattered over the grid, of which each attends to one other."""
+    grid = TokenGrid(8, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    group = torch.arange(512)[torch.randperm(512, generator=generator)] % 8
+    axes = 9 * torch.linalg.qr(torch.randn(24, 24, generator=generator)).Q
+    query, key = axes[group][None, None], axes[(group + 3) % 8][None, None]
+    return grid, [query, key, torch.randn(1, 1, 512, 24, generator=generator)]
+
+
 def blocks_of(order: list[int], size: int) -> list[list[int]]:
     """The tokens of each block."""
     return [order[first : first + size] for first in range(0, len(order), size)]

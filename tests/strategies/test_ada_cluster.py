@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_rules import is_text, random_qkv, visible_of
+from plain_rules import is_text, qkv_of_groups, random_qkv, visible_of
 
 from diffsparse import AdaCluster
 from diffsparse.grid import TokenGrid
@@ -140,15 +140,10 @@ def test_blocks_are_chosen_by_the_scores_of_their_tokens_clusters(grid):
 
 
 def test_groups_of_tokens_that_attend_to_one_another_are_found_at_their_density():
-    """Eight groups, scattered over the grid, of which each attends to one other; the queries' lengths differ."""
-    grid = TokenGrid(8, 8, 8)
-    generator = torch.Generator().manual_seed(0)
-    group = torch.arange(512)[torch.randperm(512, generator=generator)] % 8
-    axes = 9 * torch.linalg.qr(torch.randn(24, 24, generator=generator)).Q
-    query, key = axes[group][None, None], axes[(group + 3) % 8][None, None]
-    # By powers of two, which are exact: or those of a group would be two directions, and a block hold two groups.
-    query = query * 2.0 ** torch.randint(0, 3, (1, 1, 512, 1), generator=generator)
-    value = torch.randn(1, 1, 512, 24, generator=generator)
+    grid, (query, key, value) = qkv_of_groups()
+    # Lengths differ by powers of two, which are exact: or queries of a group would be of two directions, and a block
+    # hold two groups.
+    query = query * 2.0 ** torch.randint(0, 3, (1, 1, 512, 1), generator=torch.Generator().manual_seed(0))
     options = AdaCluster(density=4 / 32, query_clusters=32, key_clusters=32, query_block_size=16, key_block_size=16)
     plan = options.plan(query, key, value, AttentionCall(grid))
     # 4 of 32 key blocks hold a group.

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_rules import fewest, highest, is_text, random_qkv, visible_of
+from plain_rules import fewest, highest, is_text, qkv_of_groups, random_qkv, visible_of
 
 from diffsparse import SVG2
 from diffsparse.grid import TokenGrid
@@ -61,13 +61,8 @@ def test_blocks_have_the_mass_that_the_centroids_give_their_tokens(grid):
 
 
 def test_groups_of_tokens_that_attend_to_one_another_are_found_at_their_density():
-    """Eight groups, scattered over the grid, of which each attends to one other: an eighth of the map."""
-    grid = TokenGrid(8, 8, 8)
-    generator = torch.Generator().manual_seed(0)
-    group = torch.arange(512)[torch.randperm(512, generator=generator)] % 8
-    axes = 9 * torch.linalg.qr(torch.randn(24, 24, generator=generator)).Q
-    query, key = axes[group][None, None], axes[(group + 3) % 8][None, None]
-    value = torch.randn(1, 1, 512, 24, generator=generator)
+    """Each group attends to an eighth of the keys."""
+    grid, (query, key, value) = qkv_of_groups()
     options = SVG2(query_clusters=32, key_clusters=32, least=0.0, query_block_size=16, key_block_size=16)
     plan = options.plan(query, key, value, AttentionCall(grid))
     # 4 of 32 key blocks hold a group.
