@@ -67,8 +67,7 @@ def attend(
     is_listed = torch.arange(key_blocks.shape[3], device=counts.device) < counts[..., None]  # [B, H, Q, C]
     blocks = key_blocks.where(is_listed, 0).long()
     tokens = sizes[:, None, None].expand(*counts.shape, -1).gather(-1, blocks).where(is_listed, 0)
-    whole, num_whole = _chosen_first(blocks, tokens == key_block_size)
-    is_masked = (tokens > 0) & (tokens < key_block_size)
+    is_whole, is_masked = tokens == key_block_size, (tokens > 0) & (tokens < key_block_size)
 
     num_blocks = sizes.shape[1]
     first_mean = num_blocks * key_block_size
@@ -87,7 +86,9 @@ def attend(
         has_tail = tail.expand(batch, heads)[..., None, None]
         blocks = torch.cat([blocks, mean_blocks.expand(*counts.shape, -1)], dim=-1)
         is_masked = torch.cat([is_masked, has_tail.expand(*counts.shape, num_mean_blocks)], dim=-1)
-    masked, num_masked = _chosen_first(blocks, is_masked)
+        is_whole = F.pad(is_whole, (0, num_mean_blocks))
+    # As long as each other: PyTorch's kernel takes the steps of one for both.
+    (masked, num_masked), (whole, num_whole) = (_chosen_first(blocks, chosen) for chosen in (is_masked, is_whole))
     block_mask = BlockMask.from_kv_blocks(
         num_masked,
         masked,

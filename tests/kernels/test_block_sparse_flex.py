@@ -45,6 +45,8 @@ def as_documented(query, key, value, block_mask, score, scale, return_lse):
     """What flex_attention is to compute, one query at a time: masks count in partial blocks only, scores in all."""
     assert not any(blocks.requires_grad for blocks in (query, key, value))
     query_block, key_block = block_mask.BLOCK_SIZE
+    # A GPU's kernel takes the strides of one for both.
+    assert block_mask.kv_indices.stride() == block_mask.full_kv_indices.stride()
     out, lse = torch.zeros_like(query), torch.full(query.shape[:3], -math.inf)
     for b, h, q in itertools.product(*map(range, query.shape[:3])):
         row = b, h, q // query_block
