@@ -122,7 +122,7 @@ def error_of_sampled_rows(
     for _ in range(SAMPLED_ROWS):
         row, head = (int(torch.randint(size, (), generator=generator)) for size in (query.shape[2], query.shape[1]))
         block = row // BLOCK_SIZE
-        listed = set(key_blocks[0, head, block, : int(counts[0, head, block])].tolist())
+        listed = key_blocks[0, head, block, : int(counts[0, head, block])]
         (keys, sizes), (values, _) = (_seen(x[0, head], listed, tail) for x in (key, value))
         logits = keys @ query[0, head, row].double() / math.sqrt(query.shape[3]) + sizes.log()
         expected = logits.softmax(dim=0) @ values
@@ -131,13 +131,20 @@ def error_of_sampled_rows(
     return math.sqrt(squared_error / squared_size)
 
 
-def _seen(x: Tensor, listed: set[int], tail: bool) -> tuple[Tensor, Tensor]:
-    """What a query block sees of a head's keys or values x [S, D]: rows [n, D], and of how many tokens each is [n]."""
-    import torch
+def _seen(x: Tensor, listed: Tensor, tail: bool) -> tuple[Tensor, Tensor]:
+    """What a query block sees of a head's keys or values x [S, D], which lists blocks [n].
 
-    blocks = x.split(BLOCK_SIZE)
-    tokens = [blocks[number].double() for number in sorted(listed)]
-    skipped = [block for number, block in enumerate(blocks) if number not in listed] if tail else []
-    sizes = [1] * sum(map(len, tokens)) + [len(block) for block in skipped]
-    means = [block.mean(dim=0, keepdim=True, dtype=torch.float64) for block in skipped]
-    return torch.cat([*tokens, *means]), torch.tensor(sizes, dtype=torch.float64, device=x.device)
+    Rows [m, D], and of how many tokens each is [m], in float64.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    block_of = torch.arange(len(x), device=x.device) // BLOCK_SIZE
+    sizes = block_of.bincount()
+    is_listed = torch.zeros_like(sizes, dtype=torch.bool).index_fill(0, listed.long(), True)
+    tokens = x[is_listed[block_of]].double()
+    if not tail:
+        return tokens, tokens.new_ones(len(tokens))
+    sums = F.pad(x.double(), (0, 0, 0, -len(x) % BLOCK_SIZE)).unflatten(0, (-1, BLOCK_SIZE)).sum(1)
+    means = (sums / sizes[:, None])[~is_listed]
+    return torch.cat([tokens, means]), torch.cat([tokens.new_ones(len(tokens)), sizes[~is_listed].double()])
