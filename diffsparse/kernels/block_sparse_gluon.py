@@ -123,10 +123,9 @@ def attend(
         query_order=query_order,
         key_order=key_order,
         pool=tail is not None,
+        interleave=True,
     )
-    if operands.value_scale is not None:
-        operands = replace(operands, value=_interleaved(operands.value))
-    elif key_length is not None:
+    if operands.value_scale is None and key_length is not None:
         # A weight of 0 does not help against what is not a number.
         beyond = torch.arange(key.shape[2], device=key.device) >= key_length[:, None]
         fill = Tensor.masked_fill if operands.value is value else Tensor.masked_fill_
@@ -147,15 +146,6 @@ def attend(
     if return_lse and operands.key_mean is not None:
         lse += scale * of_key_mean(query, operands.key_mean)
     return out, lse
-
-
-def _interleaved(value: Tensor) -> Tensor:
-    """FP8 values [B, H, D, S'] with pairs of tokens in the order 0 4 1 5 2 6 3 7 of every eight.
-
-    A thread holds the same pairs of logits, next to each other: with this no weight has to go to another thread.
-    """
-    pairs = value.view(torch.int16).unflatten(-1, (-1, 2, 4))
-    return pairs.mT.flatten(-3).view(value.dtype)
 
 
 def launch(

@@ -73,7 +73,7 @@ def online_softmax(logits, scale, peak, total, OFFSET: gl.constexpr, BOOST: gl.c
 
 @gluon.jit
 def as_operand(weights, dtype: gl.constexpr, out_layout: gl.constexpr):
-    """Weights [ROWS, TILE] as the next product takes them; of FP8 four in an int32, in the order of `_interleaved`.
+    """Weights [ROWS, TILE] as the next product takes them; of FP8 four in an int32, in the order of `interleaved`.
 
     Bytes that go from one round of a loop to the next would each take a register.
     """

@@ -46,8 +46,12 @@ def prepared(
     query_order: Tensor | None,
     key_order: Tensor | None,
     pool: bool,
+    interleave: bool = False,
 ) -> Operands:
-    """Operands of query, key and value [B, H, S, D]; what is quantized takes one pass each."""
+    """Operands of query, key and value [B, H, S, D]; what is quantized takes one pass each.
+
+    `interleave` is what the Hopper kernel asks of quantized values: `quantization.py`, `interleaved`.
+    """
     formats = PRECISIONS[precision]
     # The kernels step by one along the head dim.
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
@@ -64,7 +68,13 @@ def prepared(
         )
     if formats.values != "native":
         value, value_scale, value_means = quantize_values(
-            value, key_block_size, formats.values, order=key_order, key_length=key_length, pool=pool
+            value,
+            key_block_size,
+            formats.values,
+            order=key_order,
+            key_length=key_length,
+            pool=pool,
+            interleave=interleave,
         )
     else:
         value = in_order(value, key_order)

@@ -142,6 +142,15 @@ def quantize_values(value: Tensor, number: str, key_length: Tensor | None = None
     return rounded.contiguous(), absmax / largest
 
 
+def interleaved(values: Tensor) -> Tensor:
+    """Quantized values [B, H, D, S'] with pairs of tokens in the order 0 4 1 5 2 6 3 7 of every eight.
+
+    On Hopper a thread holds the same pairs of logits, next to each other: with this no weight has to go to another
+    thread.
+    """
+    return values.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)
+
+
 def round_weights(weights: Tensor, peak: Tensor) -> Tensor:
     """Softmax weights as they enter an FP8 product: in e4m3, relative to the largest of their row, `peak`.
 

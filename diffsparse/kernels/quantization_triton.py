@@ -105,11 +105,12 @@ def quantize_values(
     order: Tensor | None = None,
     key_length: Tensor | None = None,
     pool: bool = False,
+    interleave: bool = False,
 ) -> QuantizedValues:
     """Values [B, H, S, D], whose last stride must be 1, as "int8" or "fp8" [B, H, D, S'].
 
     Arguments as in `quantize_blocks`. `block_size` is a multiple of 16. Whatever the order, what is at or beyond
-    `key_length` stays there.
+    `key_length` stays there. `interleave` gives them as `quantization.interleaved` does.
     """
     batch, heads, num_tokens, head_dim = value.shape
     num_blocks, channels = triton.cdiv(num_tokens, block_size), min(triton.next_power_of_2(head_dim), MAX_CHANNELS)
@@ -139,6 +140,7 @@ def quantize_values(
             num_tokens,
             padded_tokens,
             **shapes,
+            INTERLEAVE=interleave,
             num_warps=warps,
             **FUSION,
         )
@@ -260,14 +262,20 @@ def quantize_values_kernel(
     HEAD_DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
 ):
     """Some channels of one block of one head, stored with the tokens along the rows."""
     block = tl.program_id(0)
     head_of_batch = tl.program_id(1).to(tl.int64)
     b, h = head_of_batch // heads, head_of_batch % heads
     places = block * BLOCK + tl.arange(0, BLOCK)
-    exists = places < _length(key_length_ptr, b, num_tokens)
-    rows = _rows(order_ptr, h * order_stride_h, places, exists)
+    # Where what is stored at the places comes from.
+    sources = places
+    if INTERLEAVE:
+        pairs = places // 2 % 8
+        sources += 2 * (pairs % 2 * 4 + pairs // 2 - pairs)
+    exists = sources < _length(key_length_ptr, b, num_tokens)
+    rows = _rows(order_ptr, h * order_stride_h, sources, exists)
     row_ptrs = value_ptr + b * value_stride_b + h * value_stride_h + rows * value_stride_s
     dims = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     in_head = dims < HEAD_DIM

@@ -126,10 +126,13 @@ def test_nan_is_in_the_scale_and_stays_in_its_block(number):
     assert channels.isnan().tolist() == [[[False] * 7 + [True]]]
 
 
-def check_values(inputs, block_size, number="fp8"):
+def check_values(inputs, block_size, number="fp8", **interleave):
     x, order, in_order, key_length = inputs
-    actual = quantization_triton.quantize_values(x, block_size, number, order=order, key_length=key_length, pool=True)
+    actual = quantization_triton.quantize_values(
+        x, block_size, number, order=order, key_length=key_length, pool=True, **interleave
+    )
     values, scales = quantization.quantize_values(in_order, number, key_length)
+    values = quantization.interleaved(values) if interleave else values
     assert (actual.values.dtype, actual.values.is_contiguous()) == (values.dtype, True)
     assert torch.equal(actual.values.float(), values.float())
     assert torch.equal(actual.scales, scales)
@@ -137,8 +140,9 @@ def check_values(inputs, block_size, number="fp8"):
 
 
 @pytest.mark.parametrize(("lengths", "ordered"), OPTIONS)
-def test_values_keep_to_the_specification(lengths, ordered):
-    check_values(make_inputs(lengths=lengths, ordered=ordered), 16)
+@pytest.mark.parametrize("interleave", [{}, {"interleave": True}])
+def test_values_keep_to_the_specification(lengths, ordered, interleave):
+    check_values(make_inputs(lengths=lengths, ordered=ordered), 16, **interleave)
 
 
 @pytest.mark.parametrize("number", ["fp8", "int8"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from running_products import touched_while_running
 
-from diffsparse.kernels import backends
+from diffsparse.kernels import backends, quantization
 from diffsparse.kernels.cross_compile_triton import machine_code, resources
 from diffsparse.kernels.launch import FUSION
 from diffsparse.kernels.quantization import PRECISIONS
@@ -117,9 +117,9 @@ def test_values_beyond_the_length_are_zeros_to_the_kernel(gluon, monkeypatch):
     assert torch.equal(value, x.nan_to_num(0.0))
 
 
-def test_fp8_values_lie_in_the_order_of_the_weights_that_a_thread_holds(gluon):
+def test_fp8_values_lie_in_the_order_of_the_weights_that_a_thread_holds():
     weights, value = torch.randint(9, (64, 32)).float(), torch.randint(-9, 10, (1, 1, 8, 32)).float()
-    interleaved = gluon._interleaved(value.to(torch.float8_e4m3fn)).float()
+    interleaved = quantization.interleaved(value)
     # Of 16 logits of a row in a product, thread q of four holds 2q, 2q + 1, 2q + 8 and 2q + 9: NVIDIA, PTX ISA, wgmma.
     held = [16 * (i // 16) + 2 * (i % 16 // 4) + (0, 1, 8, 9)[i % 4] for i in range(32)]
     assert torch.equal(weights[:, held] @ interleaved[0, 0].T, weights @ value[0, 0].T)

@@ -41,9 +41,10 @@ def quantizes(gluon, monkeypatch):
             values, scales = quantization.quantize_blocks(smooth, block_size, 8, key_length)
         return values, scales, block_means(smooth, block_size, key_length)[0].to(x.dtype) if pool else None
 
-    def quantize_values(value, block_size, number, *, order=None, key_length=None, pool=False):
+    def quantize_values(value, block_size, number, *, order=None, key_length=None, pool=False, interleave=False):
         value = in_order(value, order)
         values, scales = quantization.quantize_values(value, number, key_length)
+        values = quantization.interleaved(values) if interleave else values
         return values, scales, block_means(value, block_size, key_length)[0].to(value.dtype) if pool else None
 
     monkeypatch.setattr(operands_triton, "quantize_blocks", quantize_blocks)

@@ -92,7 +92,8 @@ def compile_values(capability, name, head_dim, block_size):
             "values_ptr": "*fp8e4nv",
             "means_ptr": "*bf16",
         },
-        {"HEAD_DIM": head_dim, "CHANNELS": channels, "BLOCK": block_size},
+        {"HEAD_DIM": head_dim, "CHANNELS": channels, "BLOCK": block_size}
+        | ({"INTERLEAVE": True} if name == "quantize_values_kernel" else {}),
         block_size * channels,
     )
 
