@@ -62,7 +62,11 @@ def test_the_lists_of_a_ragged_case_are_ragged(monkeypatch):
     assert [count > 1 for count in counts] == [case.ragged for case in cases] == [False, True, False]
 
 
-def test_calls_take_turns_and_short_ones_are_repeated(monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cpu", [("short", 3), ("long", 1)]), ("cuda", [("short", 15), ("short", 3), ("long", 1), ("long", 1)])],
+)
+def test_calls_take_turns_and_short_ones_are_repeated(monkeypatch, device, expected):
     made = []
 
     def seconds_of(call, device, repeats=1):
@@ -70,8 +74,8 @@ def test_calls_take_turns_and_short_ones_are_repeated(monkeypatch):
         return {"short": timing.SHORTEST_TURN / 3, "long": 1.0}[call()]
 
     monkeypatch.setattr(timing, "seconds_of", seconds_of)
-    seconds = timing.seconds_in_rounds({"short": lambda: "short", "long": lambda: "long"}, 2, torch.device("cpu"))
-    assert made[-4:] == [("short", 3), ("long", 1)] * 2
+    seconds = timing.seconds_in_rounds({"short": lambda: "short", "long": lambda: "long"}, 2, torch.device(device))
+    assert made[4:] == expected * 2
     assert {name: len(each) for name, each in seconds.items()} == {"short": 2, "long": 2}
 
 
