@@ -26,6 +26,7 @@ class KernelSpeed:
 
     Attributes:
         efficiency: by density, the speed-up of a sparse call over `F.scaled_dot_product_attention`, times the density.
+        tail: what the pooled tail takes, as a share of that dense call.
         planning_seconds: of making one plan, by the numbers of a query, S times H times D.
         permuting_seconds: of permuting the tokens of one call, by the same.
         dense_flops_per_second: of `F.scaled_dot_product_attention`.
@@ -33,6 +34,7 @@ class KernelSpeed:
     """
 
     efficiency: Mapping[float, float]
+    tail: float
     planning_seconds: Mapping[float, float]
     permuting_seconds: Mapping[float, float]
     dense_flops_per_second: float
@@ -50,11 +52,12 @@ def between(measured: Mapping[float, float], at: float) -> float:
 
 MEASURED = {
     ("H200", "bfloat16"): KernelSpeed(
-        {0.1: 0.88, 0.2: 0.94, 0.25: 0.92, 0.3: 0.97, 0.5: 0.98, 1.0: 1.06},
-        planning_seconds={14.2e6: 0.0065, 138.6e6: 0.0277, 365.7e6: 0.0216, 387.1e6: 0.0259},
-        permuting_seconds={14.2e6: 0.0003, 138.6e6: 0.0017, 365.7e6: 0.0019, 387.1e6: 0.0021},
-        dense_flops_per_second=574e12,
-        source="from measurements on an H200 in bfloat16 on 2026-11-26, kernel and dense call at the least favourable "
+        {0.1: 0.93, 0.2: 0.98, 0.25: 1.0, 0.3: 0.99, 0.5: 0.98, 1.0: 1.05},
+        tail=0.036,
+        planning_seconds={14.2e6: 0.0053, 138.6e6: 0.0093, 365.7e6: 0.0288, 387.1e6: 0.0255},
+        permuting_seconds={14.2e6: 0.0001, 138.6e6: 0.0003, 365.7e6: 0.0008, 387.1e6: 0.0008},
+        dense_flops_per_second=569e12,
+        source="from measurements on an H200 in bfloat16 on 2026-11-28, kernel and dense call at the least favourable "
         "of three sizes (docs/benchmarks.md)",
     )
 }
@@ -81,9 +84,10 @@ class SparseAttentionPrediction:
         plan_bytes: that the plans of all layers keep; None for strategies that do not say.
         num_plans: how often each layer is planned in a generation.
         efficiency: speed-up of the kernel over dense attention, times the density.
+        tail: what the pooled tail takes, as a share of a dense call; 0 where there is none, and where nobody knows.
         dense_call_seconds: of one layer's self-attention, dense.
         planning_seconds, permuting_seconds: of one plan and of one call.
-        source: where these four are from.
+        source: where these five are from.
         why_dense: why no step is sparse; None where some are.
     """
 
@@ -101,6 +105,7 @@ class SparseAttentionPrediction:
     plan_bytes: int | None
     num_plans: int
     efficiency: float
+    tail: float
     dense_call_seconds: float
     planning_seconds: float
     permuting_seconds: float
@@ -134,7 +139,7 @@ class SparseAttentionPrediction:
         if not self._num_sparse_steps:
             return 1.0
         beside = self.permuting_seconds + self.planning_seconds * self.num_plans / self._num_sparse_steps
-        return 1 / (self.density / self.efficiency + beside / self.dense_call_seconds)
+        return 1 / (self.density / self.efficiency + self.tail + beside / self.dense_call_seconds)
 
     @property
     def step_speed_up(self) -> float:
@@ -183,10 +188,10 @@ class SparseAttentionPrediction:
         lines = [f"{name:<26}{value}" for name, value in rows.items()]
         lines.append(
             f"This is a prediction, not a measurement. Kernel at {self.efficiency:.0%} of linear against PyTorch's "
-            f"dense attention, a dense call {self.dense_call_seconds * 1e3:.1f} ms, a plan "
-            f"{self.planning_seconds * 1e3:.1f} ms, permuting {self.permuting_seconds * 1e3:.1f} ms: {self.source}. "
-            f"Linear layers are taken to reach as many FLOP/s as dense attention, and the rest of a step to take no "
-            f"time."
+            f"dense attention, a dense call {self.dense_call_seconds * 1e3:.1f} ms, the pooled tail {self.tail:.1%} of "
+            f"it, a plan {self.planning_seconds * 1e3:.1f} ms, permuting {self.permuting_seconds * 1e3:.1f} ms: "
+            f"{self.source}. Linear layers are taken to reach as many FLOP/s as dense attention, and the rest of a "
+            f"step to take no time."
         )
         return "\n".join((f"{self.transformer}, predicted", *lines))
 
@@ -267,6 +272,7 @@ def predict_sparse_attention(
         plan_bytes=num_sparse_layers * strategy.plan_bytes(grid, num_heads) if isinstance(strategy, Adaptive) else None,
         num_plans=-(-(num_inference_steps - num_dense_steps) // chosen.replan_every),
         efficiency=between(speed.efficiency, density),
+        tail=speed.tail if isinstance(strategy, Adaptive) and strategy.tail else 0.0,
         dense_call_seconds=attention_flops / len(names) / speed.dense_flops_per_second,
         planning_seconds=between(speed.planning_seconds, num_tokens * num_heads * head_dim),
         permuting_seconds=between(speed.permuting_seconds, num_tokens * num_heads * head_dim),
@@ -317,10 +323,12 @@ def _kernel_speed(gpu: str | None, quantization: str | None, efficiency: float |
     closest = known or MEASURED["H200", "bfloat16"]
     seconds = "seconds as on an H200"
     if efficiency is not None:
-        return dataclasses.replace(closest, efficiency={1.0: efficiency}, source=f"efficiency as you said, {seconds}")
+        source = f"efficiency as you said, {seconds}"
+        return dataclasses.replace(closest, efficiency={1.0: efficiency}, tail=0.0, source=source)
     return dataclasses.replace(
         closest,
         efficiency={1.0: ASSUMED_EFFICIENCY},
+        tail=0.0,
         source=f"unknown hardware ({gpu}, {computes_in}): kernel efficiency assumed {ASSUMED_EFFICIENCY}, say "
         f"--efficiency or --gpu H200; {seconds}",
     )

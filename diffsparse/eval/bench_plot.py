@@ -23,8 +23,9 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 
     results = record["attention"]
     titles = list(dict.fromkeys(title_of(*call) for result in results.values() for call in result["calls"].items()))
-    palette = colormaps["tab10" if len(titles) <= 10 else "tab20"]
-    colours = {title: palette(number % palette.N) for number, title in enumerate(titles)}
+    # Grey is for what would be linear.
+    palette = [colour for colour in map(colormaps["tab20"], range(20)) if len(set(colour[:3])) > 1]
+    colours = {title: palette[number % len(palette)] for number, title in enumerate(titles)}
     figure = Figure(figsize=(10, 4.5 * -(-len(results) // COLUMNS)), layout="constrained")
     panels = figure.subplots(-(-len(results) // COLUMNS), COLUMNS, squeeze=False).flat
     # The results first: otherwise zip takes a panel more before it finds them at an end.
