@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.25)
-PRECISIONS = ("native", "int8", "int8_int8", "int8_fp8")
+PRECISIONS = ("native", "int8", "int8_int8", "int8_fp8", "fp8")
 TAIL = " + tail"
 """Ends the names of calls with the pooled tail in all heads, before their density."""
 DENSITY_WITH_TAIL = 0.25
 PRESET = "balanced"
-# Relative error of sampled rows against float64: rounding of bf16, of INT8 scores, of INT8 or FP8 weights and values.
-LARGEST_ERRORS = {"native": 1e-2, "int8": 2e-2, "int8_int8": 2.5e-2, "int8_fp8": 6e-2}
+# Relative error of sampled rows against float64: rounding of bf16, or of scores, weights and values to INT8 or FP8.
+LARGEST_ERRORS = {"native": 1e-2, "int8": 2e-2, "int8_int8": 2.5e-2, "int8_fp8": 6e-2, "fp8": 8e-2}
 
 
 @dataclass(frozen=True)

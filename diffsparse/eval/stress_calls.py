@@ -24,10 +24,6 @@ CHECKED_HEADS = 4
 def calls_of(fields: Mapping[str, Any]) -> list[RepeatedCall]:
     """The calls of a Subject of these fields, with inputs on its device; for a process of its own."""
     subject = Subject(**fields)
-    if subject.switched_off:
-        from diffsparse.kernels import block_sparse_gluon
-
-        block_sparse_gluon.QUANTIZES = True
     # What a kernel that fails its check at first use warns of; PyTorch would stand in for it, and pass for it.
     warnings.filterwarnings("error", message="diffsparse:")
     if subject.size == "small":

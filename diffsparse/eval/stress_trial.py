@@ -41,13 +41,11 @@ class Subject:
     Attributes:
         backend: one of BACKENDS in `kernels/backends.py`, or DENSE.
         size: "full" is a call as of a model, "small" are many with all options.
-        switched_off: what the backend does not take by itself, and is made to here.
     """
 
     backend: str
     precision: str
     size: str
-    switched_off: bool
     device: str
 
     @property
@@ -96,11 +94,6 @@ class Outcome:
     exit_code: int | None
     complaints: list[str]
     seconds: float
-
-    @property
-    def condemns(self) -> bool:
-        """Whether this should not be: it was not right, and is not switched off for that."""
-        return self.verdict != RIGHT and not self.subject.switched_off
 
 
 def try_subject(subject: Subject, seconds: float, limit: float, calls: str = CALLS) -> Outcome:

@@ -34,10 +34,6 @@ HEAD_DIMS = (64, 128)
 # Tiles of keys and of values in shared memory at a time, by head dim and the bytes of a key's and a value's number.
 # Quantized keys have an even number of them: means take the room of two.
 STAGES = {(64, 2, 2): 6, (128, 2, 2): 3, (64, 1, 1): 8, (128, 1, 1): 4, (64, 1, 2): 6, (128, 1, 2): 2}
-# Whether it computes in INT8 and FP8. Alone on an H200 it does, rightly and fast. Beside other processes such calls
-# have died of accesses to memory that is not theirs, and why is not known (docs/benchmarks.md). Until it is, the Triton
-# kernel takes them.
-QUANTIZES = False
 QUANTIZED_HERE = ("int8", "int8_fp8", "fp8")
 
 
@@ -65,10 +61,9 @@ def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision
 def left_to(precision: str, key_block_size: int) -> str | None:
     """The backend that computes in a precision for this one; None where this one does.
 
-    Other precisions than "native" go to the Triton kernel unless `QUANTIZES`, and then those that are not in
-    `QUANTIZED_HERE` do, and blocks of 64 keys.
+    Other precisions than "native" go to the Triton kernel in blocks of 64 keys, those not in `QUANTIZED_HERE` always.
     """
-    takes = precision == "native" or (QUANTIZES and key_block_size == TILE.value and precision in QUANTIZED_HERE)
+    takes = precision == "native" or (key_block_size == TILE.value and precision in QUANTIZED_HERE)
     return None if takes else "triton"
 
 

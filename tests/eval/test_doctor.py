@@ -134,18 +134,25 @@ def test_a_backend_that_breaks_is_reported_and_the_others_still_tried(only_backe
     assert len(rows_of(shown, "good", "passed")) == 3
 
 
-def test_on_hopper_the_default_backend_passes_and_leaves_8_bits_to_triton(gpus, tried, capsys):
+def test_on_hopper_the_default_backend_passes_and_leaves_some_of_8_bits_to_triton(gpus, tried, capsys):
     gpus(("H100", 9, 0))
     assert run() == 0
     shown = capsys.readouterr().out
     here = "cuda:0, sm_90"
-    assert [row[2] for row in rows_of(shown, "gluon", here, "passed")] == ["bfloat16", "float16"]
-    for precision in ("int8", "int8_int8", "int8_fp8", "fp8", "int4"):
+    passed = [row[2:4] for row in rows_of(shown, "gluon", here, "passed")]
+    assert passed == [
+        ["bfloat16", "native"],
+        ["float16", "native"],
+        *(["bfloat16", name] for name in ("int8", "int8_fp8", "fp8")),
+    ]
+    for precision in ("int8_int8", "int4"):
         (row,) = rows_of(shown, "gluon", here, precision)
         assert row[4:] == ["", "", "left to triton"]
         assert ("gluon", "cuda:0", torch.bfloat16, precision) not in tried.calls
+    for precision in ("int8", "int8_int8", "int8_fp8", "fp8", "int4"):
         assert len(rows_of(shown, "triton", here, "bfloat16", precision, "passed")) == 1
-    assert "│ int8, int8_int8, int8_fp8, fp8, int4: computed by triton " in shown
+    for words in ("int8, int8_fp8, fp8: computed by triton and gluon", "int8_int8, int4: computed by triton"):
+        assert f"│ {words} " in shown
     assert f"{here}: bfloat16 of head dim 128 runs in gluon in blocks of 128 x 64, in triton in blocks of 64 x 64." in (
         shown
     )

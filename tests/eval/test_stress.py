@@ -17,7 +17,8 @@ from diffsparse.eval.stress_trial import Outcome, Subject
 from diffsparse.kernels import backends
 
 CPU = torch.device("cpu")
-SUBJECT = Subject("eager", "int8", "small", False, "cpu")
+PRECISIONS = ("native", "int8", "int8_fp8", "fp8")
+SUBJECT = Subject("eager", "int8", "small", "cpu")
 
 
 pytestmark = pytest.mark.usefixtures("children_find_the_standins")
@@ -96,7 +97,7 @@ def test_processes_that_no_longer_keep_the_device_busy_are_told(tmp_path, monkey
     assert json.loads(args.output.read_text())["outcomes"][0]["busy_processes"] == 1
 
 
-def test_only_what_is_not_switched_off_makes_the_command_fail(tmp_path, monkeypatch, idle_load):
+def test_what_is_not_right_makes_the_command_fail(tmp_path, monkeypatch, idle_load):
     output = str(tmp_path / "stress.json")
     command = ["stress", "--sizes", "small", "--backends", "eager", "--precisions", "int8", "--output", output]
     for verdict, exit_code in (("right", 0), ("wrong", 1), ("died", 1), ("hung", 1), ("no memory", 1)):
@@ -105,13 +106,13 @@ def test_only_what_is_not_switched_off_makes_the_command_fail(tmp_path, monkeypa
 
 
 def test_the_table_has_all_and_the_last_words_as_they_are(capsys):
-    subjects = [Subject(*names, False, "cpu") for names in (("gluon", "int8", "full"), ("dense",) * 3)]
+    subjects = [Subject(*names, "cpu") for names in (("gluon", "int8", "full"), ("dense",) * 3)]
     bad = outcome(
         "died", subjects[0], ended="[/x] SIGABRT", complaints=["[/bold] is no markup"], errors={"a": 0.1, "b": None}
     )
     stress.show([bad, outcome("wrong", subjects[1], wrong=2, differing=16384)], 7, Console(width=150))
     printed = capsys.readouterr().out
-    for words in ("beside 7", "[/x] SIGABRT", "[/bold] is no markup", "nan", "2, by up to 16,384 numbers"):
+    for words in ("beside 7", "│ int8 ", "[/x] SIGABRT", "[/bold] is no markup", "nan", "2, by up to 16,384 numbers"):
         assert words in printed
     assert "PyTorch's own attention was not right either" in printed
     stress.show([bad], 7, Console(width=150))
@@ -121,14 +122,13 @@ def test_the_table_has_all_and_the_last_words_as_they_are(capsys):
 def subjects(*arguments):
     said = []
     found = stress.subjects_of(parse(*arguments), CPU, said.append)
-    return [(subject.backend, subject.precision, subject.size, subject.switched_off) for subject in found], said
+    return [(subject.backend, subject.precision, subject.size) for subject in found], said
 
 
 def test_without_a_fast_backend_eager_is_tried_and_the_control():
     found, said = subjects()
-    precisions = ("native", "int8", "int8_fp8")
-    eager = [("eager", precision, size, False) for precision in precisions for size in ("full", "small")]
-    assert found == [("dense", "native", "full", False), *eager]
+    eager = [("eager", precision, size) for precision in PRECISIONS for size in ("full", "small")]
+    assert found == [("dense", "native", "full"), *eager]
     assert said == []
 
 
@@ -138,20 +138,20 @@ def with_hopper(monkeypatch):
     monkeypatch.setattr(backends, "available_backends", lambda *arguments: dict.fromkeys(backends.BACKENDS))
 
 
-def test_what_is_switched_off_is_tried_if_asked_for(monkeypatch):
+def test_on_hopper_both_kernels_are_tried_in_all_precisions(monkeypatch):
     with_hopper(monkeypatch)
-    triton = [("triton", precision, "full", False) for precision in ("native", "int8", "int8_fp8")]
     found, said = subjects("--sizes", "full")
-    assert found == [("dense", "native", "full", False), ("gluon", "native", "full", False), *triton]
-    assert [line.split()[:4] for line in said] == [["gluon", name, "is", "switched"] for name in ("int8", "int8_fp8")]
-    found, said = subjects("--sizes", "full", "--switched-off")
-    gluon = [("gluon", precision, "full", precision != "native") for precision in ("native", "int8", "int8_fp8")]
-    assert found == [("dense", "native", "full", False), *gluon, *triton]
+    ours = [(backend, precision, "full") for backend in ("gluon", "triton") for precision in PRECISIONS]
+    assert found == [("dense", "native", "full"), *ours]
     assert said == []
-    block_sparse_gluon = pytest.importorskip("diffsparse.kernels.block_sparse_gluon")
-    monkeypatch.setattr(block_sparse_gluon, "QUANTIZES", True)
-    found, said = subjects("--sizes", "full")
-    assert [switched_off for *_, switched_off in found] == [False] * 7
+
+
+def test_what_a_backend_hands_to_another_is_said_and_left_out(monkeypatch):
+    with_hopper(monkeypatch)
+    monkeypatch.setattr(backends, "left_to", lambda *asked: {("gluon", "int8", 128): "triton"}.get(asked))
+    found, said = subjects("--sizes", "full", "--backends", "gluon")
+    assert found == [("gluon", precision, "full") for precision in ("native", "int8_fp8", "fp8")]
+    assert said == ["gluon int8 goes to triton"]
 
 
 def test_what_cannot_run_is_said(monkeypatch):
@@ -160,8 +160,8 @@ def test_what_cannot_run_is_said(monkeypatch):
 
     monkeypatch.setattr(backends, "available_backends", available)
     found, said = subjects("--backends", "eager", "--sizes", "small")
-    assert found == [("eager", "native", "small", False)]
-    assert said == [f"eager {name} cannot run: no {name}" for name in ("int8", "int8_fp8")]
+    assert found == [("eager", "native", "small")]
+    assert said == [f"eager {name} cannot run: no {name}" for name in PRECISIONS[1:]]
     with pytest.raises(ValueError, match="Nothing is left to try"):
         subjects("--backends", "eager", "--precisions", "int8")
 
@@ -171,7 +171,6 @@ def test_what_cannot_run_is_said(monkeypatch):
     [
         (["--backends", "tritn"], r"`--backends` must be among dense, gluon, .*, got 'tritn'\."),
         (["--backends", "gluon"], r"`--backends` gluon cannot run on cpu: it needs a CUDA GPU"),
-        (["--switched-off"], r"`--switched-off` adds nothing on cpu: .*it needs a CUDA GPU"),
         (["--backends", "dense", "--sizes", "small"], r"Nothing is left to try of `--backends`"),
         (["--processes", "-1"], r"`--processes` must be at least 0, got -1\."),
         (["--seconds", "0"], r"`--seconds` must be above 0, got 0\.0\."),

@@ -11,7 +11,7 @@ from diffsparse.eval.stress_trial import DENSE, SIZES, Subject
 from diffsparse.kernels import block_sparse_eager
 from diffsparse.kernels.self_test import SmallCase
 
-FULL = Subject("eager", "native", "full", False, "cpu")
+FULL = Subject("eager", "native", "full", "cpu")
 SMALL = dataclasses.replace(FULL, size="small")
 
 
@@ -23,7 +23,7 @@ def calls(subject, **changes):
     "subject",
     [
         dataclasses.replace(FULL, backend=DENSE),
-        *(Subject("eager", name, size, False, "cpu") for name in ("native", "int8", "int8_fp8") for size in SIZES),
+        *(Subject("eager", name, size, "cpu") for name in ("native", "int8", "int8_fp8", "fp8") for size in SIZES),
     ],
     ids=lambda subject: subject.name,
 )
@@ -78,17 +78,6 @@ def test_what_a_backend_leaves_to_another_is_not_called_small(monkeypatch):
     )
     cases, _ = small_cases(monkeypatch)
     assert [case.key_block_size for case in cases] == [128] * 4
-
-
-def test_what_is_switched_off_is_made_to_run():
-    gluon = pytest.importorskip("diffsparse.kernels.block_sparse_gluon")
-    assert not gluon.QUANTIZES
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gluon, "QUANTIZES", False)
-        calls(FULL, backend=DENSE)
-        assert not gluon.QUANTIZES
-        calls(FULL, backend=DENSE, switched_off=True)
-        assert gluon.QUANTIZES
 
 
 def test_a_kernel_that_pytorch_stands_in_for_is_not_right():

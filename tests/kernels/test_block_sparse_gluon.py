@@ -58,12 +58,10 @@ def test_the_triton_kernel_does_what_it_cannot(gluon, monkeypatch, option):
     assert given_options == options
 
 
-@pytest.mark.parametrize("quantizes", [False, True])
 @pytest.mark.parametrize(("precision", "key_block_size"), itertools.product(PRECISIONS, (64, 128)))
-def test_it_says_what_it_leaves_to_the_triton_kernel(gluon, monkeypatch, quantizes, precision, key_block_size):
+def test_it_says_what_it_leaves_to_the_triton_kernel(gluon, monkeypatch, precision, key_block_size):
     from diffsparse.kernels.operands_triton import Operands
 
-    monkeypatch.setattr(gluon, "QUANTIZES", quantizes)
     monkeypatch.setattr(gluon.block_sparse_triton, "attend", lambda *args, **options: "triton")
     monkeypatch.setattr(gluon, "launch", lambda *args, **options: (None, None))
     x = torch.ones(1, 1, 128, 64)
@@ -72,7 +70,7 @@ def test_it_says_what_it_leaves_to_the_triton_kernel(gluon, monkeypatch, quantiz
     monkeypatch.setattr(gluon, "prepared", lambda *args, **options: Operands(x, x, x))
     given = gluon.attend(x, x, x, *lists, key_block_size=key_block_size, precision=precision, **options)
     assert backends.left_to("gluon", precision, key_block_size) == ("triton" if given == "triton" else None)
-    is_quantized_here = quantizes and key_block_size == 128 and precision not in ("int8_int8", "int4")
+    is_quantized_here = key_block_size == 128 and precision not in ("int8_int8", "int4")
     assert (given == "triton") == (precision != "native" and not is_quantized_here)
 
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffsparse.kernels import backends
 from diffsparse.kernels.capabilities import Capability, capability, features
-from diffsparse.kernels.quantization import PRECISIONS, QUANTIZED
+from diffsparse.kernels.quantization import PRECISIONS
 
 
 @pytest.fixture
@@ -41,23 +41,17 @@ def test_what_cannot_run_here_takes_nothing_and_says_why(backend):
     assert found == Capability(reason=found.reason)
 
 
-def test_on_hopper_the_gluon_backend_takes_halves_and_leaves_8_bits_to_triton(gpu):
+def test_on_hopper_the_gluon_backend_takes_halves_and_leaves_some_of_8_bits_to_triton(gpu):
     gpu(9, 0)
     found = capability("gluon", "cuda")
     assert found.dtypes == (torch.bfloat16, torch.float16)
     assert (found.head_dims, found.query_blocks, found.key_blocks) == ((64, 128), (128,), (64, 128))
     assert found.computed_by == ("gluon",)
-    for precision in QUANTIZED:
+    for precision in ("int8", "int8_fp8", "fp8"):
+        # Key blocks of 64, and of 128.
+        assert capability("gluon", "cuda", precision).computed_by == ("triton", "gluon")
+    for precision in ("int8_int8", "int4"):
         assert capability("gluon", "cuda", precision).computed_by == ("triton",)
-
-
-def test_a_kernel_that_computes_some_sizes_of_blocks_leaves_the_others(gpu, monkeypatch):
-    from diffsparse.kernels import block_sparse_gluon
-
-    monkeypatch.setattr(block_sparse_gluon, "QUANTIZES", True)
-    gpu(9, 0)
-    assert set(capability("gluon", "cuda", "int8").computed_by) == {"gluon", "triton"}
-    assert capability("gluon", "cuda", "int4").computed_by == ("triton",)
 
 
 def test_fp8_needs_ada_and_key_blocks_of_32(gpu):

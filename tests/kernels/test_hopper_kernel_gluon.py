@@ -29,8 +29,8 @@ def _chance(request):
 
 
 @pytest.fixture
-def quantizes(gluon, monkeypatch):
-    """The kernel takes 8 bits, from the specification of what quantizes: the Triton kernels have tests of their own."""
+def quantizes(monkeypatch):
+    """The specification of what quantizes does so: the Triton kernels have tests of their own."""
     from diffsparse.kernels import operands_triton
 
     def quantize_blocks(x, block_size, number, *, order=None, mean=None, key_length=None, pool=False):
@@ -49,7 +49,6 @@ def quantizes(gluon, monkeypatch):
 
     monkeypatch.setattr(operands_triton, "quantize_blocks", quantize_blocks)
     monkeypatch.setattr(operands_triton, "quantize_values", quantize_values)
-    monkeypatch.setattr(gluon, "QUANTIZES", True)
 
 
 def make_inputs(*, dtype=torch.bfloat16, head_dim=64, key_block_size=128, lengths=None, tail=None, tokens=450):
