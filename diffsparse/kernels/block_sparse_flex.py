@@ -8,6 +8,7 @@ block lists; the mask hides the means of blocks that it lists itself.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from diffsparse.kernels.pooling import block_means, block_token_counts, tail_sizes
+from diffsparse.kernels.pooling import block_means, block_token_counts, tail_logs
 
 BLOCK_SIZES = (16, 32, 64, 128)
 # A graph each: head dim, block sizes, dtype, tail or none, one number of tokens or any. PyTorch stops at 8.
@@ -75,9 +76,9 @@ def attend(
     if tail is not None:
         num_mean_blocks = num_blocks // key_block_size + 1
         num_means = num_mean_blocks * key_block_size  # with zeros up to whole blocks
-        of_means = tail_sizes(key_blocks, counts, num_keys, key_block_size, key_length, num_means)  # [B, H, Q, means]
-        mask = _exists_or_means(lengths, of_means, first_mean, query_block_size)
-        score = _weigh_means(of_means, first_mean, query_block_size)
+        logs = tail_logs(key_blocks, counts, num_keys, key_block_size, key_length, num_means)  # [B, H, Q, means]
+        mask = _exists_or_means(lengths, logs, first_mean, query_block_size)
+        score = _weigh_means(logs, first_mean, query_block_size)
         means = [block_means(x, key_block_size, key_length)[0].to(x.dtype) for x in (key, value)]
         key, value = (
             torch.cat([_padded(x, first_mean), _padded(mean, num_means)], dim=2) for x, mean in zip((key, value), means)
@@ -162,23 +163,23 @@ def _exists(lengths: Tensor) -> Modifier:
     return mask
 
 
-def _exists_or_means(lengths: Tensor, of_means: Tensor, first_mean: int, query_block_size: int) -> Modifier:
-    """The same for keys before `first_mean`. Means follow: what stands for no token in `of_means` is hidden."""
+def _exists_or_means(lengths: Tensor, logs: Tensor, first_mean: int, query_block_size: int) -> Modifier:
+    """The same for keys before `first_mean`. Means follow: what stands for no token, by `logs`, is hidden."""
 
     def mask(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         mean = (key - first_mean).clamp(min=0)
-        return torch.where(key < first_mean, key < lengths[b], of_means[b, h, query // query_block_size, mean] > 0)
+        return torch.where(key < first_mean, key < lengths[b], logs[b, h, query // query_block_size, mean] >= 0)
 
     return mask
 
 
-def _weigh_means(of_means: Tensor, first_mean: int, query_block_size: int) -> Modifier:
-    """Adds the log of how many tokens a mean stands for."""
+def _weigh_means(logs: Tensor, first_mean: int, query_block_size: int) -> Modifier:
+    """Adds the logarithm of how many tokens a mean stands for. `logs` [B, H, Q, means] are to base 2."""
 
     def score(logit: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         mean = (key - first_mean).clamp(min=0)
-        tokens = of_means[b, h, query // query_block_size, mean].to(torch.float32)
-        return torch.where(key < first_mean, logit, logit + tokens.log())
+        log = logs[b, h, query // query_block_size, mean] * math.log(2)
+        return torch.where(key < first_mean, logit, logit + log)
 
     return score
 

@@ -21,7 +21,7 @@ from diffsparse.kernels.hopper_lists_gluon import TILE
 from diffsparse.kernels.hopper_tiles_gluon import descriptor_layout
 from diffsparse.kernels.launch import FUSION, launch_on, outputs, step_of_heads
 from diffsparse.kernels.operands_triton import Operands, prepared
-from diffsparse.kernels.pooling import tail_sizes
+from diffsparse.kernels.pooling import tail_logs
 from diffsparse.kernels.quantization import of_key_mean
 from diffsparse.kernels.schedule import heavy_first
 
@@ -163,11 +163,11 @@ def launch(
     num_keys = key.shape[2]
     out, lse = outputs(query, dtype, return_lse)
     key_blocks, counts = key_blocks.expand(batch, heads, -1, -1), counts.expand(batch, heads, -1)
-    sizes = pooled_key = pooled_value = has_tail = None
+    logs = pooled_key = pooled_value = has_tail = None
     if tail is not None:
         # Whole tiles of them, and one at least that belongs to no block.
         num_padded = ((num_keys // key_block_size + 1) // TILE.value + 1) * TILE.value
-        sizes = tail_sizes(key_blocks, counts, num_keys, key_block_size, key_length, num_padded)
+        logs = tail_logs(key_blocks, counts, num_keys, key_block_size, key_length, num_padded)
         assert operands.key_means is not None
         assert operands.value_means is not None
         pooled_key, pooled_value = (
@@ -193,7 +193,7 @@ def launch(
             operands.key_scale,
             operands.value_scale,
             has_tail,
-            sizes,
+            logs,
             *query.stride()[:3],
             *out.stride()[:3],
             step_of_heads(query_order),

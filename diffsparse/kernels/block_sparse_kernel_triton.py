@@ -57,7 +57,7 @@ def attention_kernel(
     key_scale_ptr,
     value_scale_ptr,
     has_tail_ptr,
-    tail_sizes_ptr,
+    tail_logs_ptr,
     pooled_key_ptr,
     pooled_value_ptr,
     query_stride_b,
@@ -224,7 +224,7 @@ def attention_kernel(
             # Means are not quantized, and meet the query that the listed keys have met.
             query = (query.to(tl.float32) * (query_scale / logit_scale)).to(pooled_key_ptr.dtype.element_ty)
         num_means = tl.where(tl.load(has_tail_ptr + head_of_batch) != 0, num_blocks, 0)
-        tail_sizes_ptr += row_of_all.to(tl.int64) * (num_blocks + 1)
+        tail_logs_ptr += row_of_all.to(tl.int64) * (num_blocks + 1)
         pooled_key_ptr += head_of_batch * num_blocks * HEAD_DIM
         pooled_value_ptr += head_of_batch * num_blocks * HEAD_DIM
         for first in range(0, num_means, TAIL_TILE):
@@ -237,9 +237,9 @@ def attention_kernel(
                 key = load_rows(key_tile_ptr, remaining, HEAD_DIM, TAIL_TILE, HEAD_DIM, PADDED_DIM)
             value = load_rows(value_tile_ptr, remaining, HEAD_DIM, TAIL_TILE, HEAD_DIM, PADDED_DIM)
             means = first + tl.arange(0, TAIL_TILE)
-            size = tl.load(tail_sizes_ptr + means, mask=means < num_blocks, other=0).to(tl.float32)
-            logits = tl.dot(query, key.T, input_precision="ieee") * logit_scale + tl.log2(size)[None, :]
-            logits = tl.where((size > 0)[None, :], logits, -float("inf"))
+            log = tl.load(tail_logs_ptr + means, mask=means < num_blocks, other=-float("inf"))
+            logits = tl.dot(query, key.T, input_precision="ieee") * logit_scale + log[None, :]
+            logits = tl.where((log >= 0)[None, :], logits, -float("inf"))
             peak, fade, weights = _online_softmax(peak, logits, 1.0, True, BOOST)
             total = total * fade + tl.sum(weights, 1)
             if EXACT:

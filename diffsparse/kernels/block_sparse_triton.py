@@ -16,7 +16,7 @@ from diffsparse.kernels import amd, quantization
 from diffsparse.kernels.block_sparse_kernel_triton import attention_kernel
 from diffsparse.kernels.launch import FUSION, launch_on, outputs, step_of_heads
 from diffsparse.kernels.operands_triton import prepared
-from diffsparse.kernels.pooling import tail_sizes
+from diffsparse.kernels.pooling import tail_logs
 from diffsparse.kernels.schedule import heavy_first
 from diffsparse.kernels.tuning import Tuning, tuning
 
@@ -107,9 +107,9 @@ def attend(
         key_order=key_order,
         pool=tail is not None,
     )
-    sizes = has_tail = None
+    logs = has_tail = None
     if tail is not None:
-        sizes = tail_sizes(key_blocks, counts, num_keys, key_block_size, key_length, num_blocks + 1)
+        logs = tail_logs(key_blocks, counts, num_keys, key_block_size, key_length, num_blocks + 1)
         has_tail = tail.expand(batch, heads).to(torch.int32, memory_format=torch.contiguous_format)
     chosen = _tuning(query, query_block_size, key_block_size, precision)
     padded_dim = padded(head_dim, precision)
@@ -135,7 +135,7 @@ def attend(
             operands.key_scale,
             operands.value_scale,
             has_tail,
-            sizes,
+            logs,
             operands.key_means,
             operands.value_means,
             *operands.query.stride()[:3],

@@ -90,7 +90,7 @@ def compile_attention(
     if "order" in options:
         inputs["query_order_ptr"] = "*i64"
     if "tail" in options:
-        inputs |= {"has_tail_ptr": "*i32", "tail_sizes_ptr": "*u8"}
+        inputs |= {"has_tail_ptr": "*i32", "tail_logs_ptr": "*fp32"}
         inputs |= dict.fromkeys(("pooled_key_ptr", "pooled_value_ptr"), f"*{dtype}")
     if precision != "native":
         inputs |= dict.fromkeys(("query_scale_ptr", "key_scale_ptr"), "*fp32")

@@ -61,7 +61,7 @@ def attend_half(
     key_tiles, key_ready, key_free = keys
     value_tiles, value_ready, value_free = values
     num_tiles, num_missing = lists[2], lists[3]
-    num_tail_tiles, tail_sizes_ptr, value_scale_ptr = tail
+    num_tail_tiles, tail_logs_ptr, value_scale_ptr = tail
     logit_scale, first_size, key_length = softmax
     query_scale, key_scales = scales
     row, num_queries = rows
@@ -127,9 +127,9 @@ def attend_half(
             KEY_BLOCK,
         )
     last_tile = num_tiles - 1
-    if tail_sizes_ptr is not None and not QUANTIZED:
+    if tail_logs_ptr is not None and not QUANTIZED:
         for i in range(num_tail_tiles):
-            means_ptr = tail_sizes_ptr + i * TILE
+            logs_ptr = tail_logs_ptr + i * TILE
             weights, numerator, fade, peak, total = _take_tile(
                 num_tiles + i,
                 query,
@@ -144,7 +144,7 @@ def attend_half(
                 scale,
                 columns,
                 None,
-                means_ptr,
+                logs_ptr,
                 KEY_BLOCK,
             )
         last_tile += num_tail_tiles
@@ -154,7 +154,7 @@ def attend_half(
     if value_scale_ptr is not None:
         value_scale = gl.load(value_scale_ptr + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, out_layout)))
         numerator = numerator * value_scale[None, :]
-    if tail_sizes_ptr is not None and QUANTIZED:
+    if tail_logs_ptr is not None and QUANTIZED:
         # Means are not quantized, and meet the query that the listed keys have met.
         if num_tail_tiles > 0:
             out_tiles.index(PART).store(scaled(query, query_scale, OUT_DTYPE))
@@ -167,7 +167,7 @@ def attend_half(
         peak, total = gl.convert_layout(peak, mean_rows), gl.convert_layout(total, mean_rows)
         for i in range(num_tail_tiles):
             numerator, peak, total = _take_means(
-                i, out_tiles.index(PART), means, numerator, peak, total, logit_scale, tail_sizes_ptr + i * TILE, BOOST
+                i, out_tiles.index(PART), means, numerator, peak, total, logit_scale, tail_logs_ptr + i * TILE, BOOST
             )
         numerator = gl.convert_layout(numerator, out_layout)
         peak, total = (
@@ -220,15 +220,15 @@ def _take_tile(
     scale,
     columns,
     sizes,
-    means_ptr,
+    logs_ptr,
     KEY_BLOCK: gl.constexpr,
 ):
     """Take the last tile's weights [ROWS, TILE] into the numerator, this tile's into the total.
 
     The tile's own scale of `key_scales`, None if nothing is quantized, comes to `scale`.
 
-    `sizes` is how many keys of each of the tile's blocks exist, None if all do. At `means_ptr` is how many tokens
-    each key is the mean of, None if none is one.
+    `sizes` is how many keys of each of the tile's blocks exist, None if all do. At `logs_ptr` is the log2 of how many
+    tokens each key is the mean of, None if none is one.
 
     The tensor cores of Hopper keep sums of FP8 products to 14 bits: those of a tile are added in fp32, with the
     numerator one `fade` behind, so that both take one instruction.
@@ -246,16 +246,16 @@ def _take_tile(
         scale = _at_least(LEAST_SCALE, scale * key_scale_of(stage, key_scales))
     logits = start_logits(query, key_tiles.index(stage))
     product = start_product(weights, value_tiles.index(last_stage), numerator)
-    if means_ptr is not None:
-        num_tokens = gl.load(means_ptr + columns)
+    if logs_ptr is not None:
+        logs = gl.load(logs_ptr + columns)
     logits = warpgroup_mma_wait(1, deps=[logits])
     mbarrier.arrive(key_free.index(stage), count=1)
     logits = as_float(logits)
     if sizes is not None:  # noqa: SIM102 (the compiler would look at both halves)
         if gl.minimum(sizes[0], sizes[1]) < KEY_BLOCK:
             logits = gl.where(existing(columns, sizes[0], sizes[1], KEY_BLOCK)[None, :], logits, -float("inf"))
-    if means_ptr is not None:
-        logits = logits * scale + gl.log2(num_tokens.to(gl.float32))[None, :]
+    if logs_ptr is not None:
+        logits = logits * scale + logs[None, :]
         scale = 1.0
     peak, new_fade, new_weights, total = online_softmax(logits, scale, peak, total, OFFSET, BOOST)
     # Waiting for the values here and not in the next round keeps ptxas from moving the softmax behind what follows.
@@ -277,8 +277,8 @@ def _at_least(least, x):
 
 
 @gluon.jit
-def _take_means(tile, query, means, numerator, peak, total, scale, means_ptr, BOOST: gl.constexpr):
-    """Take a tile of block means into the sums. At `means_ptr` is how many tokens each is the mean of."""
+def _take_means(tile, query, means, numerator, peak, total, scale, logs_ptr, BOOST: gl.constexpr):
+    """Take a tile of block means into the sums. At `logs_ptr` is the log2 of how many tokens each is the mean of."""
     mean_keys, mean_values, ready, free = means
     STAGES: gl.constexpr = mean_keys.shape[0]
     stage, phase = tile % STAGES, (tile // STAGES) & 1
@@ -286,9 +286,9 @@ def _take_means(tile, query, means, numerator, peak, total, scale, means_ptr, BO
     layout: gl.constexpr = numerator.type.layout
     logits_layout: gl.constexpr = product_layout(TILE, mean_keys.dtype)
     logits = start_logits(query, mean_keys.index(stage))
-    num_tokens = gl.load(means_ptr + gl.arange(0, TILE, layout=gl.SliceLayout(0, logits_layout)))
+    logs = gl.load(logs_ptr + gl.arange(0, TILE, layout=gl.SliceLayout(0, logits_layout)))
     logits = warpgroup_mma_wait(0, deps=[logits])
-    logits = logits * scale + gl.log2(num_tokens.to(gl.float32))[None, :]
+    logits = logits * scale + logs[None, :]
     peak, fade, weights, total = online_softmax(logits, 1.0, peak, total, 0.0, BOOST)
     weights = as_operand(weights, mean_values.dtype, layout)
     numerator = numerator * gl.convert_layout(fade, gl.SliceLayout(1, layout))[:, None]

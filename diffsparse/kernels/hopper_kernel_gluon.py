@@ -49,7 +49,7 @@ def attention_kernel(
     key_scale_ptr,
     value_scale_ptr,
     has_tail_ptr,
-    tail_sizes_ptr,
+    tail_logs_ptr,
     query_stride_b,
     query_stride_h,
     query_stride_s,
@@ -104,7 +104,7 @@ def attention_kernel(
     num_tail_tiles = 0
     if has_tail_ptr is not None:
         num_tail_tiles_if_any = (num_keys // KEY_BLOCK + 1) // TILE + 1
-        tail_sizes_ptr += row_of_all.to(gl.int64) * num_tail_tiles_if_any * TILE
+        tail_logs_ptr += row_of_all.to(gl.int64) * num_tail_tiles_if_any * TILE
         num_tail_tiles = gl.where(gl.load(has_tail_ptr + head_of_batch) != 0, num_tail_tiles_if_any, 0)
 
     query_tiles = tiles_of(query_ptr.dtype.element_ty, 2, ROWS, HEAD_DIM)
@@ -157,7 +157,7 @@ def attention_kernel(
             mbarrier.init(mean_free.index(i), count=2)
         means = (mean_keys, mean_values, mean_ready, mean_free)
     lists = (list_ptr, lists_stride_c, num_tiles, num_missing, ragged_place)
-    tail = (num_tail_tiles, tail_sizes_ptr, value_scale_ptr)
+    tail = (num_tail_tiles, tail_logs_ptr, value_scale_ptr)
     softmax = (logit_scale, first_size, None if key_length_ptr is None else length)
     out_ptr += b64 * out_stride_b + h64 * out_stride_h
     if lse_ptr is not None:

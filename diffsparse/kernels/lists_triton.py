@@ -1,6 +1,6 @@
 """Lists of key blocks in Triton: made of packed bits, and read for what is not in them. A program a query block.
 
-It is held to PyTorch: `lists_of` to `BlockMask.lists`, `tail_sizes` to `pooling.py`.
+It is held to PyTorch: `lists_of` to `BlockMask.lists`, `tail_logs` to `pooling.py`.
 """
 
 # mypy: allow-untyped-defs
@@ -30,7 +30,7 @@ def lists_of(bits: Tensor, num_blocks: int) -> Tensor:
     return lists
 
 
-def tail_sizes(
+def tail_logs(
     key_blocks: Tensor,
     counts: Tensor,
     num_keys: int,
@@ -38,15 +38,15 @@ def tail_sizes(
     key_length: Tensor | None,
     num_padded: int,
 ) -> Tensor:
-    """What `pooling.tail_sizes` gives: [B, H, Q, num_padded] uint8."""
+    """What `pooling.tail_logs` gives: [B, H, Q, num_padded] fp32."""
     batch, heads, rows = counts.shape
-    sizes = torch.empty((*counts.shape, num_padded), dtype=torch.uint8, device=counts.device)
+    logs = torch.empty((*counts.shape, num_padded), dtype=torch.float32, device=counts.device)
     with launch_on(counts.device):
-        tail_sizes_kernel[(rows, batch * heads)](
+        tail_logs_kernel[(rows, batch * heads)](
             key_blocks,
             counts,
             None if key_length is None else key_length.contiguous(),
-            sizes,
+            logs,
             *key_blocks.stride(),
             *counts.stride(),
             heads,
@@ -56,7 +56,7 @@ def tail_sizes(
             CHUNK=CHUNK,
             **FUSION,
         )
-    return sizes
+    return logs
 
 
 # How many blocks there are is not compiled in: another resolution compiles nothing.
@@ -84,8 +84,8 @@ def lists_kernel(bits_ptr, lists_ptr, num_blocks, CHUNK: tl.constexpr):
         num_seen += tl.sum(is_seen, 0)
 
 
-# Nor how many keys and heads there are, and where their lists lie. Whether rows of sizes begin at multiples of 16 is:
-# it makes stores of 16 bytes of them.
+# Nor how many keys and heads there are, and where their lists lie. Whether rows of logarithms begin at multiples of 16
+# is: it makes stores of 16 bytes of them.
 @triton.jit(
     do_not_specialize=[
         "lists_stride_b",
@@ -98,11 +98,11 @@ def lists_kernel(bits_ptr, lists_ptr, num_blocks, CHUNK: tl.constexpr):
         "num_keys",
     ]
 )
-def tail_sizes_kernel(
+def tail_logs_kernel(
     key_blocks_ptr,
     counts_ptr,
     key_length_ptr,
-    sizes_ptr,
+    logs_ptr,
     lists_stride_b,
     lists_stride_h,
     lists_stride_q,
@@ -116,14 +116,14 @@ def tail_sizes_kernel(
     num_padded,
     CHUNK: tl.constexpr,
 ):
-    """Write the sizes of all blocks for one query block, then zeros for those that are listed.
+    """Write the logarithms of all blocks' sizes for one query block, then -inf for those that are listed.
 
     `key_length_ptr` may be None.
     """
     row = tl.program_id(0).to(tl.int64)
     head_of_batch = tl.program_id(1).to(tl.int64)
     b, h = head_of_batch // heads, head_of_batch % heads
-    sizes_ptr += (head_of_batch * tl.num_programs(0) + row) * num_padded
+    logs_ptr += (head_of_batch * tl.num_programs(0) + row) * num_padded
     lists_ptr = key_blocks_ptr + b * lists_stride_b + h * lists_stride_h + row * lists_stride_q
     count = tl.load(counts_ptr + b * counts_stride_b + h * counts_stride_h + row * counts_stride_q)
     length = num_keys
@@ -133,12 +133,13 @@ def tail_sizes_kernel(
         # [CHUNK]
         blocks = first + tl.arange(0, CHUNK)
         size = tl.minimum(tl.maximum(length - blocks * key_block_size, 0), key_block_size)
-        tl.store(sizes_ptr + blocks, size.to(tl.uint8), mask=blocks < num_padded)
-    # A listed block's size was written by another thread: its zero comes after it.
+        log = tl.where(size > 0, tl.log2(tl.maximum(size, 1).to(tl.float32)), -float("inf"))
+        tl.store(logs_ptr + blocks, log, mask=blocks < num_padded)
+    # A listed block's logarithm was written by another thread: its -inf comes after it.
     tl.debug_barrier()
     for first in range(0, count, CHUNK):
         # [CHUNK]
         entries = first + tl.arange(0, CHUNK)
         is_listed = entries < count
         block = tl.load(lists_ptr + entries * lists_stride_c, mask=is_listed, other=0)
-        tl.store(sizes_ptr + block, tl.zeros([CHUNK], tl.uint8), mask=is_listed)
+        tl.store(logs_ptr + block, tl.full([CHUNK], -float("inf"), tl.float32), mask=is_listed)

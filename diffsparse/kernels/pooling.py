@@ -79,7 +79,7 @@ def block_token_counts(
     return (key_length.long().clamp(max=num_tokens)[:, None] - starts).clamp(min=0, max=block_size)
 
 
-def tail_sizes(
+def tail_logs(
     key_blocks: Tensor,
     counts: Tensor,
     num_keys: int,
@@ -87,18 +87,19 @@ def tail_sizes(
     key_length: Tensor | None,
     num_padded: int,
 ) -> Tensor:
-    """How many tokens each block's mean stands for, [B, H, Q, num_padded] uint8: 0 where a block is listed, or is none.
+    """The log2 of how many tokens each mean stands for, by which its logit is larger: [B, H, Q, num_padded] fp32.
 
+    -inf where a block is listed, or is none. A kernel would take longer to find it than to multiply by the mean.
     `key_blocks` [B, H, Q, C], `counts` [B, H, Q]. `num_padded` is above the number of blocks: entries beyond a count
-    go to the last place, which belongs to no block. Blocks are of at most 255 tokens.
+    go to the last place, which belongs to no block.
     """
     kernels = _kernels(key_blocks.device)
-    compute = _tail_sizes if kernels is None else kernels.tail_sizes
-    sizes: Tensor = compute(key_blocks, counts, num_keys, key_block_size, key_length, num_padded)
-    return sizes
+    compute = _tail_logs if kernels is None else kernels.tail_logs
+    logs: Tensor = compute(key_blocks, counts, num_keys, key_block_size, key_length, num_padded)
+    return logs
 
 
-def _tail_sizes(
+def _tail_logs(
     key_blocks: Tensor,
     counts: Tensor,
     num_keys: int,
@@ -106,17 +107,17 @@ def _tail_sizes(
     key_length: Tensor | None,
     num_padded: int,
 ) -> Tensor:
-    """The specification of `tail_sizes`."""
+    """The specification of `tail_logs`."""
     sizes = block_token_counts(num_keys, key_block_size, key_length, key_blocks.device)
-    sizes = F.pad(sizes, (0, num_padded - sizes.shape[1])).to(torch.uint8)
+    logs = F.pad(sizes, (0, num_padded - sizes.shape[1])).float().log2()
     is_listed = torch.arange(key_blocks.shape[-1], device=counts.device) < counts[..., None]
     index = key_blocks.where(is_listed, num_padded - 1).long()
-    return sizes[:, None, None].repeat(len(counts) // len(sizes), *counts.shape[1:], 1).scatter_(-1, index, 0)
+    return logs[:, None, None].repeat(len(counts) // len(logs), *counts.shape[1:], 1).scatter_(-1, index, -torch.inf)
 
 
 @functools.cache
 def _kernels(device: torch.device) -> ModuleType | None:
-    """The Triton kernel for `tail_sizes`, where it runs and is right on a few lists; None elsewhere."""
+    """The Triton kernel for `tail_logs`, where it runs and is right on a few lists; None elsewhere."""
 
     def check(kernels: ModuleType) -> bool:
         generator = torch.Generator().manual_seed(0)
@@ -124,9 +125,9 @@ def _kernels(device: torch.device) -> ModuleType | None:
         key_blocks = torch.rand((2, 2, 3, 1100), generator=generator, device="cpu").argsort(-1).int()
         counts = torch.randint(1, 1101, (2, 2, 3), generator=generator, dtype=torch.int32, device="cpu")
         key_length = torch.tensor([17590, 9000], dtype=torch.int32, device="cpu")
-        expected = _tail_sizes(key_blocks, counts, 17590, 16, key_length, 1152)
+        expected = _tail_logs(key_blocks, counts, 17590, 16, key_length, 1152)
         key_blocks, counts, key_length = (x.to(device) for x in (key_blocks, counts, key_length))
-        actual = kernels.tail_sizes(key_blocks, counts, 17590, 16, key_length, 1152)
-        return torch.equal(actual.cpu(), expected)
+        actual = kernels.tail_logs(key_blocks, counts, 17590, 16, key_length, 1152)
+        return torch.allclose(actual.cpu(), expected, 0.0, 1e-6)
 
     return kernels_on(device, "lists_triton", "sizes of the pooled tail", check)

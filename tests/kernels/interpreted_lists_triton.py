@@ -69,7 +69,7 @@ def lists_for(num_blocks, capacity, batch, heads):
 @pytest.mark.parametrize("num_blocks", NUMBERS_OF_BLOCKS)
 @pytest.mark.parametrize("has_lengths", [False, True])
 @pytest.mark.parametrize("is_ragged", [False, True])
-def test_sizes_are_those_of_torch(num_blocks, has_lengths, is_ragged):
+def test_logarithms_are_those_of_torch(num_blocks, has_lengths, is_ragged):
     num_keys = 16 * num_blocks - 3 * is_ragged
     # Nothing; within a block, at its edge, in the last block, at the end, beyond it.
     lengths = [0, 8 * num_blocks + 3, num_blocks // 2 * 16, num_keys - 1, num_keys, LARGEST]
@@ -77,9 +77,9 @@ def test_sizes_are_those_of_torch(num_blocks, has_lengths, is_ragged):
     capacities = num_blocks, max(num_blocks // 3, 1)
     for capacity, num_padded in zip(capacities, (num_blocks + 1, (num_blocks // 128 + 1) * 128)):
         inputs = *lists_for(num_blocks, capacity, len(lengths), 1), num_keys, 16, key_length, num_padded
-        sizes = lists_triton.tail_sizes(*inputs)
-        assert (sizes.dtype, sizes.is_contiguous()) == (torch.uint8, True)
-        assert torch.equal(sizes, pooling.tail_sizes(*inputs))
+        logs = lists_triton.tail_logs(*inputs)
+        assert (logs.dtype, logs.is_contiguous()) == (torch.float32, True)
+        torch.testing.assert_close(logs, pooling.tail_logs(*inputs), rtol=0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 3), (2, 1)])
@@ -90,13 +90,14 @@ def test_lists_and_counts_may_be_shared_and_lie_anywhere(batch, heads, lengths):
     shared = key_blocks.expand(2, 3, -1, -1), counts.expand(2, 3, -1)
     key_length = None if lengths is None else torch.tensor(lengths, dtype=torch.int32).repeat_interleave(2)[::2]
     others = 1100, 128, key_length, 128
-    assert torch.equal(lists_triton.tail_sizes(*shared, *others), pooling.tail_sizes(*shared, *others))
+    expected = pooling.tail_logs(*shared, *others)
+    torch.testing.assert_close(lists_triton.tail_logs(*shared, *others), expected, rtol=0.0, atol=1e-6)
     # Only one of the two shared.
     both = shared[0].contiguous(), shared[1]
-    assert torch.equal(lists_triton.tail_sizes(*both, *others), pooling.tail_sizes(*both, *others))
+    torch.testing.assert_close(lists_triton.tail_logs(*both, *others), expected, rtol=0.0, atol=1e-6)
 
 
-FIRST_USES = [(block_mask, "lists_of", "listing key blocks"), (pooling, "tail_sizes", "sizes of the pooled tail")]
+FIRST_USES = [(block_mask, "lists_of", "listing key blocks"), (pooling, "tail_logs", "sizes of the pooled tail")]
 
 
 def pretend(monkeypatch, module):
@@ -120,14 +121,14 @@ def test_torch_takes_over_from_a_kernel_that_is_wrong(module, kernel, what, plac
 
     def wrong(*inputs):
         result = right(*inputs)
-        result.view(-1)[place] += 1
+        result.view(-1)[place] = 1 - result.view(-1)[place].clamp(min=0)
         return result
 
     mask = BlockMask.from_visible(visible_of(9, 2, 3, 5), 65, 16, 8)
     inputs = *lists_for(9, 9, 2, 3), 65, 8, None, 16
-    expected = mask.lists() if module is block_mask else pooling.tail_sizes(*inputs)
+    expected = mask.lists() if module is block_mask else pooling.tail_logs(*inputs)
     monkeypatch.setattr(lists_triton, kernel, wrong)
     pretend(monkeypatch, module)
     with pytest.warns(UserWarning, match=f"{what} is left out.*wrong on a small input"), PretendedGPU():
-        actual = mask.lists() if module is block_mask else pooling.tail_sizes(*inputs)
+        actual = mask.lists() if module is block_mask else pooling.tail_logs(*inputs)
     assert torch.equal(actual, expected)

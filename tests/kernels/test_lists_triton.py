@@ -25,16 +25,16 @@ POINTERS = {
     "key_blocks_ptr": "*i32",
     "counts_ptr": "*i32",
     "key_length_ptr": "*i32",
-    "sizes_ptr": "*u8",
+    "logs_ptr": "*fp32",
 }
 
 
 ONES = dict.fromkeys(("lists_stride_c", "key_block_size"), 1)
 LAUNCHES = [
-    *((capability, name, {}, ()) for capability in SHARED_MEMORY for name in ("lists_kernel", "tail_sizes_kernel")),
-    *((capability, "tail_sizes_kernel", {"key_length_ptr": None}, ("num_padded",)) for capability in SHARED_MEMORY),
-    (90, "tail_sizes_kernel", ONES, ()),
-    (90, "tail_sizes_kernel", {"key_length_ptr": None, **ONES}, ()),
+    *((capability, name, {}, ()) for capability in SHARED_MEMORY for name in ("lists_kernel", "tail_logs_kernel")),
+    *((capability, "tail_logs_kernel", {"key_length_ptr": None}, ("num_padded",)) for capability in SHARED_MEMORY),
+    (90, "tail_logs_kernel", ONES, ()),
+    (90, "tail_logs_kernel", {"key_length_ptr": None, **ONES}, ()),
 ]
 
 
@@ -46,8 +46,8 @@ def test_they_compile_for_every_architecture(capability, name, constants, even):
     compiled = compile_for(capability, getattr(lists_triton, name), POINTERS, constants, even)
     assert compiled.metadata.shared <= 48 * 1024
     assert resources(compiled).spilled_bytes == 0
-    if name == "tail_sizes_kernel":
-        # No zero of a listed block is overtaken by the block's size.
+    if name == "tail_logs_kernel":
+        # No -inf of a listed block is overtaken by the block's logarithm.
         barriers_and_stores = "".join(x[0] for x in re.findall(r"bar\.sync|st\.global", compiled.asm["ptx"]))
         assert re.fullmatch("b*s+b+s+", barriers_and_stores)
 
@@ -55,7 +55,7 @@ def test_they_compile_for_every_architecture(capability, name, constants, even):
 def test_another_resolution_compiles_nothing():
     from diffsparse.kernels import lists_triton
 
-    kernels = lists_triton.lists_kernel, lists_triton.tail_sizes_kernel
+    kernels = lists_triton.lists_kernel, lists_triton.tail_logs_kernel
     numbers = {x.name: x for kernel in kernels for x in kernel.params if x.name not in POINTERS}
     assert numbers.pop("CHUNK").is_constexpr
     # Of a config and a backend the first two are the same at any resolution. Multiples of 16 are stored 16 at a time.
@@ -77,16 +77,16 @@ def test_lists_are_one_launch(monkeypatch):
 
 
 @pytest.mark.parametrize("length", [None, 50])
-def test_sizes_are_one_launch(length, monkeypatch):
+def test_logarithms_are_one_launch(length, monkeypatch):
     from diffsparse.kernels import lists_triton
 
     launches = Launches()
-    monkeypatch.setattr(lists_triton, "tail_sizes_kernel", launches)
+    monkeypatch.setattr(lists_triton, "tail_logs_kernel", launches)
     monkeypatch.setattr(pooling, "_kernels", lambda device: lists_triton)
     key_blocks, counts = torch.zeros(1, 1, 5, 9, dtype=torch.int32), torch.ones(1, 1, 5, dtype=torch.int32)
     key_length = None if length is None else torch.tensor([length, length], dtype=torch.int32)
     with Operators() as operators:
-        sizes = pooling.tail_sizes(key_blocks.expand(2, 3, -1, -1), counts.expand(2, 3, -1), 65, 8, key_length, 16)
+        logs = pooling.tail_logs(key_blocks.expand(2, 3, -1, -1), counts.expand(2, 3, -1), 65, 8, key_length, 16)
     assert operators.seen == ["aten.empty"]
     assert launches.grids == [(5, 2 * 3)]
-    assert sizes.shape == (2, 3, 5, 16)
+    assert logs.shape == (2, 3, 5, 16)
