@@ -132,6 +132,7 @@ _SELF_TEST_CASES = (
     SmallCase(128, 128, 64, has_tail=True, has_length=False, has_orders=True),
     SmallCase(128, 128, 128, has_tail=False, has_length=False, has_orders=True),
     SmallCase(64, 128, 64, has_tail=False, has_length=True),
+    SmallCase(64, 128, 128, has_tail=True, has_length=True),
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from running_products import touched_while_running
 
-from diffsparse.kernels import backends, quantization
+from diffsparse.kernels import backends, quantization, self_test
 from diffsparse.kernels.cross_compile_triton import machine_code, resources
 from diffsparse.kernels.launch import FUSION
 from diffsparse.kernels.quantization import PRECISIONS
@@ -103,6 +103,17 @@ def test_views_that_the_copy_engine_cannot_take_are_copied_first(gluon, odd):
     assert all(stride % 8 == 0 for stride in descriptor.strides[:3])
     assert descriptor.base.data_ptr() % 16 == 0
     assert torch.equal(descriptor.base, x)
+
+
+def test_the_self_test_has_every_option_in_8_bits(gluon):
+    cases = [
+        case
+        for case in self_test._SELF_TEST_CASES
+        if gluon.left_to("int8_fp8", case.key_block_size) is None and case.query_block_size == gluon.QUERY_BLOCK
+    ]
+    assert {case.head_dim for case in cases} == set(gluon.HEAD_DIMS)
+    assert any(case.has_tail and case.has_length for case in cases)
+    assert any(case.has_orders for case in cases)
 
 
 def test_values_beyond_the_length_are_zeros_to_the_kernel(gluon, monkeypatch):
