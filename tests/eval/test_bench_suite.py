@@ -71,6 +71,30 @@ def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, cap
     assert "| ours, native + tail | " in table
 
 
+def test_transformers_are_timed_in_8_bits_too_where_the_device_has_them(suite, tmp_path, monkeypatch, capsys):
+    subject = bench_transformer.Subject("wan-1.3b", 64, 64, 5)
+    monkeypatch.setattr(bench_suite, "SUBJECTS", {"small": subject, "other": subject})
+    refused = "the GPU has no FP8"
+
+    def measured(model, call, device, config, rounds):
+        assert (config.strategy.density, config.strategy.tail) == (0.25, True)
+        if config.quantization is not None and len(taken) == 1:
+            raise ValueError(refused)
+        taken.append((config.quantization, config.strategy.key_block_size))
+        return {"speed_up": 2.0, "density": 0.25}
+
+    taken = []
+    monkeypatch.setattr(bench_suite, "bench_transformer", measured)
+    assert run(tmp_path / "speed.json") == 0
+    assert taken == [(None, None), (None, None), ("int8_fp8", 128)]
+    found = json.loads((tmp_path / "speed.json").read_text())["transformers"]
+    assert [list(each) for each in found.values()] == [
+        ["balanced"],
+        ["balanced", "balanced, int8_fp8, 128 keys a block"],
+    ]
+    assert f"cannot run: {refused}" in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_is_measured_is_not_measured_again(suite, tmp_path, monkeypatch):
     output = tmp_path / "speed.json"
     monkeypatch.setattr(bench_suite, "SUITES", {"tiny": (SMALL,)})
