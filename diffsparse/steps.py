@@ -166,14 +166,14 @@ class StepClock:
                 current = begin if begin is not None else self._beginning(timestep, timesteps)
             if begin is None:
                 begin = self._begun[1] if self._begun[0] is timesteps else 0
-            if current is not None and self._watch.takes_part(timesteps, current, timestep):
+            if current is not None and self._watch.takes_part(timesteps, current, timestep, name):
                 return current, len(timesteps), name, begin
         if is_guided:
             return guider._step, guider._num_inference_steps, name, 0
-        # One that was told how many steps there are and takes none may have copies that run the loop.
+        # One that was told how many steps there are and takes none may have copies that run the loop, or not count.
         if has_index and (scheduler._step_index is not None or not is_told):
             timesteps = None
-        return *self._by_timestep(_value(timestep), timesteps), name, 0
+        return *self._by_timestep(timestep, timesteps), name, 0
 
     def _beginning(self, timestep: Any, timesteps: Any) -> int:
         """The place in `timesteps` of the first `timestep` since they were made; 0 where it is not among them.
@@ -186,16 +186,20 @@ class StepClock:
             self._begun = timesteps, values.index(value) if value in values else 0
         return self._begun[1]
 
-    def _by_timestep(self, value: float | None, timesteps: Any) -> tuple[int, int | None]:
+    def _by_timestep(self, timestep: Any, timesteps: Any) -> tuple[int, int | None]:
         """Step index and number of steps by the timestep's value: its place in `timesteps`, or counted by its changes.
 
         Counted, a change of direction starts a new generation, and the number of steps is None. It is counted where
         `timesteps` is None, or has not had a value that came since it was made: another loop runs the transformer.
         """
+        value = _value(timestep)
         counted = self._count_changes(value)
         if self._schedule[0] is not timesteps:
             self._schedule = timesteps, None if timesteps is None else torch.as_tensor(timesteps).tolist()
         schedule = self._schedule[1]
+        if schedule is not None and isinstance(timestep, Tensor) and not timestep.is_floating_point():
+            # The pipelines of Helios hand over timesteps without their fractions.
+            schedule = [int(each) for each in schedule]
         if schedule is None or value not in schedule:
             self._schedule = timesteps, None
             return counted, None
@@ -220,8 +224,8 @@ class _SchedulerWatch:
     """Finds out whether a pipeline's scheduler takes part in the loop that calls the transformer.
 
     It does not where the user runs a loop of their own with another scheduler: the pipeline's then stands still while
-    the timesteps change. Comparing these waits for a GPU, so it is done only where more calls have come than branches
-    explain.
+    the timesteps change. That of the distilled Helios always does. Comparing these waits for a GPU, so it is done only
+    where a branch comes again, or more calls have come than branches explain.
     """
 
     def __init__(self) -> None:
@@ -229,16 +233,20 @@ class _SchedulerWatch:
         self._index = -1
         self._first_timestep: Any = None
         self._calls = 0
+        self._branches: set[Hashable] = set()
         self._takes_part = True
 
-    def takes_part(self, timesteps: Any, index: int, timestep: Any) -> bool:
+    def takes_part(self, timesteps: Any, index: int, timestep: Any, branch: Hashable) -> bool:
         """Whether a call with `timestep` may be of step `index` of the scheduler's `timesteps`."""
         if timesteps is not self._timesteps or index != self._index:
             self._timesteps, self._index, self._first_timestep = timesteps, index, timestep
             # Behind its last step it has ended.
-            self._calls, self._takes_part = 0, index < len(timesteps)
+            self._calls, self._branches, self._takes_part = 0, set(), index < len(timesteps)
         self._calls += 1
-        if self._takes_part and self._calls > MAX_UNNAMED_BRANCHES:
+        comes_again = branch in self._branches
+        if branch is not None:
+            self._branches.add(branch)
+        if self._takes_part and (comes_again or self._calls > MAX_UNNAMED_BRANCHES):
             self._takes_part = _value(timestep) == _value(self._first_timestep)
         return self._takes_part
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeliosDMDScheduler,
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
     WanTransformer3DModel,
@@ -263,6 +264,24 @@ def test_copies_of_the_scheduler_may_run_the_loop():
         expected = [0] * 4 + [i for i in range(2, count) for _ in range(2)]
         assert [(step.index, step.total) for step in seen] == [(i, count) for i in expected]
         assert [i for i, step in enumerate(seen) if step.is_first_of_generation] == [0]
+
+
+def test_a_scheduler_that_counts_no_steps_says_the_step_by_its_timesteps():
+    # As the distilled Helios has it, whose pipeline hands over timesteps without their fractions.
+    scheduler = HeliosDMDScheduler(stages=2, stage_range=[0, 0.5, 1])
+    pipeline = Pipeline(scheduler=scheduler)
+    clock = StepClock(pipeline)
+    for stage in (0, 1, 0, 1):
+        scheduler.set_timesteps(3, stage)
+        assert scheduler.timesteps[1] != scheduler.timesteps[1].long()
+        seen = []
+        for timestep in scheduler.timesteps:
+            with clock.receive("cond", None, None):
+                seen.append(clock.tick(timestep.expand(1).to(torch.int64)))
+        assert scheduler._step_index is None
+        assert [(step.index, step.total) for step in seen] == [(0, 3), (1, 3), (2, 3)]
+        assert [step.is_first_of_generation for step in seen] == [True, False, False]
+        assert [step.is_last_of_generation for step in seen] == [False, False, True]
 
 
 def test_many_branches_of_one_step_do_not_make_the_scheduler_look_idle():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from enabled import FULL, SPARSE, config, report_of
 from PIL import Image
-from tiny_models import generate, tiny_wan_pipeline
+from tiny_models import TINY, generate, tiny_wan_pipeline
 from tiny_pipelines import generate_image, text, tiny_flux_pipeline
 
 from diffsparse import Adaptive
@@ -116,3 +116,42 @@ def test_the_front_is_that_of_the_steps_that_run_sparse(make, strength, dense_st
         run()
         steps = round(10 * min(strength, 1 - dense_steps))
         assert sorted(set(told)) == pytest.approx([(step + 0.5) / steps for step in range(steps)])
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_each_stage_of_a_pyramid_has_early_steps_of_its_own(distilled):
+    parts = tiny_wan_pipeline().components
+    scheduler = diffusers.HeliosDMDScheduler if distilled else diffusers.HeliosScheduler
+    pipeline = diffusers.HeliosPyramidPipeline(
+        **{name: parts[name] for name in ("tokenizer", "text_encoder", "vae")},
+        transformer=TINY["helios"].make(in_channels=16, out_channels=16),
+        scheduler=scheduler(stages=2, stage_range=[0, 0.5, 1], gamma=0.25),
+        is_distilled=distilled,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run():
+        return pipeline(
+            prompt_embeds=text(),
+            negative_prompt_embeds=-text(),
+            # Two chunks of three latent frames, each at half the size and then at the whole.
+            num_frames=18,
+            num_latent_frames_per_chunk=3,
+            history_sizes=[4, 2, 1],
+            height=96,
+            width=160,
+            pyramid_num_inference_steps_list=[3, 3],
+            guidance_scale=1.0 if distilled else 4.0,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        ).frames
+
+    stock = run()
+    pipeline.enable_sparse_attention(FULL)
+    torch.testing.assert_close(run(), stock)
+    pipeline.disable_sparse_attention()
+    pipeline.enable_sparse_attention(config(dense_steps=1 / 3))
+    run()
+    calls_per_step = report_of(pipeline).num_layers * (1 if distilled else BRANCHES)
+    assert report_of(pipeline).dense_reasons == {"early step": 2 * 2 * calls_per_step}
+    assert report_of(pipeline).sparse_calls == 2 * 2 * 2 * calls_per_step
