@@ -154,7 +154,8 @@ class StepClock:
         guider: Any = next((part for part in map(self._part, self._guiders) if part is not None), None)
         is_guided = getattr(guider, "_step", None) is not None and getattr(guider, "_num_inference_steps", None)
         if is_guided:
-            name = name or getattr(guider, "_count_prepared", None)
+            # SmoothedEnergyGuidance leaves this count at 0.
+            name = name or getattr(guider, "_count_prepared", None) or None
         scheduler = self._part("scheduler")
         timesteps: Any = getattr(scheduler, "timesteps", None)
         has_index = timesteps is not None and hasattr(scheduler, "_step_index")

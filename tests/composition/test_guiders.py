@@ -86,6 +86,23 @@ def test_sparse_attention_runs_in_every_branch_of_a_guider(name):
     assert report_of(pipeline).sparse_calls == (STEPS - 1) * later_calls
 
 
+@pytest.mark.parametrize("name", GUIDERS)
+def test_plans_are_kept_from_step_to_step_in_every_branch_of_a_guider(name):
+    planned = []
+
+    class Watched(Adaptive):
+        def plan(self, query, key, value, call):
+            planned.append((call.layer, call.step))
+            return super().plan(query, key, value, call)
+
+    guider, _, later_calls = GUIDERS[name]
+    pipeline = modular_pipeline(guider())
+    pipeline.enable_sparse_attention(config(Watched(query_block_size=16, key_block_size=16), replan_every=STEPS))
+    generate(pipeline)
+    # At the most one for each layer and branch.
+    assert LAYERS <= len(planned) <= later_calls
+
+
 def test_each_transformer_of_modular_wan_2_2_goes_by_its_own_guider():
     transformers = {
         name: TINY["wan"].make(in_channels=16, out_channels=16, num_layers=LAYERS)
