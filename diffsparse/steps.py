@@ -174,7 +174,8 @@ class StepClock:
         # One that was told how many steps there are and takes none may have copies that run the loop, or not count.
         if has_index and (scheduler._step_index is not None or not is_told):
             timesteps = None
-        return *self._by_timestep(timestep, timesteps), name, 0
+        index, total = self._by_timestep(timestep, timesteps)
+        return index, total, name, 0 if total is None else self._beginning(timestep, timesteps)
 
     def _beginning(self, timestep: Any, timesteps: Any) -> int:
         """The place in `timesteps` of the first `timestep` since they were made; 0 where it is not among them.

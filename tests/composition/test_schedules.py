@@ -8,7 +8,7 @@ import torch
 from enabled import FULL, SPARSE, config, report_of
 from PIL import Image
 from tiny_models import TINY, generate, tiny_wan_pipeline
-from tiny_pipelines import generate_image, text, tiny_flux_pipeline
+from tiny_pipelines import generate_image, text, tiny_flux_pipeline, without_encoders
 
 from diffsparse import Adaptive
 
@@ -87,6 +87,32 @@ def image_to_image(strength):
     return pipeline, run, 4
 
 
+def without_step_index(strength):
+    pipeline = without_encoders(
+        diffusers.CogVideoXVideoToVideoPipeline,
+        transformer=TINY["cogvideox"].make(sample_height=6, sample_width=10),
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
+        vae=diffusers.AutoencoderKLCogVideoX(
+            block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2
+        ),
+    )
+
+    def run():
+        return pipeline(
+            video=[Image.new("RGB", (80, 48), "red")] * 5,
+            prompt_embeds=text(),
+            negative_prompt_embeds=-text(),
+            height=48,
+            width=80,
+            num_inference_steps=10,
+            strength=strength,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        ).frames
+
+    return pipeline, run, 3
+
+
 @pytest.mark.parametrize("make", [video_to_video, image_to_image])
 @pytest.mark.parametrize(("strength", "early"), [(0.5, 0), (0.9, 2)])
 def test_early_steps_are_those_of_the_whole_schedule(make, strength, early):
@@ -103,7 +129,7 @@ def test_early_steps_are_those_of_the_whole_schedule(make, strength, early):
     assert report_of(pipeline).sparse_calls == (round(10 * strength) - early) * calls_per_step
 
 
-@pytest.mark.parametrize("make", [video_to_video, image_to_image])
+@pytest.mark.parametrize("make", [video_to_video, image_to_image, without_step_index])
 @pytest.mark.parametrize(("strength", "dense_steps"), [(0.5, 0.3), (1.0, 0.3), (0.8, 0.5)])
 def test_the_front_is_that_of_the_steps_that_run_sparse(make, strength, dense_steps, monkeypatch):
     pipeline, run, _ = make(strength)
