@@ -1,11 +1,14 @@
 """Guiders of modular pipelines, and the layers that some of them skip."""
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
 from diffusers import LayerSkipConfig
 from diffusers.hooks import apply_layer_skip
 from enabled import FULL, SPARSE, config, report_of, run
+from tiny.model import CHANNELS
 from tiny_models import TINY
 from tiny_pipelines import text
 
@@ -143,6 +146,63 @@ def test_modular_qwen_image_runs_sparse_with_the_masks_of_its_prompts():
     pipeline.enable_sparse_attention(FULL)
     torch.testing.assert_close(generate(), stock)
     assert (report_of(pipeline).sparse_calls, report_of(pipeline).dense_calls) == (STEPS * 2 * LAYERS, 0)
+
+
+class AudioAutoencoder(torch.nn.Module):
+    """What LTX-2 asks of one that neither encodes nor decodes."""
+
+    config = SimpleNamespace(latent_channels=CHANNELS, mel_bins=4, sample_rate=16_000, mel_hop_length=160)
+    mel_compression_ratio, temporal_compression_ratio = 4, 4
+
+
+def test_ltx2_guidance_runs_sparse_in_each_of_its_passes():
+    if not hasattr(diffusers, "LTX2AutoBlocks"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no LTX2AutoBlocks")
+    # That of LTX-2.3, whose second layer is left out of the pass for spatio-temporal guidance.
+    transformer = TINY["ltx2"].make(gated_attn=True, audio_gated_attn=True, perturbed_attn=True)
+    blocks = diffusers.LTX2AutoBlocks()
+    for name in set(blocks.sub_blocks) - {"denoise"}:
+        blocks.sub_blocks.pop(name)
+    pipeline = modular_pipeline(blocks=blocks, transformer=transformer)
+    guidance = {"guidance_scale": 3.0, "stg_scale": 1.0, "modality_scale": 2.0, "spatio_temporal_guidance_blocks": [1]}
+    pipeline.update_components(
+        audio_vae=AudioAutoencoder(),
+        guider=diffusers.LTX2Guidance(**guidance),
+        audio_guider=diffusers.LTX2Guidance(**guidance),
+    )
+    mask = torch.ones(1, text().shape[1])
+    prompt = {
+        "connector_prompt_embeds": text(),
+        "connector_audio_prompt_embeds": text(),
+        "connector_attention_mask": mask,
+        "negative_connector_prompt_embeds": -text(),
+        "negative_connector_audio_prompt_embeds": -text(),
+        "negative_connector_attention_mask": mask,
+    }
+
+    def generate():
+        return pipeline(
+            **prompt,
+            batch_size=1,
+            dtype=torch.float32,
+            num_inference_steps=STEPS,
+            height=96,
+            width=160,
+            num_frames=17,
+            generator=torch.Generator().manual_seed(0),
+            output="latents",
+        )
+
+    stock = generate()
+    pipeline.enable_sparse_attention(FULL)
+    torch.testing.assert_close(generate(), stock)
+    calls = 4 * report_of(pipeline).num_layers - 1
+    assert (report_of(pipeline).sparse_calls, report_of(pipeline).dense_calls) == (STEPS * calls, 0)
+    pipeline.disable_sparse_attention()
+    pipeline.enable_sparse_attention(config(dense_steps=1 / STEPS))
+    generate()
+    assert report_of(pipeline).dense_reasons == {"early step": calls}
+    assert report_of(pipeline).sparse_calls == (STEPS - 1) * calls
 
 
 ENABLED_FIRST = pytest.mark.parametrize("enabled_first", [True, False])
