@@ -168,7 +168,7 @@ class StepClock:
             if begin is None:
                 begin = self._begun[1] if self._begun[0] is timesteps else 0
             if current is not None and self._watch.takes_part(timesteps, current, timestep, name):
-                return current, len(timesteps), name, begin
+                return current, _num_steps(scheduler), name, begin
         if is_guided:
             return guider._step, guider._num_inference_steps, name, 0
         # One that was told how many steps there are and takes none may have copies that run the loop, or not count.
@@ -220,6 +220,13 @@ class StepClock:
             self._index_by_timestep = 0
         self._timestep = value
         return self._index_by_timestep
+
+
+def _num_steps(scheduler: Any) -> int:
+    """How many timesteps of the scheduler are run: not the end, where it has no more sigmas than timesteps."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    has_end = isinstance(sigmas, Tensor) and len(sigmas) == len(scheduler.timesteps)
+    return len(scheduler.timesteps) - has_end
 
 
 class _SchedulerWatch:

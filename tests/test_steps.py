@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HeliosDMDScheduler,
     HeunDiscreteScheduler,
+    LTXEulerAncestralRFScheduler,
     UniPCMultistepScheduler,
     WanTransformer3DModel,
 )
@@ -396,6 +397,19 @@ def test_the_last_call_of_the_last_step_is_known(make, begin):
         last += [clock.tick(timestep).is_last_of_generation for _ in range(2)]
         sample = scheduler.step(sample, timestep, sample).prev_sample
     assert last == [False] * (2 * (total - begin) - 1) + [True]
+
+
+def test_a_timestep_at_the_end_that_is_not_run_is_no_step():
+    # As the pipeline of LTX-2 that refines in time has it.
+    scheduler = LTXEulerAncestralRFScheduler()
+    scheduler.set_timesteps(sigmas=[0.9, 0.7, 0.4, 0.0])
+    pipeline = Pipeline(scheduler=scheduler)
+    clock, sample, seen = StepClock(pipeline), torch.zeros(1, 2), []
+    for timestep in scheduler.timesteps[:-1]:
+        seen += ticks(clock, [timestep.item()])
+        sample = scheduler.step(sample, timestep, sample).prev_sample
+    assert [(step.index, step.total) for step in seen] == [(0, 3), (1, 3), (2, 3)]
+    assert [step.is_last_of_generation for step in seen] == [False, False, True]
 
 
 def test_no_call_is_the_last_where_the_steps_before_do_not_say_how_many_there_are():
