@@ -74,7 +74,7 @@ class StepClock:
     """Reads the step off whatever runs the denoising loop, once for each call of the transformer.
 
     Sources, best first: the step in the transformer's cache context; the scheduler's step index, while it moves with
-    the calls; the guider of a modular pipeline; the timestep's place in the scheduler's; a change of the timestep. The
+    the calls; the timestep's place in the scheduler's; the guider of a modular pipeline; a change of the timestep. The
     guider names the branch in any case. Calls are never counted to find the step, since caches skip layers and whole
     calls.
 
@@ -169,12 +169,12 @@ class StepClock:
                 begin = self._begun[1] if self._begun[0] is timesteps else 0
             if current is not None and self._watch.takes_part(timesteps, current, timestep, name):
                 return current, _num_steps(scheduler), name, begin
-        if is_guided:
-            return guider._step, guider._num_inference_steps, name, 0
         # One that was told how many steps there are and takes none may have copies that run the loop, or not count.
         if has_index and (scheduler._step_index is not None or not is_told):
             timesteps = None
         index, total = self._by_timestep(timestep, timesteps)
+        if total is None and is_guided:
+            return guider._step, guider._num_inference_steps, name, 0
         return index, total, name, 0 if total is None else self._beginning(timestep, timesteps)
 
     def _beginning(self, timestep: Any, timesteps: Any) -> int:

@@ -267,16 +267,21 @@ def test_copies_of_the_scheduler_may_run_the_loop():
         assert [i for i, step in enumerate(seen) if step.is_first_of_generation] == [0]
 
 
-def test_a_scheduler_that_counts_no_steps_says_the_step_by_its_timesteps():
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_scheduler_that_counts_no_steps_says_the_step_by_its_timesteps(guided):
     # As the distilled Helios has it, whose pipeline hands over timesteps without their fractions.
     scheduler = HeliosDMDScheduler(stages=2, stage_range=[0, 0.5, 1])
-    pipeline = Pipeline(scheduler=scheduler)
+    # Its modular pipeline tells the guider of half the steps that the first chunk has.
+    guider = SimpleNamespace(_step=0, _num_inference_steps=2) if guided else None
+    pipeline = Pipeline(scheduler=scheduler, guider=guider)
     clock = StepClock(pipeline)
     for stage in (0, 1, 0, 1):
         scheduler.set_timesteps(3, stage)
         assert scheduler.timesteps[1] != scheduler.timesteps[1].long()
         seen = []
-        for timestep in scheduler.timesteps:
+        for index, timestep in enumerate(scheduler.timesteps):
+            if guided:
+                guider._step = index
             with clock.receive("cond", None, None):
                 seen.append(clock.tick(timestep.expand(1).to(torch.int64)))
         assert scheduler._step_index is None
