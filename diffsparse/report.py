@@ -28,7 +28,8 @@ class TransformerReport:
         head_densities: density of every head, [layer][head], mean over the sparse calls; 1 where there is none.
         precisions: sparse calls by what they were computed in; "native" is the dtype of the model.
         layer_dense_reasons: dense calls of each layer by reason, [layer].
-        unreached_layers: layers that run their own attention now and whose calls nothing above counts, by reason.
+        unreached_layers: layers that run their own attention now, or did in the last call of the transformer, and whose
+            calls nothing above counts, by reason.
     """
 
     name: str
@@ -108,7 +109,7 @@ def _of_session(name: str, session: Session) -> TransformerReport:
         overall_density=_mean([(density, sparse_calls), (1.0, reasons.total())]),
         head_classes=[_head_classes(tally, session.num_heads) for tally in tallies],
         head_densities=densities,
-        unreached_layers=dict(Counter(filter(None, map(session.why_not_reached, range(len(tallies)))))),
+        unreached_layers=dict(Counter(filter(None, map(session.why_not_counted, range(len(tallies)))))),
         precisions=dict(precisions.most_common()),
         layer_dense_reasons=[dict(tally.dense_reasons.most_common()) for tally in tallies],
     )

@@ -98,6 +98,8 @@ class Session:
         self.why_no_layout = "the call does not say the size of the grid"
         self.mask_hides_nothing = False
         """Whether a mask that comes with this call is to be taken for none."""
+        self.unreached: dict[int, str] = {}
+        """Layers of which nothing came here in the last call of the transformer, and why."""
         self._rows: Counter[int] = Counter()
         self.step: Step | None = None
         """That of the call of the transformer that runs, or ran last."""
@@ -156,6 +158,10 @@ class Session:
     def why_not_reached(self, layer: int) -> str | None:
         """Why no call of this layer comes here; None where they do."""
         return None
+
+    def why_not_counted(self, layer: int) -> str | None:
+        """Why no call of this layer comes here now, or came in the last call of the transformer; None where they do."""
+        return self.why_not_reached(layer) or self.unreached.get(layer)
 
     def count_dense(self, layer: int, reason: str) -> None:
         """One more dense call of `layer`, for the report."""

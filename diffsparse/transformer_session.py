@@ -70,10 +70,10 @@ class TransformerSession(Session):
                 self.forget_plans()
             self._thread = threading.get_ident()
             self.begin(step, layout)
-        if self.config.strict:
-            for layer in range(len(self.layer_names)):
-                if (reason := self.why_not_reached(layer)) is not None:
-                    raise self.refusal(layer, reason)
+        reasons = ((layer, self.why_not_reached(layer)) for layer in range(len(self.layer_names)))
+        self.unreached = {layer: reason for layer, reason in reasons if reason is not None}
+        if self.config.strict and self.unreached:
+            raise self.refusal(*next(iter(self.unreached.items())))
 
     def attend(
         self,

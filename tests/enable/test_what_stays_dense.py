@@ -235,6 +235,20 @@ def test_layers_whose_processor_is_replaced_are_reported_and_strict_refuses_them
         run(model, call)
 
 
+def test_layers_whose_processor_is_replaced_for_a_while_are_reported_until_the_next_call():
+    model = TINY["flux"].make()
+    call = TINY["flux"].call(model, (1, 7, 5))
+    model.enable_sparse_attention(SPARSE)
+    # As pipelines with perturbed attention guidance do, which put ours back at their end.
+    ours = model.attn_processors
+    model.transformer_blocks[1].attn.set_processor(diffusers.models.transformers.transformer_flux.FluxAttnProcessor())
+    run(model, call)
+    model.set_attn_processor(ours)
+    assert report_of(model).unreached_layers == {"its processor was replaced after enabling": 1}
+    run(model, call)
+    assert report_of(model).unreached_layers == {}
+
+
 def test_a_large_sum_in_half_precision_is_not_taken_for_infinity():
     from diffsparse.session import _is_finite
 
