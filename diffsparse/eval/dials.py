@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffsparse.eval.json_shape import check_shape
 from diffsparse.eval.output_file import reading, write_json
 from diffsparse.eval.recorded_calls import RecordedCall, density_of, error_of
 from diffsparse.eval.with_tail import with_tail
@@ -66,6 +67,10 @@ class Setting:
     error_with_tail: float
 
 
+SETTING = {"option": str, "value": str, "position": float, "density": float, "error": float, "error_with_tail": float}
+"""What a `Setting` is in a file."""
+
+
 class Dials:
     """The settings of rows at densities, in a file.
 
@@ -81,6 +86,7 @@ class Dials:
             return
         with reading(f"--dials {file} holds no dials that can be read", "Name another file."):
             found = json.loads(file.read_text(encoding="utf-8"))
+            check_shape(found, {"conditions": dict, "settings": {str: {str: SETTING}}}, "it")
             its_conditions, self.settings = found["conditions"], found["settings"]
         if its_conditions != conditions:
             raise ValueError(
@@ -94,7 +100,7 @@ class Dials:
 
     def setting(self, row: str, density: float) -> Setting:
         """Where the dial of a row stands for a density that it has."""
-        return Setting(**self.settings[row][str(density)])
+        return Setting(**{name: self.settings[row][str(density)][name] for name in SETTING})
 
     def find(self, row: Row, densities: list[float], calls: list[RecordedCall]) -> None:
         """Find the settings of a row at densities, and write the file."""

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffsparse.eval.json_shape import check_shape
 from diffsparse.eval.lpips_metric import Lpips, NoLpips
 from diffsparse.eval.named_config import DENSE
+from diffsparse.eval.output_file import reading
 from diffsparse.eval.paired_statistics import bootstrap_interval, of_differences
 from diffsparse.eval.protocol import published_rows
-from diffsparse.eval.run_folder import Pair, RunFolder, read_manifest
+from diffsparse.eval.run_folder import MANIFEST, Pair, RunFolder, read_manifest
 from diffsparse.eval.run_scores import scores_of
 
 
@@ -43,6 +45,36 @@ MEANS = (
 LARGEST = ("peak_memory_bytes", "dense_peak_memory_bytes")
 """What a config has of its videos: the mean over those that have it, and the largest."""
 
+_DENSITIES = {"density": (float, None), "overall_density": (float, None)}
+_TRANSFORMER = _DENSITIES | {
+    "name": str,
+    "family": (str, None),
+    "num_layers": int,
+    "num_heads": int,
+    "sparse_calls": int,
+    "dense_calls": int,
+    "dense_reasons": {str: int},
+    "head_classes": [[str]],
+    "head_densities": [[float]],
+}
+_MADE_BY = {"command": str, "device": str, "machine": dict, "versions": dict, "git_revision": (str, None)}
+_SAMPLING = {"width": int, "height": int, "num_frames": int, "num_inference_steps": int, "fps": float}
+NEEDED = {
+    "settings": {"model_sha256": (str, None), "protocol": (str, None), "sampling": _SAMPLING},
+    "made_by": [_MADE_BY],
+}
+"""What a report needs of a manifest besides what each has."""
+
+DENSE_RECORD = {
+    "total_seconds": float,
+    "seconds_per_step": float,
+    "peak_memory_bytes": (float, None),
+    "peak_memory_kind": str,
+    "process": str,
+}
+RECORD = DENSE_RECORD | {"attention": _DENSITIES | {"transformers": [_TRANSFORMER]}}
+"""What a report needs of the record of a video."""
+
 
 def collect(runs: list[Path], lpips: Lpips | NoLpips) -> dict[str, Any]:
     """All of some runs, ready for JSON; what is missing is listed with why, as far as it is known.
@@ -54,6 +86,10 @@ def collect(runs: list[Path], lpips: Lpips | NoLpips) -> dict[str, Any]:
     data |= {"missing": [], "differences": [], "published": []}
     for index, path in enumerate(runs):
         manifest = read_manifest(path)
+        # Runs of earlier versions know of no protocol.
+        settings = {"protocol": None} | manifest["settings"]
+        with reading(f"{path / MANIFEST} is damaged", "Name another folder."):
+            check_shape(manifest | {"settings": settings}, NEEDED, "it")
         data["runs"].append({"path": str(path)} | manifest)
         videos, missing = _videos(index, RunFolder(path), manifest["settings"], lpips)
         data["videos"] += videos
@@ -92,11 +128,22 @@ def _videos(
 
 
 def _why_missing(folder: RunFolder, name: str, pair: Pair) -> str | None:
-    if folder.is_whole(name, pair):
-        return None
-    if folder.record(name, pair) is None:
+    record = folder.record(name, pair)
+    if record is None:
         return folder.failure(name, pair) or f"the {name} video is not made yet"
+    if folder.is_whole(name, pair):
+        return _why_damaged(folder, name, pair, record)
     return f"the frames of the {name} video are not those that were made: the run's own command makes it anew"
+
+
+def _why_damaged(folder: RunFolder, name: str, pair: Pair, record: dict[str, Any]) -> str | None:
+    try:
+        # Runs of earlier versions have not counted the seconds in attention.
+        found = {"attention_seconds": None} | record
+        check_shape(found, {"attention_seconds": (float, None)} | (DENSE_RECORD if name == DENSE else RECORD), "it")
+    except TypeError as error:
+        return f"{folder.record_file(name, pair)} is damaged ({error}): remove it, and the run's own command goes on"
+    return None
 
 
 def _video(dense: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:

@@ -23,12 +23,22 @@ from typing import Any
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from diffsparse.eval.json_shape import check_shape
 from diffsparse.eval.output_file import reading, write_json
 from diffsparse.eval.video_io import IMAGE_SUFFIXES, write_images
 from diffsparse.whole_file import whole_file
 
 MANIFEST = "manifest.json"
-KINDS = {"configs": dict, "prompts": list, "seeds": list, "sampling": dict, "model": str, "made_by": list}
+SHAPE = {
+    "settings": {
+        "configs": {str: {"text": str, "config": str}},
+        "prompts": [str],
+        "seeds": [int],
+        "sampling": dict,
+        "model": str,
+    },
+    "made_by": [dict],
+}
 """What a manifest must have: settings, and who worked there."""
 
 
@@ -55,14 +65,18 @@ class RunFolder:
         """The folder of a video's frames."""
         return self.path / config / pair.name
 
+    def record_file(self, config: str, pair: Pair) -> Path:
+        """Where what is known of a video stands."""
+        return self.path / config / f"{pair.name}.json"
+
     def record(self, config: str, pair: Pair) -> dict[str, Any] | None:
         """What is known of a video; None where it is not made yet, or where the record is damaged."""
-        file = self._record_file(config, pair)
+        file = self.record_file(config, pair)
         if not file.is_file() or not self.frames(config, pair).is_dir():
             return None
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 
@@ -75,11 +89,11 @@ class RunFolder:
         """Keep a video and what is known of it; a kill leaves nothing or all, besides what `remove` clears away."""
         self.remove(config, pair)
         write_images(self.frames(config, pair), frames)
-        write_json(self._record_file(config, pair), record | {"sha256": _checksum(self.frames(config, pair))})
+        write_json(self.record_file(config, pair), record | {"sha256": _checksum(self.frames(config, pair))})
 
     def remove(self, config: str, pair: Pair) -> None:
         """Clear away a video and all that an attempt at it has left. For whoever holds the pair."""
-        self._record_file(config, pair).unlink(missing_ok=True)
+        self.record_file(config, pair).unlink(missing_ok=True)
         self._failure_file(config, pair).unlink(missing_ok=True)
         for folder in (self.frames(config, pair), *self.frames(config, pair).parent.glob(f".{pair.name}.*")):
             if folder.is_dir():
@@ -147,9 +161,6 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / name)
 
-    def _record_file(self, config: str, pair: Pair) -> Path:
-        return self.path / config / f"{pair.name}.json"
-
     def _failure_file(self, config: str, pair: Pair) -> Path:
         return self.path / config / f"{pair.name}.failed.txt"
 
@@ -165,10 +176,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is no folder of `diffsparse eval run`: it has no {MANIFEST}.")
     with reading(f"{file} is damaged", "Name another folder."):
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        values = found["settings"] | {"made_by": found["made_by"]}
-        for name, kind in KINDS.items():
-            if not isinstance(values[name], kind):
-                raise TypeError(f"{name} is {values[name]!r}")
+        check_shape(found, SHAPE, "it")
     return found
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsparse.eval.comparison import compare, windows_of
+from diffsparse.eval.json_shape import check_shape
 from diffsparse.eval.lpips_metric import Lpips, NoLpips
 from diffsparse.eval.named_config import DENSE
 from diffsparse.eval.output_file import write_json
@@ -14,6 +15,11 @@ from diffsparse.eval.run_folder import Pair, RunFolder
 
 SCORES_VERSION = 2
 """Raised when a metric changes or one is added: scores of older versions are computed again."""
+
+_OF_METRIC = {"mean": (float, str), "worst": (float, str), "worst_frame": int, "per_frame": [(float, str)]}
+_SCORES = dict.fromkeys(("psnr_db", "ssim", "ms_ssim", "lpips", "flicker"), (_OF_METRIC, str))
+SHAPE = {"version": int, "of": list, "scores": {"num_frames": int, "lpips_net": str} | _SCORES}
+"""What a file of scores must have; one that has not is damaged, and computed again."""
 
 
 def scores_of(folder: RunFolder, config: str, pair: Pair, lpips: Lpips | NoLpips) -> dict[str, Any]:
@@ -40,7 +46,8 @@ def scores_of(folder: RunFolder, config: str, pair: Pair, lpips: Lpips | NoLpips
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        check_shape(found, SHAPE, "it")
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found

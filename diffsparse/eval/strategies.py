@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from diffsparse.eval import sweep
-from diffsparse.eval.dials import Dials, Row
+from diffsparse.eval.dials import SETTING, Dials, Row
 from diffsparse.eval.generate import Sampling
-from diffsparse.eval.output_file import check_output_file
+from diffsparse.eval.json_shape import check_shape
+from diffsparse.eval.output_file import check_output_file, reading
 from diffsparse.eval.recorded_calls import record_calls
 from diffsparse.eval.strategies_plot import draw
 from diffsparse.eval.strategies_table import as_markdown
 from diffsparse.eval.strategy_rows import ROWS
-from diffsparse.eval.sweep_results import Variant
+from diffsparse.eval.sweep_results import SweepResults, Variant
 from diffsparse.eval.with_tail import with_tail
 from diffsparse.strategies.strategy import Strategy
 
@@ -72,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
     if results is not None:
         if "dials" not in results.settings:
             raise ValueError("--merge: these are results of another command, not of `diffsparse eval strategies`.")
+        if args.merge:
+            with reading(f"{', '.join(map(str, args.merge))}: no table can be made of it", "Name another file."):
+                _check_dials(results)
         print(as_markdown(results, args.seconds))
         if args.plot is not None:
             draw(results, args.plot)
@@ -118,6 +122,14 @@ def _dials(args: argparse.Namespace, sampling: Sampling, load: Callable[[], Any]
             found = f"{setting.option}={setting.value} runs {100 * setting.density:.1f} %"
             print(f"{row.name} at {100 * density:g} %: {found}", flush=True)
     return dials
+
+
+def _check_dials(results: SweepResults) -> None:
+    """Raise TypeError unless each variant has its dial."""
+    of_variants: dict[str, dict[str, Any]] = {}
+    for variant in results.variants:
+        of_variants.setdefault(variant.row, {})[str(variant.density)] = SETTING
+    check_shape(results.settings["dials"], of_variants, "dials")
 
 
 def _rows(args: argparse.Namespace) -> list[Row]:

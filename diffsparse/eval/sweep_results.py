@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffsparse.eval.json_shape import check_shape
 from diffsparse.eval.metrics import as_json
 from diffsparse.eval.output_file import reading, write_json
 from diffsparse.eval.report_data import as_number
@@ -53,6 +54,19 @@ class Score:
     lpips: float | None = None
 
 
+_SCORE = (float, str)
+SHAPE = {
+    "settings": dict,
+    "videos": [
+        {"prompt": str, "seed": int, "row": str, "at_density": float, "tail": bool, "density": (float, None)}
+        | {"psnr_db": _SCORE, "ssim": _SCORE, "lpips": (*_SCORE, None), "seconds": float, "dense_seconds": float}
+    ],
+}
+"""What a file of results must have."""
+SETTINGS = {"sampling": str, "dense_steps": float, "device": str}
+"""What a table needs of the settings."""
+
+
 class SweepResults:
     """Scores by pair and variant, and the settings that they were made with."""
 
@@ -69,12 +83,14 @@ class SweepResults:
         """
         with reading(f"{file} holds no results that can be read", "Name another file."):
             contents = json.loads(file.read_text(encoding="utf-8"))
+            # Older files know nothing of LPIPS.
+            videos = [{"lpips": None} | video for video in contents["videos"]]
+            check_shape(contents | {"videos": videos}, SHAPE, "it")
             results = cls(contents["settings"])
-            for video in contents["videos"]:
+            for video in videos:
                 pair = Pair(video["prompt"], video["seed"])
                 variant = Variant(video["row"], video["at_density"], video["tail"])
-                # Older files know nothing of LPIPS.
-                names = [field.name for field in dataclasses.fields(Score) if field.name in video]
+                names = [field.name for field in dataclasses.fields(Score)]
                 results.scores[pair, variant] = Score(**{name: as_number(video[name]) for name in names})
         return results
 
@@ -101,6 +117,8 @@ class SweepResults:
         """
         first, *others = files
         results = cls.read(first)
+        with reading(f"{first} holds no results that can be shown", "Name another file."):
+            check_shape(results.settings, SETTINGS, "settings")
         for file in others:
             other = cls.read(file)
             if other.settings != results.settings:

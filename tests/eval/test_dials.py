@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -89,4 +90,16 @@ def test_a_damaged_file_is_named(tmp_path, contents):
     file = tmp_path / "dials.json"
     file.write_text(contents)
     with pytest.raises(ValueError, match=r"--dials .*dials\.json holds no dials that can be read"):
+        Dials(file, {})
+
+
+@pytest.mark.parametrize("setting", [None, {}, {"position": "0.1"}, {"position": float("nan")}, {"error": ...}])
+def test_a_damaged_dial_is_named(tmp_path, fake_measures, setting):
+    file = tmp_path / "dials.json"
+    Dials(file, {}).find(Row("default", Adaptive()), [0.1], [])
+    contents = json.loads(file.read_text())
+    dial = setting and {k: v for k, v in (contents["settings"]["default"]["0.1"] | setting).items() if v is not ...}
+    contents["settings"]["default"]["0.1"] = dial if setting else setting
+    file.write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match=r"--dials .*dials\.json holds no dials .* it\.settings\.default\.0\.1"):
         Dials(file, {})

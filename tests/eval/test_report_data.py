@@ -112,3 +112,39 @@ def test_a_run_of_before_attention_seconds_were_counted_has_none(fake_run):
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no folder of `diffsparse eval run`"):
         collect([tmp_path], NO_LPIPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("dense", {"total_seconds": None}, "it.total_seconds is None"),
+        ("fast", {"total_seconds": "5"}, "it.total_seconds is '5'"),
+        ("dense", {"process": ...}, "it has no process"),
+        ("fast", {"process": ...}, "it has no process"),
+        ("dense", {"attention_seconds": "4"}, "it.attention_seconds is '4'"),
+        ("fast", {"attention": None}, "it.attention is None"),
+        ("fast", {"attention": {"density": 0.25, "transformers": []}}, "it.attention has no overall_density"),
+    ],
+)
+def test_a_video_of_a_damaged_record_is_missing_and_the_others_are_there(fake_run, name, change, says):
+    run = fake_run(["a", "b"])
+    file = run / name / "000-seed0.json"
+    record = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({key: value for key, value in record.items() if value is not ...}))
+    data = collect([run], NO_LPIPS)
+    assert [(m["prompt"], m["reason"]) for m in data["missing"]] == [
+        ("a", f"{file} is damaged ({says}): remove it, and the run's own command goes on")
+    ]
+    assert [video["prompt"] for video in data["videos"]] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"sampling": {}}, "it.settings.sampling has no width"), ({"protocol": ["scope"]}, "it.settings.protocol is")],
+)
+def test_a_manifest_that_lacks_what_a_report_needs_is_named(fake_run, change, says):
+    file = fake_run(["a"]) / "manifest.json"
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps(manifest | {"settings": manifest["settings"] | change}))
+    with pytest.raises(ValueError, match=rf"manifest\.json is damaged \(TypeError: {says}"):
+        collect([file.parent], NO_LPIPS)

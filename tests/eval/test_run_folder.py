@@ -12,7 +12,13 @@ from diffsparse.eval.run_folder import Pair, RunFolder, read_manifest
 from diffsparse.eval.video_io import read_frames
 
 PAIR = Pair(2, 7)
-SETTINGS = {"model": "m", "sampling": {}, "prompts": ["a"], "seeds": [0], "configs": {"fast": {"config": "F"}}}
+SETTINGS = {
+    "model": "m",
+    "sampling": {},
+    "prompts": ["a"],
+    "seeds": [0],
+    "configs": {"fast": {"text": "fast", "config": "F"}},
+}
 
 
 @pytest.fixture
@@ -58,7 +64,7 @@ def test_what_a_file_manager_left_beside_the_frames_changes_nothing(folder):
     assert folder.is_whole("fast", PAIR)
 
 
-@pytest.mark.parametrize("contents", ["", "[]", "{}"])
+@pytest.mark.parametrize("contents", ["", "[]", "{}", 10_000 * "["])
 def test_a_damaged_record_is_like_none(folder, contents):
     folder.add("fast", PAIR, noise(), {})
     (folder.path / "fast" / "002-seed7.json").write_text(contents)
@@ -105,7 +111,7 @@ def test_seeds_and_configs_may_be_added(folder):
     folder.check(SETTINGS)
     assert not folder.path.exists()
     folder.agree(SETTINGS, {"command": "1"})
-    folder.agree(SETTINGS | {"seeds": [3], "configs": {"slow": {"config": "S"}}}, {"command": "2"})
+    folder.agree(SETTINGS | {"seeds": [3], "configs": {"slow": {"text": "slow", "config": "S"}}}, {"command": "2"})
     folder.agree(SETTINGS, {"command": "1"})
     manifest = read_manifest(folder.path)
     assert manifest["settings"]["seeds"] == [0, 3]
@@ -118,7 +124,7 @@ def test_seeds_and_configs_may_be_added(folder):
     [
         ({"model": "n"}, 'model is "m" there, "n" now'),
         ({"prompts": ["a", "b"]}, "prompts"),
-        ({"configs": {"fast": {"config": "G"}}}, "config fast"),
+        ({"configs": {"fast": {"text": "fast", "config": "G"}}}, "config fast"),
     ],
 )
 def test_other_settings_are_refused_and_leave_the_folder_as_it_is(folder, change, says):
@@ -130,7 +136,9 @@ def test_other_settings_are_refused_and_leave_the_folder_as_it_is(folder, change
     assert (folder.path / "manifest.json").read_text() == before
 
 
-@pytest.mark.parametrize("contents", ["", "[]", json.dumps({"settings": {}}), json.dumps({"settings": 3})])
+@pytest.mark.parametrize(
+    "contents", ["", "[]", 10_000 * "[", json.dumps({"settings": {}}), json.dumps({"settings": 3})]
+)
 def test_a_damaged_manifest_is_an_error(folder, contents):
     folder.path.mkdir()
     (folder.path / "manifest.json").write_text(contents)
@@ -143,7 +151,13 @@ def test_a_manifest_edited_by_hand_is_an_error_that_says_where(folder, name):
     folder.agree(SETTINGS, {})
     file = folder.path / "manifest.json"
     whole = json.loads(file.read_text())
-    for settings in (whole["settings"] | {name: 3}, {k: v for k, v in whole["settings"].items() if k != name}):
+    # Of the first, what stands inside is wrong.
+    inside = {name: {"fast": {"text": None}} if name == "configs" else [[]] if name in ("prompts", "seeds") else 3}
+    for settings in (
+        whole["settings"] | inside,
+        whole["settings"] | {name: 3},
+        {k: v for k, v in whole["settings"].items() if k != name},
+    ):
         file.write_text(json.dumps(whole | {"settings": settings}))
         with pytest.raises(ValueError, match=rf"manifest\.json is damaged .*{name}"):
             read_manifest(folder.path)

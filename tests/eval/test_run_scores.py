@@ -54,3 +54,18 @@ def test_lpips_of_one_net_is_never_taken_for_that_of_another(fake_run):
     assert (of_vgg["lpips"], of_vgg["lpips_net"]) == ("n/a: no vgg", "vgg")
     of_vgg = scores_of(folder, "fast", Pair(0, 0), FakeLpips("vgg", 0.75))
     assert (of_vgg["lpips"]["mean"], of_vgg["lpips_net"]) == (0.75, "vgg")
+
+
+@pytest.mark.parametrize(
+    "change", [{"psnr_db": {}}, {"ssim": None}, {"flicker": ...}, {"lpips_net": 3}, {"ms_ssim": {"mean": None}}]
+)
+def test_damaged_scores_are_computed_again(fake_run, change):
+    folder = RunFolder(fake_run(["a"]))
+    scores = scores_of(folder, "fast", Pair(0, 0), NO_LPIPS)
+    file = folder.path / "fast" / "000-seed0.scores.json"
+    kept = json.loads(file.read_text())
+    damaged = {key: value for key, value in (kept["scores"] | change).items() if value is not ...}
+    for contents in (kept | {"scores": damaged}, kept | {"scores": None}):
+        file.write_text(json.dumps(contents))
+        assert scores_of(folder, "fast", Pair(0, 0), NO_LPIPS) == scores
+        assert json.loads(file.read_text()) == kept

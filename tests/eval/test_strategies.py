@@ -87,11 +87,20 @@ def test_dials_that_cannot_be_written_are_not_looked_for(run, monkeypatch, capsy
 
 
 def test_results_of_another_command_are_refused(tmp_path, capsys):
-    ablation = SweepResults({})
+    ablation = SweepResults({"sampling": "20 steps", "dense_steps": 0.2, "device": "cpu"})
     ablation.scores[Pair("a cat", 0), Variant("adaptive", 0.5, True)] = Score(20.0, 0.9, 0.5, 1.0, 2.0)
     ablation.write(tmp_path / "ablation.json")
     assert cli.main(["eval", "strategies", "--merge", str(tmp_path / "ablation.json")]) == cli.USER_ERROR
     assert "--merge: these are results of another command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dials", [3, {}, {"Adaptive": {"0.5": {"option": "density", "value": "0.5"}}}])
+def test_results_with_damaged_dials_are_refused(tmp_path, capsys, dials):
+    results = SweepResults({"sampling": "20 steps", "dense_steps": 0.2, "device": "cpu", "dials": dials})
+    results.scores[Pair("a cat", 0), Variant("Adaptive", 0.5, True)] = Score(20.0, 0.9, 0.5, 1.0, 2.0)
+    results.write(tmp_path / "s.json")
+    assert cli.main(["eval", "strategies", "--merge", str(tmp_path / "s.json")]) == cli.USER_ERROR
+    assert "s.json: no table can be made of it (TypeError: dials" in capsys.readouterr().err
 
 
 def test_an_unknown_strategy_is_refused(capsys):

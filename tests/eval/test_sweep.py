@@ -223,6 +223,29 @@ def test_a_damaged_file_is_named(tmp_path, contents):
         SweepResults.read(file)
 
 
+@pytest.mark.parametrize(
+    "change", [{"psnr_db": None}, {"ssim": []}, {"density": "x"}, {"seconds": ...}, {"at_density": None}, {"seed": 0.5}]
+)
+def test_a_damaged_score_is_named(tmp_path, change):
+    results, file = SweepResults({}), tmp_path / "damaged.json"
+    results.scores[Pair("a fox", 0), Variant("row", 0.5, False)] = Score(20.0, 0.9, 0.5, 1.0, 2.0)
+    results.write(file)
+    video = json.loads(file.read_text())["videos"][0] | change
+    file.write_text(json.dumps({"settings": {}, "videos": [{k: v for k, v in video.items() if v is not ...}]}))
+    (name,) = change
+    with pytest.raises(ValueError, match=rf"damaged\.json holds no results .* it\.videos\[0\].*{name}"):
+        SweepResults.read(file)
+
+
+def test_settings_of_which_no_table_can_be_made_are_refused_before_one_is_written(tiny_model, tmp_path):
+    results, file = SweepResults({"sampling": "20 steps", "device": "cpu"}), tmp_path / "damaged.json"
+    results.scores[Pair("a fox", 0), Variant("row", 0.5, False)] = Score(20.0, 0.9, 0.5, 1.0, 2.0)
+    results.write(file)
+    with pytest.raises(ValueError, match=r"damaged\.json holds no results .*settings has no dense_steps"):
+        run(tiny_model, "--merge", file, "--output", tmp_path / "all.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged.json"]
+
+
 @pytest.mark.parametrize("count", [0, 17])
 def test_prompts_that_there_are_not_are_refused(tiny_model, tmp_path, generated, count):
     with pytest.raises(ValueError, match="--prompts must be 1 to 16"):
