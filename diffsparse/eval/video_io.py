@@ -38,7 +38,9 @@ def read_frames(path: Path) -> Iterator[Image]:
     if path.is_dir():
         return _read_folder(path)
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        raise ValueError(f"{path} is one image: put it into a folder, and name that.")
+        raise ValueError(
+            f"{path} is one image: put it into a folder, and name that. Of an animation put each picture there."
+        )
     if path.suffix.lower() not in VIDEO_SUFFIXES:
         expected = ", ".join(sorted(VIDEO_SUFFIXES))
         raise ValueError(f"{path} is no video by its name; expected a folder of images, or a name in {expected}.")
@@ -122,6 +124,10 @@ def _read_folder(folder: Path) -> Iterator[Image]:
     for file in sorted(files, key=_by_numbers):
         try:
             with PIL.Image.open(file) as picture:
+                # Of a JPEG, the second picture is a preview.
+                if picture.format in ("GIF", "PNG", "WEBP") and getattr(picture, "is_animated", False):
+                    # The first of its pictures would pass for all of them.
+                    raise ValueError("it is an animation. Save each of its pictures as an image of its own")
                 if picture.mode[0] in "IF":
                     # Pillow would cut off what is above 255.
                     raise ValueError("its grey has more than 8 bits. Save it with 8 bits a channel")

@@ -67,6 +67,14 @@ def test_grey_of_more_than_8_bits_is_an_error_and_not_white(tmp_path):
         list(read_frames(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.webp"])
+def test_an_animation_is_an_error_and_not_its_first_picture(tmp_path, name):
+    first, *others = [PIL.Image.fromarray(frame) for frame in as_bytes(moving_square(3))]
+    first.save(tmp_path / name, save_all=True, append_images=others)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read.*it is an animation. Save each"):
+        list(read_frames(tmp_path))
+
+
 def test_floats_are_rounded_and_cut_off():
     assert as_bytes(np.array([-1, 0, 0.5, 1, 2, np.nan])).tolist() == [0, 0, 128, 255, 255, 0]
 
