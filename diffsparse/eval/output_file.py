@@ -20,8 +20,9 @@ def check_output_file(option: str, file: Path | None) -> None:
     target = Path(os.path.realpath(file))
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{option} must name a file in a folder that exists, got {file}.")
-    if target.exists() and not target.is_file():
-        # A file that is written whole takes the place of what was there.
+    if file.exists() and not file.is_file():
+        # A file that is written whole takes the place of what was there. Asked of the link, since where /dev/stdout
+        # leads to in a pipe has no name.
         raise ValueError(f"{option} must name a file, and {file} is a device or a pipe. Name a file, then read it.")
     # A new file is written beside an old one, so that the folder has to allow it too.
     if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):

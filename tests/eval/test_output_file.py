@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,18 @@ def test_what_a_whole_file_would_take_the_place_of_is_refused(tmp_path):
     for name in ("pipe", "link"):
         with pytest.raises(ValueError, match=f"--json must name a file, and .*{name} is a device or a pipe"):
             check_output_file("--json", tmp_path / name)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="this system names no open files")
+def test_the_end_of_a_pipe_is_refused(tmp_path):
+    # As /dev/stdout is one: a link to what has no name.
+    reader, writer = os.pipe()
+    try:
+        with pytest.raises(ValueError, match=f"--json must name a file, and /dev/fd/{writer} is a device or a pipe"):
+            check_output_file("--json", Path(f"/dev/fd/{writer}"))
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def test_the_folder_of_an_old_file_has_to_take_a_new_one(tmp_path, monkeypatch):
