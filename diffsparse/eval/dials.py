@@ -103,14 +103,17 @@ class Dials:
         return Setting(**{name: self.settings[row][str(density)][name] for name in SETTING})
 
     def find(self, row: Row, densities: list[float], calls: list[RecordedCall]) -> None:
-        """Find the settings of a row at densities, and write the file."""
+        """Find the settings of a row at densities, and add them to the file."""
         measured: dict[float, float] = {}
         for density in densities:
             position = find_position(lambda at: density_of(row.at(at), calls), density, measured)
             errors = (error_of(with_tail(row.at(position), tail), calls) for tail in (False, True))
             setting = Setting(row.option, str(row.value_at(position)), position, measured[position], *errors)
             self.settings.setdefault(row.name, {})[str(density)] = dataclasses.asdict(setting)
-        write_json(self._file, {"conditions": self._conditions, "settings": self.settings})
+        # Another process may have found some meanwhile.
+        there = Dials(self._file, self._conditions).settings
+        found = {name: there.get(name, {}) | self.settings.get(name, {}) for name in there | self.settings}
+        write_json(self._file, {"conditions": self._conditions, "settings": found})
 
 
 def find_position(measure: Callable[[float], float], density: float, measured: dict[float, float]) -> float:

@@ -153,7 +153,7 @@ def _make_videos(
                 dense_seconds=sum(dense.step_seconds),
                 lpips=None if isinstance(lpips, NoLpips) else statistics.fmean(lpips(*videos)),
             )
-            results.write(file)
+            results.add_to(file)
             print(f"{score.psnr_db:6.2f} dB  {variant}: {pair.prompt}, seed {pair.seed}", flush=True)
 
 

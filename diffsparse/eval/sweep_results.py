@@ -131,6 +131,15 @@ class SweepResults:
             raise ValueError(f"There is no video in {', '.join(map(str, files))}. Let the runs make some first.")
         return results
 
+    def add_to(self, file: Path) -> None:
+        """Take in what another process has written to the file meanwhile, and write all.
+
+        Raises:
+            ValueError: what it has written is from other settings.
+        """
+        self.scores = SweepResults.going_on(file, self.settings).scores | self.scores
+        self.write(file)
+
     def write(self, file: Path) -> None:
         """Write the file, whole or not at all."""
         videos = [

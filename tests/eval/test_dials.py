@@ -73,6 +73,16 @@ def test_what_was_found_is_kept(tmp_path, fake_measures):
     assert not again.has("other", 0.1)
 
 
+def test_what_two_processes_find_is_kept_of_both(tmp_path, fake_measures):
+    file = tmp_path / "dials.json"
+    first, second = Dials(file, {}), Dials(file, {})
+    first.find(Row("a", Adaptive()), [0.1], [])
+    second.find(Row("b", Adaptive()), [0.1], [])
+    second.find(Row("a", Adaptive()), [0.3], [])
+    again = Dials(file, {})
+    assert [again.has(*each) for each in (("a", 0.1), ("a", 0.3), ("b", 0.1))] == [True] * 3
+
+
 def test_dials_of_other_conditions_are_not_taken(tmp_path, fake_measures):
     file = tmp_path / "dials.json"
     Dials(file, {"steps": 3}).find(Row("default", Adaptive()), [0.1], [])

@@ -142,6 +142,28 @@ def test_results_from_before_lpips_are_read(tiny_model, tmp_path, generated):
     assert SweepResults.read(file).scores == results.scores
 
 
+@pytest.mark.parametrize("others", [{}, {"dials": 1}])
+def test_what_another_process_has_written_meanwhile_is_not_written_over(
+    tiny_model, tmp_path, generated, monkeypatch, others
+):
+    file, make = tmp_path / "r.json", sweep.generate
+    one = {Variant("of another", 0.5, True): Adaptive(density=0.5)}
+
+    def generate(*args):
+        monkeypatch.setattr(sweep, "generate", make)
+        run(tiny_model, "--output", file, "--prompts", 1, strategies=one, others=others)
+        return make(*args)
+
+    monkeypatch.setattr(sweep, "generate", generate)
+    if others:
+        with pytest.raises(ValueError, match=r"r\.json holds results of other settings \(dials.*Name another --output"):
+            run(tiny_model, "--output", file)
+        assert {variant for _, variant in SweepResults.read(file).scores} == set(one)
+    else:
+        assert len(run(tiny_model, "--output", file).scores) == 1 + 3 * len(VARIANTS)
+        assert len(SweepResults.read(file).scores) == 1 + 3 * len(VARIANTS)
+
+
 def test_an_interrupted_run_goes_on_where_it_was(tiny_model, tmp_path, generated):
     file = tmp_path / "r.json"
     generated.stop_at = 7
