@@ -65,12 +65,19 @@ def prompt_or_first(prompt: str | None) -> str:
     """What --prompt says; where it is left out, the first of the embedded model's prompts.
 
     Raises:
-        ValueError: it is empty.
+        ValueError: it is empty, or no text.
     """
     if prompt is None:
         return read_prompts("demo")[0]
     if not prompt.strip():
         raise ValueError("--prompt is empty: say what the video shall show, or leave the option out.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"--prompt {prompt!r} has bytes that are no text in this locale, from character {error.start} on. "
+            f"Set LC_ALL=C.UTF-8, or say it in other letters."
+        ) from error
     return prompt.strip()
 
 

@@ -134,6 +134,7 @@ def test_the_first_of_the_shipped_prompts_is_the_default(tiny_model, tmp_path, m
     ("arguments", "words"),
     [
         (["--prompt", "  "], "--prompt is empty"),
+        (["--prompt", os.fsdecode(b"caf\xe9")], r"--prompt 'caf\udce9' has bytes that are no text in this locale"),
         (["--prompt", "x", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["--prompt", "x", "--seed", "-1"], "--seed must be between 0"),
         (["--prompt", "x", "--device", "toaster"], "'toaster'"),

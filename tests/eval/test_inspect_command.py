@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -121,6 +122,7 @@ def test_a_run_without_sparse_attention_says_why(tiny_model, tmp_path, capsys):
         (["--at-steps", "half"], "--at-steps half: expected a step such as 7, or a fraction"),
         (["--at-steps", "nan"], "--at-steps nan: expected"),
         (["--prompt", " "], "--prompt is empty"),
+        (["--prompt", os.fsdecode(b"caf\xe9")], r"--prompt 'caf\udce9' has bytes that are no text in this locale"),
         (["--seed", "-1"], "--seed must be between 0"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--config", "adaptiv"], "--config adaptiv: 'adaptiv' is neither"),
