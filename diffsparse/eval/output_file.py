@@ -47,8 +47,8 @@ def reading(failure: str, way_out: str) -> Iterator[None]:
     """A file that the block cannot read, or that lacks what it looks for: ValueError of failure, reason, way out."""
     try:
         yield
-    # The last is of brackets within brackets, more than Python follows.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    # The last two are of a 0 to divide by or a number too large, and of brackets in more brackets than Python follows.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{failure} ({type(error).__name__}: {error}). {way_out}") from error
 
 

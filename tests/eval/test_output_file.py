@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffsparse.eval import cli
-from diffsparse.eval.output_file import check_output_file, write_json
+from diffsparse.eval.output_file import check_output_file, reading, write_json
 
 
 def test_a_file_in_a_folder_that_exists_is_right(tmp_path, monkeypatch):
@@ -79,6 +79,13 @@ def test_an_old_file_outlives_a_new_one_that_cannot_be_written(tmp_path, monkeyp
     assert cli.main([*command.split(), str(file)]) == cli.USER_ERROR
     assert f"No space left on device: '{file}'" in capsys.readouterr().err
     assert [each.read_text() for each in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("expression", ["{}['a']", "1 / 0", "10**400 / 3", "json.loads(10_000 * '[')"])
+def test_whatever_is_wrong_with_the_contents_of_a_file_has_a_way_out(expression):
+    raises = pytest.raises(ValueError, match=r"^a\.json is damaged \(\w+Error: .*\)\. Name another\.$")
+    with raises, reading("a.json is damaged", "Name another."):
+        eval(expression)
 
 
 def test_json_is_written_whole_or_the_old_file_stays(tmp_path):
