@@ -25,7 +25,8 @@ def config_texts(texts: list[str]) -> list[str]:
 def _listed(path: Path) -> list[str]:
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # A ValueError is of a date that there is not, or of text that is no UTF-8; the last of brackets in too many more.
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"--config {path} must be a list of configs, such as `- balanced`, got {entries!r}.")

@@ -103,7 +103,8 @@ def _from_jsonl(file: Path, text: str) -> list[tuple[int, str]]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        # Brackets in more brackets than Python follows.
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}, is not JSON: {error}.") from error
         prompt = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(prompt, str):

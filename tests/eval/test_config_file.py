@@ -46,6 +46,8 @@ def test_what_is_no_file_of_configs_is_left_as_it_is():
         ("- adaptive: 0.2", "is no config"),
         ("- 3", "is no config"),
         ("- [", "cannot be read"),
+        ("[" * 2000, "cannot be read"),
+        ("- adaptive: {density: 2020-13-45}", "cannot be read"),
         ("- !!python/object/apply:os.getcwd []", "cannot be read"),
     ],
 )

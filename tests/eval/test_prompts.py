@@ -48,6 +48,7 @@ def test_only_the_end_of_a_line_ends_a_prompt(tmp_path, name, text, inside):
         ("p.csv", "text\na cat\n", "column `prompt`"),
         ("p.csv", "", "column `prompt`"),
         ("p.jsonl", '"a cat"\n{', "line 2, is not JSON"),
+        ("p.jsonl", '"a cat"\n' + "[" * 10_000, "line 2, is not JSON"),
         ("p.csv", f'prompt\na cat\n"{"z" * 140_000}"\n', "as CSV after line 2: field larger"),
         ("p.jsonl", '{"text": "a cat"}', "line 1"),
         ("p.jsonl", '"a cat"\n"a dog \\ud83d"', "line 2, is cut inside a character"),
