@@ -43,8 +43,10 @@ def compare_runs(a: Path, b: Path, lpips: Lpips | NoLpips) -> list[dict[str, Any
                 }
             )
     if not found:
+        missing = data["missing"][:1]
+        first = "".join(f" (the first that {(a, b)[video['run']]} lacks: {video['reason']})" for video in missing)
         raise ValueError(
-            f"{a} and {b} have no scored video of the same prompt and seed in common. Make some: run "
+            f"{a} and {b} have no scored video of the same prompt and seed in common{first}. Make some: run "
             "`diffsparse eval run` with the same --prompts and --seeds for both."
         )
     return found

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -52,4 +54,12 @@ def test_configs_are_matched_by_name_or_being_the_only_ones(fake_run):
 def test_runs_without_a_video_in_common_are_an_error(fake_run):
     a, b = fake_run(["cat"], name="a"), fake_run(["dog"], name="b")
     with pytest.raises(ValueError, match="no scored video of the same prompt and seed in common"):
+        compare_runs(a, b, NONE)
+
+
+def test_where_none_is_in_common_since_one_is_damaged_the_file_is_named(fake_run):
+    a, b = fake_run(["cat"], name="a"), fake_run(["cat"], name="b")
+    file = b / "fast" / "000-seed0.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"process": None}))
+    with pytest.raises(ValueError, match=f"in common .the first that {b} lacks: {file} is damaged .*Make some"):
         compare_runs(a, b, NONE)
