@@ -37,6 +37,9 @@ class CallFlops(TorchFunctionMode):
             transformer: of diffusers, anywhere. What is counted is a stock one of its config, without adapters.
             layer_names: as of `Family.layer_names`.
             call: named arguments, of which the tensors' values do not matter.
+
+        Raises:
+            ValueError: the transformer takes no call of this size.
         """
         with torch.device("meta"):
             model: Any = type(transformer).from_config(transformer.config)  # type: ignore[attr-defined]
@@ -53,7 +56,13 @@ class CallFlops(TorchFunctionMode):
             model.get_submodule(name).register_forward_hook(leave)
         arguments = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in call.items()}
         with torch.no_grad(), torch.device("meta"), count:
-            model.eval()(**arguments)
+            try:
+                model.eval()(**arguments)
+            except RuntimeError as error:
+                # Some have rotary embedding, or other tables, for so many frames, rows and columns and no more.
+                raise ValueError(
+                    f"{type(transformer).__name__} takes no call of this size ({error}). Name a smaller one."
+                ) from error
         return count
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

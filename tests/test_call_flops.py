@@ -43,3 +43,12 @@ def test_the_model_is_left_as_it_was():
     assert isinstance(before, Tensor)
     assert torch.equal(model(**call)[0], before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_size_that_the_transformer_has_no_rotary_embedding_for_is_said():
+    model = TINY["wan"].make()
+    call = TINY["wan"].call(model, (1, 1, model.config.rope_max_seq_len + 1))
+    with pytest.raises(
+        ValueError, match=r"^WanTransformer3DModel takes no call of this size \(.*\)\. Name a smaller one"
+    ):
+        CallFlops.of(model, TINY["wan"].layers, call)
