@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffsparse.block_mask import num_blocks
 from diffsparse.grid import TokenGrid
+from diffsparse.permutation import tile_of_token
 
 
 def blocks_of_windows(
@@ -28,12 +29,11 @@ def blocks_of_windows(
         moved_inwards: whether a window at the border of the grid is moved, so that it is as large as any other, and not
             cut off.
     """
-    sizes = (grid.frames, grid.height, grid.width)
     # A pair of tiles sees one another where their places along each of the three sides do.
     seen = torch.ones(1, 1, dtype=torch.float32)
-    for size, side, width in zip(sizes, tile, window):
+    for size, side, width in zip((grid.frames, grid.height, grid.width), tile, window):
         seen = torch.kron(seen, _window(num_blocks(size, side), width, moved_inwards).float())
-    tiles = _tile_of_place(sizes, tile)
+    tiles = tile_of_token(grid, tile).sort().values  # of each place in the order
     queries, keys = (_tiles_of_blocks(tiles, size, grid.num_tokens) for size in (query_block_size, key_block_size))
     return queries @ seen @ keys.T > 0
 
@@ -45,15 +45,6 @@ def _window(tiles: int, width: int, moved_inwards: bool) -> Tensor:
     if moved_inwards:
         first = first.clamp(min=0, max=max(0, tiles - width))
     return (place >= first[:, None]) & (place < first[:, None] + width)
-
-
-def _tile_of_place(sizes: tuple[int, int, int], tile: tuple[int, int, int]) -> Tensor:
-    """The tile of each video token, in the order of the tiles: [F * H * W] int64."""
-    tokens = torch.ones(1, dtype=torch.long)
-    for size, side in zip(sizes, tile):
-        lengths = torch.tensor([min(side, size - first) for first in range(0, size, side)])
-        tokens = torch.kron(tokens, lengths)
-    return torch.repeat_interleave(tokens)
 
 
 def _tiles_of_blocks(tiles: Tensor, block_size: int, num_tokens: int) -> Tensor:
