@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from diffsparse.plan import AttentionPlan
@@ -12,6 +11,7 @@ from diffsparse.strategies.block_layout import block_layout
 from diffsparse.strategies.option_checks import check_block_sizes, check_density, check_sides
 from diffsparse.strategies.pooled_scores import pooled_scores
 from diffsparse.strategies.strategy import AttentionCall
+from diffsparse.strategies.top_blocks import top_blocks
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,8 @@ class DraftAttention:
         )
         video = slice(layout.free_queries), slice(layout.free_keys)
         draft = scores[..., video[0], video[1]].softmax(-1)
-        ranked = draft.masked_fill(layout.always[video], torch.inf).flatten(-2)
         count = round(self.density * layout.free_queries * layout.free_keys)
-        kept = torch.zeros_like(ranked, dtype=torch.bool)
-        kept.scatter_(-1, ranked.topk(count, dim=-1, sorted=False).indices, True)
+        kept = top_blocks(draft.flatten(-2), count, layout.always[video].flatten())
         visible = layout.always.expand(scores.shape).clone()
-        visible[..., video[0], video[1]] |= kept.view(draft.shape)
+        visible[..., video[0], video[1]] = kept.view(draft.shape)
         return layout.plan(visible)

@@ -18,6 +18,7 @@ from diffsparse.strategies.always_exact import exact_blocks
 from diffsparse.strategies.option_checks import check_block_sizes, check_density, check_integers, check_shares
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.strategy import AttentionCall
+from diffsparse.strategies.top_blocks import top_blocks
 
 AXES = (
     ("frame", "height", "width"),
@@ -87,9 +88,8 @@ class PAROAttention:
         layout = _layout(call.grid, self, query.device)
         permutation = Permutation(layout.orders, self._best_orders(query, key, layout, call))
         sums = self._block_sums(query, key, permutation, layout, call)
-        ranking = sums.masked_fill(layout.exact, torch.inf).flatten(1)
-        kept = ranking.topk(max(layout.num_exact, round(self.density * ranking.shape[1])), sorted=False).indices
-        visible = torch.zeros_like(ranking, dtype=torch.bool).scatter_(1, kept, True)
+        pairs = sums.flatten(1)
+        visible = top_blocks(pairs, round(self.density * pairs.shape[1]), layout.exact.flatten())
         return AttentionPlan(
             permutation,
             BlockMask.from_visible(
@@ -180,7 +180,7 @@ class _Layout:
         rows: the tokens of the sampled query blocks in each order, block after block, [6, R].
         places: the sampled rows of each query block, as places in the order, [Q, rows of a block].
         tokens_of_block: of each query block, [Q].
-        exact: what is seen in any case, [Q, K] bool; `num_exact`, how many pairs that is.
+        exact: what is seen in any case, [Q, K] bool.
     """
 
     orders: Tensor
@@ -188,7 +188,6 @@ class _Layout:
     places: Tensor
     tokens_of_block: Tensor
     exact: Tensor
-    num_exact: int
 
 
 @functools.lru_cache(maxsize=16)
@@ -203,12 +202,10 @@ def _layout(grid: TokenGrid, options: PAROAttention, device: torch.device) -> _L
     tokens_of_block = block_token_counts(grid.num_tokens, size)[0]
     count = min(options.sampled_rows, size)
     within = (2 * torch.arange(count) + 1) * tokens_of_block[:, None] // (2 * count)
-    exact = exact_blocks(grid, size, options.key_block_size)
     return _Layout(
         orders=orders.to(device),
         rows=orders[:, of_blocks.flatten()].to(device),
         places=(torch.arange(blocks)[:, None] * size + within).to(device),
         tokens_of_block=tokens_of_block.to(device),
-        exact=exact.to(device),
-        num_exact=int(exact.sum()),
+        exact=exact_blocks(grid, size, options.key_block_size).to(device),
     )
