@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffsparse.block_mask import num_blocks
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import sample_rows
 from diffsparse.kernels.pooling import block_token_counts
@@ -74,12 +73,10 @@ def geometry_of(
         ]
     )
     rows = sample_rows(grid, sampled_rows, seed)
-    query_blocks = num_blocks(grid.num_tokens, query_block_size)
-    key_blocks = num_blocks(grid.num_tokens, key_block_size)
     first_text_query = grid.num_video_tokens // query_block_size
     always = exact_blocks(grid, query_block_size, key_block_size)
-    distance = block_distance(query_blocks, key_blocks, query_block_size, key_block_size)
-    band_rank = ranks(-distance.masked_fill(always, -1.0), key_blocks)
+    distance = block_distance(grid.num_tokens, query_block_size, key_block_size)
+    band_rank = ranks(-distance.masked_fill(always, -1.0), always.shape[1])
     blocks_of_rows = torch.argsort(orders, dim=-1)[:, rows] // query_block_size
     sizes = block_token_counts(grid.num_tokens, key_block_size, device=rows.device)[0]
     return Geometry(

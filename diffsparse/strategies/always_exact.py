@@ -43,9 +43,7 @@ def exact_blocks(
     the key blocks nearest to it, unless `own_place` says that keys have an order of their own. The first frame of an
     image is no special frame.
     """
-    queries = num_blocks(grid.num_tokens, query_block_size)
-    keys = num_blocks(grid.num_tokens, key_block_size)
-    distance = block_distance(queries, keys, query_block_size, key_block_size)
+    distance = block_distance(grid.num_tokens, query_block_size, key_block_size)
     exact = (distance == distance.amin(-1, keepdim=True)) & own_place
     if (place := first_exact_place(grid, first_frame_queries)) < grid.num_tokens:
         exact[place // query_block_size :] = True
@@ -63,8 +61,9 @@ def first_exact_place(grid: TokenGrid, first_frame: bool = False) -> int:
     return grid.num_video_tokens - (grid.height * grid.width if with_frame else 0)
 
 
-def block_distance(queries: int, keys: int, query_block_size: int, key_block_size: int) -> Tensor:
+def block_distance(num_tokens: int, query_block_size: int, key_block_size: int) -> Tensor:
     """Tokens between the centres of query and key blocks, [Q, K] float32."""
-    query_centres = (torch.arange(queries).float() + 0.5) * query_block_size
-    key_centres = (torch.arange(keys).float() + 0.5) * key_block_size
+    query_centres, key_centres = (
+        (torch.arange(num_blocks(num_tokens, size)).float() + 0.5) * size for size in (query_block_size, key_block_size)
+    )
     return (query_centres[:, None] - key_centres).abs()

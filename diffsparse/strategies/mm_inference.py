@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffsparse.block_mask import num_blocks
 from diffsparse.grid import TokenGrid
 from diffsparse.permutation import axis_order
 from diffsparse.plan import AttentionPlan
@@ -75,9 +74,8 @@ def _masks(grid: TokenGrid, options: MMInference, device: torch.device) -> Fixed
     sizes = options.query_block_size, options.key_block_size
     strides = options.strides or (1, grid.width, grid.height * grid.width)
     orders = torch.stack([_lattice_order(grid, stride) for stride in strides])
-    query_blocks, key_blocks = (num_blocks(grid.num_tokens, size) for size in sizes)
-    budget = max(1, round(options.density * key_blocks))
-    distance = block_distance(query_blocks, key_blocks, *sizes)
+    distance = block_distance(grid.num_tokens, *sizes)
+    budget = max(1, round(options.density * distance.shape[1]))
     band = top_blocks(-distance, budget, exact_blocks(grid, *sizes))
     return FixedMasks.of(orders, [(number, band) for number in range(len(strides))], *sizes, device)
 
