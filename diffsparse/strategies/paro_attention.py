@@ -15,6 +15,7 @@ from diffsparse.kernels.pooling import block_token_counts
 from diffsparse.permutation import Permutation, axis_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks
+from diffsparse.strategies.block_attention import by_block, scores_of_rows
 from diffsparse.strategies.option_checks import check_block_sizes, check_density, check_integers, check_shares
 from diffsparse.strategies.planning_memory import head_slices
 from diffsparse.strategies.strategy import AttentionCall
@@ -149,9 +150,8 @@ class PAROAttention:
             parts = []
             for places in layout.places.split(max(1, ROWS_AT_A_TIME // rows_of_block)):
                 attention = _attention(queries.index_select(2, places.flatten()), keys, call)
-                filled = F.pad(attention, (0, -attention.shape[-1] % self.key_block_size))
-                by_block = filled.unflatten(3, (-1, self.key_block_size)).sum(-1)
-                parts.append(by_block.unflatten(2, (-1, rows_of_block)).mean(3).sum(0))
+                of_rows = by_block(attention, self.key_block_size)
+                parts.append(of_rows.unflatten(2, (-1, rows_of_block)).mean(3).sum(0))
             sums.append(torch.cat(parts, dim=1) * layout.tokens_of_block[:, None])
         return torch.cat(sums)
 
@@ -159,11 +159,7 @@ class PAROAttention:
 def _attention(query: Tensor, key: Tensor, call: AttentionCall) -> Tensor:
     """Softmax of the scores of query [B, H, R, D] and key [B, H, S, D], [B, H, R, S] float32."""
     scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-    scores = (query.float() * scale) @ key.float().transpose(-1, -2)
-    if call.key_length is not None:
-        beyond = torch.arange(key.shape[2], device=key.device) >= call.key_length[:, None]
-        scores = scores.masked_fill(beyond[:, None, None], -torch.inf)
-    return torch.softmax(scores, dim=-1)
+    return scores_of_rows(query.float() * scale, key, call.key_length).softmax(-1)
 
 
 def _shares(measure: Tensor) -> Tensor:

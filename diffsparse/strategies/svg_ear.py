@@ -6,12 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.kernels.pooling import block_means
 from diffsparse.kernels.reorder import gather_tokens
 from diffsparse.plan import AttentionPlan
+from diffsparse.strategies.block_attention import by_block, scores_of_rows
 from diffsparse.strategies.clustered_tokens import Clusters, block_mass, most_clusters, plan_by_clusters
 from diffsparse.strategies.option_checks import check_block_sizes, check_bools, check_integers, check_shares
 from diffsparse.strategies.smallest_set import smallest_set
@@ -113,10 +113,9 @@ def errors_of_means(
     key, value = key.float(), value.float()
     mean_key, tokens = block_means(key, block_size, key_length)
     mean_value, _ = block_means(value, block_size, key_length)
-    logits = query @ key.transpose(-1, -2)  # [B, H, R, S]
+    logits = scores_of_rows(query, key, key_length)
     if key_length is not None:
         beyond = torch.arange(key.shape[2], device=key.device) >= key_length[:, None]
-        logits = logits.masked_fill(beyond[:, None, None], -torch.inf)
         value = value.masked_fill(beyond[:, None, :, None], 0.0)
     total = logits.logsumexp(-1, keepdim=True)
     weights = (logits - total).exp()
@@ -126,8 +125,3 @@ def errors_of_means(
     crossed = by_block(weights * (value * value_of_mean).sum(-1)[:, :, None], block_size)
     squared_mean = tokens[:, None] * mean_value.square().sum(-1)  # [B, H, K]
     return (squares - 2 * mean_weight * crossed + mean_weight.square() * squared_mean[:, :, None]).clamp(min=0)
-
-
-def by_block(x: Tensor, block_size: int) -> Tensor:
-    """The sums of x [..., S] over blocks of its last dimension, [..., blocks]."""
-    return F.pad(x, (0, -x.shape[-1] % block_size)).unflatten(-1, (-1, block_size)).sum(-1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffsparse.grid import TokenGrid
 from diffsparse.plan import AttentionPlan
+from diffsparse.strategies.block_attention import scores_of_rows
 from diffsparse.strategies.clustered_tokens import (
     Clusters,
     block_mass,
@@ -135,11 +136,7 @@ def needed_share(query: Tensor, key: Tensor, covered: float, key_length: Tensor 
 
     Scaled queries [B, H, R, D], keys [B, H, S, D], of which those at or beyond `key_length` [B] do not exist.
     """
-    scores = query @ key.float().transpose(-1, -2)
-    if key_length is not None:
-        beyond = torch.arange(key.shape[2], device=key.device) >= key_length[:, None]
-        scores = scores.masked_fill(beyond[:, None, None], -torch.inf)
-    held = scores.softmax(-1).sort(dim=-1, descending=True).values.cumsum(-1)
+    held = scores_of_rows(query, key, key_length).softmax(-1).sort(dim=-1, descending=True).values.cumsum(-1)
     # One key more than those that do not reach it.
     needed = (held < covered * held[..., -1:]).sum(-1) + 1
     return needed.float().mean((0, 2)) / key.shape[2]

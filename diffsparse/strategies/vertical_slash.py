@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from diffsparse.block_mask import num_blocks
+from diffsparse.strategies.block_attention import by_block, scores_of_rows
 
 
 def block_mass(query: Tensor, key: Tensor, block_size: int, key_length: Tensor | None = None) -> Tensor:
@@ -14,14 +13,7 @@ def block_mass(query: Tensor, key: Tensor, block_size: int, key_length: Tensor |
 
     Keys at or beyond `key_length` [B] do not exist.
     """
-    tokens = key.shape[2]
-    scores = query.float() @ key.float().transpose(-1, -2)
-    if key_length is not None:
-        beyond = torch.arange(tokens, device=key.device) >= key_length[:, None]
-        scores.masked_fill_(beyond[:, None, None], -torch.inf)
-    blocks = num_blocks(tokens, block_size)
-    weights = F.pad(scores.softmax(-1), (0, blocks * block_size - tokens))
-    return weights.unflatten(3, (blocks, block_size)).sum(4)
+    return by_block(scores_of_rows(query, key, key_length).softmax(-1), block_size)
 
 
 def column_mass(mass: Tensor) -> Tensor:
