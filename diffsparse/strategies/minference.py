@@ -91,16 +91,10 @@ class MInference:
         sums = BlockSums.of(rows, key, value, self.block_size, key_length=key_length)
         mass = sums.mass()  # [B, H, R, K]
         scores = pooled_scores(query, key, self.block_size, self.block_size, key_length=key_length, scale=scale)
-        exact, best, least = sums.exact(), None, None
-        for candidate in self._candidates(scores, mass, row_blocks, always):
-            error = head_errors(sums.masked(candidate.index_select(2, row_blocks))[0], exact)  # [H]
-            if best is None or least is None:
-                best, least = candidate, error
-            else:
-                best = torch.where((error < least)[:, None, None], candidate, best)
-                least = torch.minimum(error, least)
-        assert best is not None
-        return best
+        exact, candidates = sums.exact(), self._candidates(scores, mass, row_blocks, always)
+        outputs = (sums.masked(each.index_select(2, row_blocks))[0] for each in candidates)
+        best = torch.stack([head_errors(output, exact) for output in outputs]).argmin(0)  # [H]
+        return torch.stack(candidates, 2)[:, torch.arange(len(best), device=best.device), best]
 
     def _candidates(self, scores: Tensor, mass: Tensor, row_blocks: Tensor, always: Tensor) -> list[Tensor]:
         """Block maps [B, H, K, K] of scores [B, H, K, K] and of the sampled rows' attention [B, H, R, K]."""
