@@ -60,7 +60,8 @@ class SpargeAttention:
         query, key = layout.ordered(query), layout.ordered(key)
         scores = pooled_scores(query, key, *blocks, key_length=call.key_length, scale=call.scale)
         alike_queries = self_similarity(query, self.query_block_size) > self.similarity  # [B, H, Q]
-        centred = key.float() - mean_token(key, call.key_length)
+        mean_key, _ = block_means(key, key.shape[2], call.key_length)  # of all keys that exist, [B, H, 1, D]
+        centred = key.float() - mean_key
         alike_keys = self_similarity(centred, self.key_block_size, call.key_length) > self.similarity  # [B, H, K]
         scores = scores.masked_fill(~alike_keys[..., None, :], -torch.inf)
         if self.density is None:
@@ -78,9 +79,3 @@ def self_similarity(x: Tensor, block_size: int, key_length: Tensor | None = None
     """
     mean_direction, _ = block_means(F.normalize(x.float(), dim=-1), block_size, key_length)
     return mean_direction.square().sum(-1)
-
-
-def mean_token(x: Tensor, key_length: Tensor | None) -> Tensor:
-    """The mean of the tokens of x [B, H, S, D] that exist, [B, H, 1, D] float32."""
-    mean, _ = block_means(x, x.shape[2], key_length)
-    return mean
