@@ -95,8 +95,6 @@ def _visible_row(block: int, widths: Tensor, grid: TokenGrid, options: Radial) -
     end = (queries % length + width + 1).clamp(max=length) + frames * length
     # How many queries see each key: one more from where a band begins, one less from where it ends.
     places = num_blocks(grid.num_tokens, options.key_block_size) * options.key_block_size
-    change = torch.zeros(places + 1, dtype=torch.float32)
-    for place, sign in ((begin, 1.0), (end, -1.0)):
-        change.scatter_add_(0, place[width >= 0], torch.full_like(place[width >= 0], sign, dtype=change.dtype))
-    seen = change[:-1].cumsum(0).view(-1, options.key_block_size)  # [K, tokens of a block]
-    return (seen > len(queries) / 3).sum(-1) > 0.6 * (seen > 0).sum(-1)
+    begins, ends = (torch.bincount(place[width >= 0], minlength=places + 1) for place in (begin, end))
+    seen = (begins - ends)[:-1].cumsum(0).view(-1, options.key_block_size)  # [K, tokens of a block]
+    return (3 * seen > len(queries)).sum(-1) > 0.6 * (seen > 0).sum(-1)
