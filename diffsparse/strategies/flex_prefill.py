@@ -91,6 +91,6 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     middle = (p + q) / 2
     # Where both are 0 there is nothing to compare.
     middle = middle.masked_fill(middle == 0, 1.0)
-    divergence = sum((torch.xlogy(x, x / middle).sum(-1) for x in (p, q)), start=torch.zeros_like(p[..., 0]))
+    divergence = torch.xlogy(p, p / middle).sum(-1) + torch.xlogy(q, q / middle).sum(-1)
     # Rounding may leave it below 0.
     return divergence.clamp(min=0) / 2

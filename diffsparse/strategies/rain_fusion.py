@@ -13,7 +13,7 @@ from diffsparse.heads import HeadClass
 from diffsparse.permutation import axis_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.always_exact import exact_blocks, first_exact_place, first_frame_last
-from diffsparse.strategies.bands import band
+from diffsparse.strategies.bands import band, half_width
 from diffsparse.strategies.fixed_masks import FixedMasks
 from diffsparse.strategies.option_checks import (
     check_block_sizes,
@@ -150,7 +150,7 @@ def _layout(grid: TokenGrid, options: RainFusion, device: torch.device) -> _Layo
     frame_tokens = grid.height * grid.width
     frames = max(1, grid.frames - 1)  # without the first, which is exact
     video = first_exact_place(grid, first_frame=True)
-    bandwidths = sorted(options.bandwidths or [1 - (1 - options.density) ** 0.5])
+    bandwidths = sorted(options.bandwidths or [half_width(options.density, 1)])
 
     orders = [first_frame_last(grid, axis_order(grid, axes)) for axes in (_TOKEN_MAJOR, _FRAME_MAJOR)]
     places = torch.arange(grid.num_tokens).double()
