@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffsparse.block_mask import num_blocks
 from diffsparse.grid import TokenGrid
 from diffsparse.permutation import hilbert_order
 from diffsparse.plan import AttentionPlan
@@ -84,8 +85,8 @@ def touching_blocks(grid: TokenGrid, order: Tensor, query_block_size: int, key_b
     """
     sizes = (grid.frames, grid.height, grid.width)
     place = order.argsort()[grid.text_before : grid.text_before + grid.num_video_tokens].view(sizes)
-    shape = [-(-grid.num_tokens // size) for size in (query_block_size, key_block_size)]
-    touching = torch.zeros(shape, dtype=torch.bool)
+    blocks = [num_blocks(grid.num_tokens, size) for size in (query_block_size, key_block_size)]
+    touching = torch.zeros(blocks, dtype=torch.bool)
     for steps in itertools.product((-1, 0, 1), repeat=3):
         here, there = (
             place[tuple(slice(max(0, sign * step), size + min(0, sign * step)) for step, size in zip(steps, sizes))]

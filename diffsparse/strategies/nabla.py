@@ -55,13 +55,9 @@ class NABLA:
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""
         layout, fixed = _layout(call.grid, self, query.device)
+        blocks = self.query_block_size, self.key_block_size
         scores = pooled_scores(
-            layout.ordered(query),
-            layout.ordered(key),
-            self.query_block_size,
-            self.key_block_size,
-            key_length=call.key_length,
-            scale=call.scale,
+            layout.ordered(query), layout.ordered(key), *blocks, key_length=call.key_length, scale=call.scale
         )
         return layout.plan(smallest_set(scores.softmax(-1), self.mass) | fixed)
 
