@@ -50,8 +50,8 @@ class AdaSpa:
         """The plan of a layer; see `Strategy.plan`."""
         sizes = self.query_block_size, self.key_block_size
         layout = block_layout(call.grid, *sizes, query.device)
-        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-        shares = block_attention(layout.ordered(query) * scale, layout.ordered(key), *sizes, call.key_length)
+        queries, keys = layout.ordered(query) * call.scale_of(query), layout.ordered(key)
+        shares = block_attention(queries, keys, *sizes, call.key_length)
         fewer, count, more = (round(part * self.density * shares.shape[-1]) for part in (0.5, 1.0, 1.5))
         held = shares.where(top_blocks(shares, count, layout.always), 0.0).sum(-1).mean((0, 2))  # [H]
         heads = len(held)

@@ -175,7 +175,7 @@ class _Sized(Adaptive):
 
     def _plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         layout = _layout(call.grid, self, query.device)
-        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        scale = call.scale_of(query)
         rows = query.index_select(2, layout.rows).float() * scale
         inputs = Inputs(query, key, value, rows, scale, self.tail, call.key_length, self._noise(query, layout))
         by_order = itertools.groupby(self.candidates, key=lambda candidate: candidate.order)

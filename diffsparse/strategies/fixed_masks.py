@@ -102,9 +102,8 @@ class FixedMasks:
         Yields:
             For each mask two tensors [B, heads, R, D] float32: its output and the exact one.
         """
-        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
         for heads in head_slices(query, len(rows)):
-            sampled = query[:, heads].index_select(2, rows).float() * scale
+            sampled = query[:, heads].index_select(2, rows).float() * call.scale_of(query)
             pairs: dict[int, tuple[Tensor, Tensor]] = {}
             for number in sorted(set(self.order_of)):
                 sums = self._sums(sampled, key[:, heads], value[:, heads], number, call.key_length)

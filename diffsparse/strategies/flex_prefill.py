@@ -58,29 +58,27 @@ class FlexPrefill:
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""
         layout = block_layout(call.grid, self.block_size, self.block_size, query.device)
-        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
         places = sampled_rows(call.grid, self.sampled_rows, self.seed, query.device) - call.grid.text_before
         query, key = layout.ordered(query), layout.ordered(key)
         always = layout.always | (torch.arange(len(layout.always), device=query.device) == 0)
         chosen = [
-            self._choose(query[:, heads], key[:, heads], places, always, call.key_length, scale)
+            self._choose(query[:, heads], key[:, heads], places, always, call)
             for heads in head_slices(query, self.sampled_rows)
         ]
         return layout.plan(torch.cat(chosen, dim=1))
 
-    def _choose(
-        self, query: Tensor, key: Tensor, places: Tensor, always: Tensor, key_length: Tensor | None, scale: float
-    ) -> Tensor:
+    def _choose(self, query: Tensor, key: Tensor, places: Tensor, always: Tensor, call: AttentionCall) -> Tensor:
         """The block map [B, H, K, K] of some heads [B, H, S, D]."""
-        rows = query.index_select(2, places).float() * scale
-        mass = block_mass(rows, key, self.block_size, key_length)  # [B, H, R, K]
+        rows = query.index_select(2, places).float() * call.scale_of(query)
+        mass = block_mass(rows, key, self.block_size, call.key_length)  # [B, H, R, K]
         columns, diagonals = column_mass(mass), diagonal_mass(mass, places // self.block_size)
-        mean_key, tokens = block_means(key, self.block_size, key_length)
+        mean_key, tokens = block_means(key, self.block_size, call.key_length)
         # A block weighs as much as it has keys, which is the same for all but a ragged one.
         estimate = ((mean_key @ rows.mean(2)[..., None])[..., 0] + tokens.log()[:, None]).softmax(-1)  # [B, H, K]
         is_pooled = jensen_shannon(estimate, columns).sqrt() < self.threshold  # [B, H]
 
-        scores = pooled_scores(query, key, self.block_size, self.block_size, key_length=key_length, scale=scale)
+        sizes = self.block_size, self.block_size
+        scores = pooled_scores(query, key, *sizes, key_length=call.key_length, scale=call.scale)
         pooled = smallest_set(scores.softmax(-1).flatten(-2), self.mass, always.flatten()).view(scores.shape)
         structured = columns_and_diagonals(smallest_set(columns, self.mass), smallest_set(diagonals, self.mass))
         return torch.where(is_pooled[..., None, None], pooled, structured | always)

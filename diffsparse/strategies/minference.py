@@ -66,31 +66,24 @@ class MInference:
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""
         layout = block_layout(call.grid, self.block_size, self.block_size, query.device)
-        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
         places = sampled_rows(call.grid, self.sampled_rows, self.seed, query.device) - call.grid.text_before
         query, key, value = (layout.ordered(x) for x in (query, key, value))
-        chosen = []
-        for heads in head_slices(query, self.sampled_rows):
-            some = query[:, heads], key[:, heads], value[:, heads]
-            chosen.append(self._choose(*some, places, layout.always, call.key_length, scale))
+        chosen = [
+            self._choose(query[:, heads], key[:, heads], value[:, heads], places, layout.always, call)
+            for heads in head_slices(query, self.sampled_rows)
+        ]
         return layout.plan(torch.cat(chosen, dim=1))
 
     def _choose(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        places: Tensor,
-        always: Tensor,
-        key_length: Tensor | None,
-        scale: float,
+        self, query: Tensor, key: Tensor, value: Tensor, places: Tensor, always: Tensor, call: AttentionCall
     ) -> Tensor:
         """The block map [B, H, K, K] of the best pattern of each head of query, key, value [B, H, S, D]."""
-        rows = query.index_select(2, places).float() * scale
+        rows = query.index_select(2, places).float() * call.scale_of(query)
         row_blocks = places // self.block_size
-        sums = BlockSums.of(rows, key, value, self.block_size, key_length=key_length)
+        sums = BlockSums.of(rows, key, value, self.block_size, key_length=call.key_length)
         mass = sums.mass()  # [B, H, R, K]
-        scores = pooled_scores(query, key, self.block_size, self.block_size, key_length=key_length, scale=scale)
+        sizes = self.block_size, self.block_size
+        scores = pooled_scores(query, key, *sizes, key_length=call.key_length, scale=call.scale)
         exact, candidates = sums.exact(), self._candidates(scores, mass, row_blocks, always)
         outputs = (sums.masked(each.index_select(2, row_blocks))[0] for each in candidates)
         best = torch.stack([head_errors(output, exact) for output in outputs]).argmin(0)  # [H]

@@ -158,8 +158,7 @@ class PAROAttention:
 
 def _attention(query: Tensor, key: Tensor, call: AttentionCall) -> Tensor:
     """Softmax of the scores of query [B, H, R, D] and key [B, H, S, D], [B, H, R, S] float32."""
-    scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-    return scores_of_rows(query.float() * scale, key, call.key_length).softmax(-1)
+    return scores_of_rows(query.float() * call.scale_of(query), key, call.key_length).softmax(-1)
 
 
 def _shares(measure: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class RainFusion:
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""
         layout = _layout(call.grid, self, query.device)
-        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        scale = call.scale_of(query)
         temporal = _recalls(query, key, layout.one_frame, layout, scale)  # [W, H]
         spatial = _recalls(query, key, layout.every_frame, layout, scale)
         if self.rule == "two-way":

@@ -51,7 +51,6 @@ class SampleAttention:
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""
         layout = block_layout(call.grid, self.block_size, self.block_size, query.device)
-        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
         places = sampled_rows(call.grid, self.sampled_rows, self.seed, query.device) - call.grid.text_before
         query, key = layout.ordered(query), layout.ordered(key)
         blocks = len(layout.always)
@@ -62,7 +61,7 @@ class SampleAttention:
         beyond = ~exact.index_select(0, places // self.block_size)  # [R, K]
         columns = []
         for heads in head_slices(query, self.sampled_rows):
-            rows = query[:, heads].index_select(2, places) * scale
+            rows = query[:, heads].index_select(2, places) * call.scale_of(query)
             mass = column_mass(block_mass(rows, key[:, heads], self.block_size, call.key_length) * beyond)
             columns.append(smallest_set(mass, self.mass))
         return layout.plan(torch.cat(columns, dim=1)[..., None, :] | exact)

@@ -56,7 +56,7 @@ class SolAttention:
         """The plan of a layer; see `Strategy.plan`."""
         blocks = self.query_block_size, self.key_block_size
         layout = block_layout(call.grid, *blocks, query.device)
-        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        scale = call.scale_of(query)
         mean_query, _ = block_means(layout.ordered(query), self.query_block_size)
         mean_key, tokens = block_means(layout.ordered(key), self.key_block_size, call.key_length)
         exists = (tokens > 0)[:, None, :, None]  # [B|1, 1, K, 1]

@@ -44,10 +44,10 @@ class SparseD:
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""
-        layout = block_layout(call.grid, self.query_block_size, self.key_block_size, query.device)
-        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
         sizes = self.query_block_size, self.key_block_size
-        shares = block_attention(layout.ordered(query) * scale, layout.ordered(key), *sizes, call.key_length)
+        layout = block_layout(call.grid, *sizes, query.device)
+        queries, keys = layout.ordered(query) * call.scale_of(query), layout.ordered(key)
+        shares = block_attention(queries, keys, *sizes, call.key_length)
         tokens = block_token_counts(call.grid.num_tokens, self.key_block_size, call.key_length, query.device)
         count = int(self.density * shares.shape[-1]) + 1
         return layout.plan(top_blocks(shares / tokens.clamp(min=1)[:, None, None], count, layout.always), lasts=True)

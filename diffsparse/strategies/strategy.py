@@ -38,6 +38,10 @@ class AttentionCall:
     scale: float | None = None
     model: str = ""
 
+    def scale_of(self, query: Tensor) -> float:
+        """The factor on the scores of query [B, H, S, D], whether or not one is given."""
+        return query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
 
 @runtime_checkable
 class Strategy(Protocol):

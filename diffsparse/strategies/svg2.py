@@ -65,7 +65,7 @@ class SVG2:
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""
         grid = call.grid
-        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        scale = call.scale_of(query)
         sizes = self.query_block_size, self.key_block_size
 
         def choose(heads: slice, always: Tensor) -> tuple[Tensor, Clusters, Clusters]:

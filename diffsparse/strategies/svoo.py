@@ -83,7 +83,7 @@ class SVOO:
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""
         grid = call.grid
-        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        scale = call.scale_of(query)
         sizes = self.query_block_size, self.key_block_size
         counts = [
             most_clusters(wanted, grid, size) for wanted, size in zip((self.query_clusters, self.key_clusters), sizes)

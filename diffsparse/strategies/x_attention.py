@@ -55,7 +55,7 @@ class XAttention:
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The plan of a layer; see `Strategy.plan`."""
         layout = block_layout(call.grid, self.query_block_size, self.key_block_size, query.device)
-        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        scale = call.scale_of(query)
         mass = self._block_mass(layout.ordered(query), layout.ordered(key), call.key_length, scale)
         return layout.plan(smallest_set(mass, self.mass, layout.always))
 
