@@ -7,6 +7,7 @@ import torch
 from triton_without_gpu import Operators
 from uncomputed_planning import FLUX, HUNYUAN_VIDEO, WAN, Launches, query_of
 
+from diffsparse.strategies import planning_memory
 from diffsparse.strategies.adaptive import Adaptive
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -33,3 +34,15 @@ def test_a_plan_starts_few_kernels_whatever_the_size(model, length, most, monkey
     # Most operators start one kernel.
     computing = [name for name in operators.seen if name not in COMPUTE_NOTHING]
     assert len(computing) + launches.count <= most
+
+
+def test_without_our_kernels_a_plan_of_wan_takes_at_most_2400_operators(monkeypatch):
+    # With a GPU's memory for planning.
+    monkeypatch.setattr(
+        planning_memory, "PLANNING_BYTES", planning_memory.PLANNING_BYTES * planning_memory.TIMES_ON_GPU
+    )
+    query, call = query_of(*WAN), AttentionCall(WAN[0], progress=0.0)
+    Adaptive().plan(query, query, query, call)
+    with Operators() as operators:
+        Adaptive().plan(query, query, query, call)
+    assert sum(name not in COMPUTE_NOTHING for name in operators.seen) <= 2400
