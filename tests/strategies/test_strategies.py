@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from plain_rules import random_qkv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsparse import (
@@ -96,11 +97,6 @@ STRATEGIES = [*LISTED, *map(small, sorted(OTHERS, key=lambda strategy: strategy.
 GRIDS = [TokenGrid(5, 6, 8), TokenGrid(3, 5, 7, 2, 9), TokenGrid(1, 9, 11, text_before=20), TokenGrid(1, 1, 1)]
 
 pytestmark = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: type(strategy).__name__)
-
-
-def random_qkv(grid: TokenGrid, batch: int = 1, heads: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, heads, grid.num_tokens, 24, generator=generator).to(dtype) for _ in range(3)]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -231,7 +227,7 @@ def test_the_same_inputs_give_the_same_plan(strategy):
 
 
 def test_half_precision_is_kept(strategy):
-    qkv = random_qkv(GRIDS[0], dtype=torch.bfloat16)
+    qkv = [x.bfloat16() for x in random_qkv(GRIDS[0])]
     output = strategy.plan(*qkv, AttentionCall(GRIDS[0], step=5, num_steps=20)).attend(*qkv)
     assert output.dtype == torch.bfloat16
     assert output.isfinite().all()
