@@ -10,7 +10,6 @@ from plain_rules import is_text, qkv_of_groups, random_qkv, visible_of
 from diffsparse import AdaCluster
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import sample_rows
-from diffsparse.strategies import planning_memory
 from diffsparse.strategies.ada_cluster import cluster_bounds, clusters_by_stages, highest_scores
 from diffsparse.strategies.k_means import cluster_sizes
 from diffsparse.strategies.strategy import AttentionCall
@@ -184,15 +183,6 @@ def test_each_element_of_a_batch_has_its_own_choice_in_shared_clusters():
     query[1] /= 2**20
     same = AdaCluster(query_clusters=5, **SIZES).plan(query, key, value, AttentionCall(grid))
     assert torch.equal(plan.permutation.order, same.permutation.order)
-
-
-def test_a_few_heads_at_a_time_give_the_same_plan(monkeypatch):
-    qkv = random_qkv(GRIDS[1], batch=2)
-    together = OPTIONS.plan(*qkv, AttentionCall(GRIDS[1]))
-    monkeypatch.setattr(planning_memory, "PLANNING_BYTES", 1)
-    apart = OPTIONS.plan(*qkv, AttentionCall(GRIDS[1]))
-    assert torch.equal(together.mask.visible(), apart.mask.visible())
-    assert torch.equal(together.key_permutation.order, apart.key_permutation.order)
 
 
 def test_options_are_checked():

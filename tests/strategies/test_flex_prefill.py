@@ -9,7 +9,6 @@ from plain_rules import always, blocks_of, fewest, frame_major, random_qkv, visi
 from diffsparse import FlexPrefill
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import sample_rows
-from diffsparse.strategies import planning_memory
 from diffsparse.strategies.flex_prefill import jensen_shannon
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -65,11 +64,3 @@ def test_the_divergence_is_that_of_the_definition_and_knows_zero():
     assert float(jensen_shannon(p, q)) == pytest.approx(plain_divergence(p.tolist(), q.tolist()), rel=1e-6)
     assert float(jensen_shannon(p, p)) == 0
     assert float(jensen_shannon(p[:2], torch.tensor([0.0, 1.0]))) < math.log(2)
-
-
-def test_a_few_heads_at_a_time_give_the_same_plan(monkeypatch):
-    qkv = random_qkv(GRIDS[1], batch=2)
-    together = OPTIONS.plan(*qkv, AttentionCall(GRIDS[1]))
-    monkeypatch.setattr(planning_memory, "PLANNING_BYTES", 1)
-    apart = OPTIONS.plan(*qkv, AttentionCall(GRIDS[1]))
-    assert torch.equal(together.mask.visible(), apart.mask.visible())

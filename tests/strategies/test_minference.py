@@ -7,7 +7,6 @@ from plain_rules import always, blocks_of, frame_major, highest, random_qkv, vis
 from diffsparse import MInference
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import sample_rows
-from diffsparse.strategies import planning_memory
 from diffsparse.strategies.strategy import AttentionCall
 
 OPTIONS = MInference(density=0.3, column_shares=(0.25, 0.75), sampled_rows=12, block_size=8)
@@ -90,14 +89,6 @@ def planted_qkv(grid: TokenGrid):
     query[0, 3] = 2 * twins.repeat_interleave(8, 0)[:tokens]
     key[0, 3] = 2 * twins[torch.randperm(len(twins), generator=generator)].repeat_interleave(8, 0)[:tokens]
     return query, key, value
-
-
-def test_a_few_heads_at_a_time_give_the_same_plan(monkeypatch):
-    grid = TokenGrid(3, 5, 7, 2, 9)
-    qkv = random_qkv(grid, batch=2)
-    together = OPTIONS.plan(*qkv, AttentionCall(grid))
-    monkeypatch.setattr(planning_memory, "PLANNING_BYTES", 1)
-    assert torch.equal(together.mask.visible(), OPTIONS.plan(*qkv, AttentionCall(grid)).mask.visible())
 
 
 def test_options_are_checked():

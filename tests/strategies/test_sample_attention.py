@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from plain_rules import always, blocks_of, fewest, frame_major, random_qkv, visible_of
 
 from diffsparse import SampleAttention
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import sample_rows
-from diffsparse.strategies import planning_memory
 from diffsparse.strategies.strategy import AttentionCall
 
 OPTIONS = SampleAttention(window=0.2, mass=0.5, sampled_rows=6, block_size=8)
@@ -32,11 +30,3 @@ def test_each_head_sees_a_window_and_the_columns_that_sampled_queries_look_at(gr
                     mass[k] += float(weights[tokens].sum()) / 6
         columns = fewest(mass, 0.5, [False] * len(blocks))
         assert visible_of(plan, head=head) == [[a or b for a, b in zip(row, columns)] for row in exact]
-
-
-def test_a_few_heads_at_a_time_give_the_same_plan(monkeypatch):
-    grid = TokenGrid(3, 5, 7, 2, 9)
-    qkv = random_qkv(grid, batch=2)
-    together = OPTIONS.plan(*qkv, AttentionCall(grid))
-    monkeypatch.setattr(planning_memory, "PLANNING_BYTES", 1)
-    assert torch.equal(together.mask.visible(), OPTIONS.plan(*qkv, AttentionCall(grid)).mask.visible())

@@ -6,7 +6,6 @@ from plain_rules import always, blocks_of, frame_major, highest, random_qkv, vis
 
 from diffsparse import SparseD
 from diffsparse.grid import TokenGrid
-from diffsparse.strategies import planning_memory
 from diffsparse.strategies.strategy import AttentionCall
 
 OPTIONS = SparseD(density=0.3, query_block_size=16, key_block_size=8)
@@ -44,11 +43,3 @@ def test_keys_that_do_not_exist_take_no_part():
     for element in range(2):
         wanted = expected(query[element, 0], key[element, 0], grid, int(length[element]))
         assert visible_of(plan, batch=element) == wanted
-
-
-def test_a_few_heads_at_a_time_give_the_same_plan(monkeypatch):
-    grid = TokenGrid(3, 5, 7, 2, 9)
-    qkv = random_qkv(grid, batch=2)
-    together = OPTIONS.plan(*qkv, AttentionCall(grid))
-    monkeypatch.setattr(planning_memory, "PLANNING_BYTES", 1)
-    assert torch.equal(together.mask.visible(), OPTIONS.plan(*qkv, AttentionCall(grid)).mask.visible())

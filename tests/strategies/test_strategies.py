@@ -49,6 +49,7 @@ from diffsparse.pipelines.wan import WAN
 from diffsparse.plan import AttentionPlan
 from diffsparse.session import Session
 from diffsparse.steps import Step
+from diffsparse.strategies import planning_memory
 from diffsparse.strategies.strategy import AttentionCall
 
 SMALL = {"query_block_size": 16, "key_block_size": 16}
@@ -224,6 +225,23 @@ def test_the_same_inputs_give_the_same_plan(strategy):
     first, second = (strategy.plan(*qkv, AttentionCall(grid, step=5, num_steps=20)) for _ in range(2))
     assert torch.equal(first.mask.visible(), second.mask.visible())
     assert torch.equal(first.attend(*qkv), second.attend(*qkv))
+
+
+def test_a_few_heads_or_rows_at_a_time_give_the_same_plan(strategy, monkeypatch):
+    grid = TokenGrid(5, 6, 8, text_after=3)
+    query, key, value = random_qkv(grid, batch=2)
+    call = AttentionCall(grid, step=5, num_steps=20)
+    together = strategy.plan(3 * query, key, value, call)
+    monkeypatch.setattr(planning_memory, "PLANNING_BYTES", 1)
+    apart = strategy.plan(3 * query, key, value, call)
+    for one, other in zip(tensors_of(together), tensors_of(apart), strict=True):
+        assert torch.equal(one, other)
+
+
+def tensors_of(plan: AttentionPlan) -> list[torch.Tensor]:
+    """What a plan says of each head."""
+    orders = [each.order for each in (plan.permutation, plan.key_permutation) if each is not None]
+    return [plan.mask.visible(), *orders, *(x for x in (plan.tail, plan.classes, plan.skipped) if x is not None)]
 
 
 def test_half_precision_is_kept(strategy):

@@ -10,7 +10,6 @@ from plain_rules import fewest, highest, is_text, qkv_of_groups, random_qkv, vis
 from diffsparse import SVG2
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import sample_rows
-from diffsparse.strategies import planning_memory
 from diffsparse.strategies.k_means import k_means
 from diffsparse.strategies.strategy import AttentionCall
 
@@ -77,15 +76,6 @@ def test_each_element_of_a_batch_has_its_own_choice_in_shared_clusters():
     plan = OPTIONS.plan(3 * query, 3 * key, value, AttentionCall(grid))
     assert plan.permutation.order.shape == (3, grid.num_tokens)
     assert not torch.equal(plan.mask.visible()[0], plan.mask.visible()[1])
-
-
-def test_a_few_heads_at_a_time_give_the_same_plan(monkeypatch):
-    qkv = random_qkv(GRIDS[1])
-    together = OPTIONS.plan(*qkv, AttentionCall(GRIDS[1]))
-    monkeypatch.setattr(planning_memory, "PLANNING_BYTES", 1)
-    apart = OPTIONS.plan(*qkv, AttentionCall(GRIDS[1]))
-    assert torch.equal(together.mask.visible(), apart.mask.visible())
-    assert torch.equal(together.key_permutation.order, apart.key_permutation.order)
 
 
 def test_there_are_no_more_clusters_than_blocks():

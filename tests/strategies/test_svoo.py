@@ -89,16 +89,6 @@ def test_queries_that_attend_alike_lie_together_though_they_differ():
     assert errors[0] < 0.3 < errors[1] / 2
 
 
-def test_a_few_heads_at_a_time_give_the_same_plan(monkeypatch):
-    qkv = random_qkv(GRID, batch=2)
-    options = SVOO(query_clusters=5, key_clusters=9, mass=0.5, sampled_rows=16, **SIZES)
-    together = options.plan(*qkv, AttentionCall(GRID))
-    monkeypatch.setattr(planning_memory, "PLANNING_BYTES", 1)
-    apart = options.plan(*qkv, AttentionCall(GRID))
-    assert torch.equal(together.mask.visible(), apart.mask.visible())
-    assert torch.equal(together.key_permutation.order, apart.key_permutation.order)
-
-
 def test_options_are_checked():
     with pytest.raises(ValueError, match=r"`least` must be at most `most`, got 0\.3 and 0\.2"):
         SVOO(least=0.3)

@@ -6,7 +6,6 @@ from plain_rules import always, blocks_of, fewest, frame_major, random_qkv, visi
 
 from diffsparse import XAttention
 from diffsparse.grid import TokenGrid
-from diffsparse.strategies import planning_memory
 from diffsparse.strategies.strategy import AttentionCall
 
 GRIDS = [TokenGrid(3, 5, 7), TokenGrid(3, 5, 7, 2, 9), TokenGrid(2, 3, 3)]
@@ -51,15 +50,6 @@ def test_keys_that_do_not_exist_take_no_part():
     for element in range(2):
         wanted = expected(query[element, 0], key[element, 0].nan_to_num(0), grid, int(length[element]))
         assert visible_of(plan, batch=element) == wanted
-
-
-def test_a_few_rows_at_a_time_give_the_same_plan(monkeypatch):
-    grid = GRIDS[1]
-    qkv = random_qkv(grid, batch=2)
-    together = OPTIONS.plan(*qkv, AttentionCall(grid))
-    monkeypatch.setattr(planning_memory, "PLANNING_BYTES", 1)
-    apart = OPTIONS.plan(*qkv, AttentionCall(grid))
-    assert torch.equal(together.mask.visible(), apart.mask.visible())
 
 
 def test_blocks_must_be_whole_groups():
