@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from diffsparse.grid import TokenGrid
 from diffsparse.plan import AttentionPlan
+from diffsparse.strategies.strategy import AttentionCall
 
 
 def random_qkv(grid: TokenGrid, batch: int = 1, heads: int = 3, dim: int = 24, seed: int = 0) -> list[Tensor]:
@@ -23,6 +26,19 @@ def qkv_of_groups() -> tuple[TokenGrid, list[Tensor]]:
     axes = 9 * torch.linalg.qr(torch.randn(24, 24, generator=generator)).Q
     query, key = axes[group][None, None], axes[(group + 3) % 8][None, None]
     return grid, [query, key, torch.randn(1, 1, 512, 24, generator=generator)]
+
+
+def maps_of_the_video(strategy, alone, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+    """What blocks of the video see there where the keys of the text behind it do not exist, and `alone` without it."""
+    video = dataclasses.replace(grid, text_after=0)
+    query, key, value = random_qkv(grid)
+    visible = alone.plan(
+        *(x[:, :, : video.num_tokens] for x in (query, key, value)), AttentionCall(video)
+    ).mask.visible()
+    key[:, :, video.num_tokens :] = torch.nan
+    length = torch.tensor([video.num_tokens], dtype=torch.int32)
+    plan = strategy.plan(query, key, value, AttentionCall(grid, key_length=length))
+    return plan.mask.visible()[..., : visible.shape[2], : visible.shape[3]], visible
 
 
 def blocks_of(order: list[int], size: int) -> list[list[int]]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_rules import always, blocks_of, frame_major, highest, random_qkv, visible_of
+from plain_rules import always, blocks_of, frame_major, highest, maps_of_the_video, random_qkv, visible_of
 
 from diffsparse import AdaSpa
 from diffsparse.grid import TokenGrid
@@ -55,18 +55,9 @@ def test_heads_above_the_recall_see_half_and_as_many_of_the_lowest_half_as_much_
 
 
 def test_keys_that_do_not_exist_hold_nothing():
-    grid = TokenGrid(3, 4, 8, text_after=16)
-    query, key, value = random_qkv(grid)
-    short = key.clone()
-    short[:, :, 96:] = torch.nan
-    length = torch.tensor([96], dtype=torch.int32)
-    options = AdaSpa(density=0.3, recall=1.0, **SIZES)
-    plan = options.plan(query, short, value, AttentionCall(grid, key_length=length))
     # Two of the fourteen blocks are text, and are seen in any case: two more are left of four.
-    alone = AdaSpa(density=2 / 12, recall=1.0, **SIZES).plan(
-        *(x[:, :, :96] for x in (query, key, value)), AttentionCall(TokenGrid(3, 4, 8))
-    )
-    assert torch.equal(plan.mask.visible()[..., :6, :12], alone.mask.visible())
+    four, two = (AdaSpa(density, recall=1.0, **SIZES) for density in (0.3, 2 / 12))
+    assert torch.equal(*maps_of_the_video(four, two, TokenGrid(3, 4, 8, text_after=16)))
 
 
 def test_options_are_checked():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_rules import always, blocks_of, fewest, is_text, order_of, random_qkv, visible_of
+from plain_rules import always, blocks_of, fewest, is_text, maps_of_the_video, order_of, random_qkv, visible_of
 
 from diffsparse import NABLA
 from diffsparse.grid import TokenGrid
@@ -61,14 +61,7 @@ def test_a_window_is_cut_off_at_the_border():
 
 
 def test_keys_that_do_not_exist_have_no_mass():
-    grid = TokenGrid(3, 4, 8, text_after=16)
-    query, key, value = random_qkv(grid)
-    short = key.clone()
-    short[:, :, 96:] = torch.nan
-    length = torch.tensor([96], dtype=torch.int32)
-    plan = OPTIONS.plan(query, short, value, AttentionCall(grid, key_length=length))
-    alone = OPTIONS.plan(*(x[:, :, :96] for x in (query, key, value)), AttentionCall(TokenGrid(3, 4, 8)))
-    assert torch.equal(plan.mask.visible()[..., :6, :12], alone.mask.visible())
+    assert torch.equal(*maps_of_the_video(OPTIONS, OPTIONS, TokenGrid(3, 4, 8, text_after=16)))
 
 
 def test_options_are_checked():

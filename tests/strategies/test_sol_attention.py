@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from plain_rules import always, blocks_of, frame_major, order_of, random_qkv, visible_of
+from plain_rules import always, blocks_of, frame_major, maps_of_the_video, order_of, random_qkv, visible_of
 
 from diffsparse import SolAttention
 from diffsparse.grid import TokenGrid
@@ -62,15 +62,8 @@ def test_what_is_not_seen_enters_as_its_mean_unless_it_is_told_not_to():
 
 
 def test_keys_that_do_not_exist_move_no_threshold():
-    grid = TokenGrid(4, 8, 8, 0, 64)
-    query, key, value = random_qkv(grid)
-    short = key.clone()
-    short[:, :, 256:] = torch.nan
-    length = torch.tensor([256], dtype=torch.int32)
     options = SolAttention(tau=0.5, query_block_size=16, key_block_size=16)
-    plan = options.plan(query, short, value, AttentionCall(grid, key_length=length))
-    alone = options.plan(*(x[:, :, :256] for x in (query, key, value)), CALL)
-    assert torch.equal(plan.mask.visible()[..., :16, :16], alone.mask.visible())
+    assert torch.equal(*maps_of_the_video(options, options, TokenGrid(4, 8, 8, text_after=64)))
 
 
 def test_options_are_checked():
