@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.grid import TokenGrid
@@ -26,6 +27,23 @@ def qkv_of_groups() -> tuple[TokenGrid, list[Tensor]]:
     axes = 9 * torch.linalg.qr(torch.randn(24, 24, generator=generator)).Q
     query, key = axes[group][None, None], axes[(group + 3) % 8][None, None]
     return grid, [query, key, torch.randn(1, 1, 512, 24, generator=generator)]
+
+
+def qkv_of_labels(
+    labels: list[Tensor], text: tuple[int, int] = (0, 0), length: float = 6.0, seed: int = 0
+) -> list[Tensor]:
+    """Query, key and value [1, H, S, 48] of heads in which video tokens of one label [V] attend to one another.
+
+    So many text tokens before and after the video attend to anything. Queries and keys have about this length.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    heads = []
+    for label in labels:
+        axes = length * torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q
+        directions = F.pad(axes[label], (0, 0, *text))
+        noise = torch.randn(3, len(directions), 48, generator=generator)
+        heads.append([directions + 0.3 * noise[0], directions + 0.3 * noise[1], noise[2]])
+    return [torch.stack(parts)[None] for parts in zip(*heads)]
 
 
 def maps_of_the_video(strategy, alone, grid: TokenGrid) -> tuple[Tensor, Tensor]:

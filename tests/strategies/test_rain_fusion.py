@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from plain_rules import qkv_of_labels
 
 from diffsparse import RainFusion
 from diffsparse.grid import TokenGrid
@@ -15,17 +16,6 @@ BLOCK_ROUNDING = 3 * 64 / WAN_720P.num_tokens
 GRID = TokenGrid(6, 6, 8, text_before=3, text_after=5)
 SMALL = {"query_block_size": 16, "key_block_size": 16, "sampled_rows": 48}
 TEMPORAL, SPATIAL, TEXTURAL = HeadClass.TEMPORAL, HeadClass.SPATIAL, HeadClass.TEXTURAL
-
-
-def planted(labels: list[torch.Tensor], seed: int = 0) -> list[torch.Tensor]:
-    """q, k, v [1, H, S, 48] of heads in which tokens of one label attend to each other, and text to anything."""
-    generator = torch.Generator().manual_seed(seed)
-    heads = []
-    for label in labels:
-        directions = torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q[label] * 7
-        noise = [torch.randn(len(label) + 8, 48, generator=generator) for _ in range(3)]
-        heads.append([torch.nn.functional.pad(directions, (0, 0, 3, 5)) + 0.3 * noise[i] for i in range(2)] + noise[2:])
-    return [torch.stack(parts)[None] for parts in zip(*heads)]
 
 
 FRAME, PLACE = torch.arange(6 * 48) // 48, torch.arange(6 * 48) % 48
@@ -70,7 +60,7 @@ def test_a_textural_head_sees_the_checkerboard_the_first_frame_and_text(alternat
 
 
 def test_heads_get_their_class():
-    query, key, value = planted([FRAME, PLACE, torch.randint(0, 40, (288,))])
+    query, key, value = qkv_of_labels([FRAME, PLACE, torch.randint(0, 40, (288,))], text=(3, 5), length=7)
     plan = RainFusion(density=0.36, **SMALL).plan(query, key, value, AttentionCall(GRID))
     assert plan.classes.tolist() == [SPATIAL, TEMPORAL, TEXTURAL]
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)

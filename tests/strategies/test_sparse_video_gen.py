@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from plain_rules import qkv_of_labels
 
 from diffsparse import SparseVideoGen
 from diffsparse.grid import TokenGrid
@@ -57,13 +58,7 @@ def test_all_see_the_first_frame_in_both_orders():
 def test_heads_get_the_band_in_which_their_tokens_are_near():
     grid = TokenGrid(12, 6, 8)
     frame, place = torch.arange(576) // 48, torch.arange(576) % 48
-    generator = torch.Generator().manual_seed(0)
-    qkv = []
-    for label in (frame, place, place, frame):
-        directions = torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q[label] * 8
-        noise = [torch.randn(576, 48, generator=generator) for _ in range(3)]
-        qkv.append([directions + 0.3 * noise[0], directions + 0.3 * noise[1], noise[2]])
-    query, key, value = (torch.stack(parts)[None] for parts in zip(*qkv))
+    query, key, value = qkv_of_labels([frame, place, place, frame])
     plan = SparseVideoGen(0.25, **SMALL).plan(query, key, value, AttentionCall(grid))
     spatial, temporal = HeadClass.SPATIAL, HeadClass.TEMPORAL
     assert plan.classes.tolist() == [spatial, temporal, temporal, spatial]
