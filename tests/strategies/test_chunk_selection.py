@@ -39,11 +39,6 @@ def test_the_threshold_is_reached_by_the_best_and_of_equals_the_first(values, th
         assert selected == by_threshold(gates.tolist(), own.tolist(), threshold), (gates, own)
 
 
-def test_at_least_one_chunk_beside_the_own():
-    selected = best_by_threshold(torch.tensor([9.0, 1.0, 2.0]), torch.tensor([True, False, False]), 0.1)
-    assert selected.tolist() == [True, False, True]
-
-
 @pytest.mark.parametrize("number", [1, 3, 7, 9])
 @pytest.mark.parametrize("values", [1, 2, 5])
 def test_the_own_and_the_best_up_to_a_number_and_of_equals_the_first(values, number):
