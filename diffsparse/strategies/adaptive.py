@@ -194,17 +194,11 @@ class _Sized(Adaptive):
         share = torch.searchsorted(on_device(tuple(layout.counts), query.device), counts, right=True) - 1
         order = self._of(best, [ORDERS.index(candidate.order) for candidate in self.candidates])
         permutation = Permutation(layout.orders, order)
-        mask = select_blocks(
-            self._scores(best, trials, inputs, layout, permutation),
-            counts,
-            layout.always,
-            call.grid.num_tokens,
-            self.query_block_size,
-            self.key_block_size,
-        )
+        scores = self._scores(best, trials, inputs, layout, permutation)
+        sizes = call.grid.num_tokens, self.query_block_size, self.key_block_size
         return AttentionPlan(
             permutation,
-            mask,
+            select_blocks(scores, counts, layout.always, *sizes),
             tail.gather(1, share[:, None]).T if self.tail else None,
             self._of(best, [candidate.head_class for candidate in self.candidates]),
         )

@@ -91,14 +91,10 @@ class PAROAttention:
         sums = self._block_sums(query, key, permutation, layout, call)
         pairs = sums.flatten(1)
         visible = top_blocks(pairs, round(self.density * pairs.shape[1]), layout.exact.flatten())
+        sizes = call.grid.num_tokens, self.query_block_size, self.key_block_size
         return AttentionPlan(
             permutation,
-            BlockMask.from_visible(
-                visible.view(1, *sums.shape),
-                call.grid.num_tokens,
-                self.query_block_size,
-                self.key_block_size,
-            ),
+            BlockMask.from_visible(visible.view(1, *sums.shape), *sizes),
             lasts=call.num_steps is not None and call.step >= self.shared_from * call.num_steps,
         )
 

@@ -99,10 +99,8 @@ class VMoBA:
                 filled = F.pad(selected, (0, 0, 0, -grid.num_video_tokens % self.query_block_size))
                 selected = filled.unflatten(2, (-1, self.query_block_size)).any(3)
             visible.append(layout.visible(selected))
-        mask = BlockMask.from_visible(
-            torch.cat(visible, dim=1), grid.num_tokens, self.query_block_size, self.key_block_size
-        )
-        return AttentionPlan(layout.order, mask)
+        sizes = grid.num_tokens, self.query_block_size, self.key_block_size
+        return AttentionPlan(layout.order, BlockMask.from_visible(torch.cat(visible, dim=1), *sizes))
 
     def _gates(self, query: Tensor, key: Tensor, layout: _Layout) -> Tensor:
         """Gates [B, H, N, C] of N query blocks or tokens and C chunks, of query and key [B, H, S, D]."""
