@@ -4,16 +4,16 @@ import dataclasses
 
 import pytest
 
-from diffsparse import FlexPrefill, MInference, MMInference, SampleAttention, SparseVDiT, SparseVideoGen
+from diffsparse import FlexPrefill, SampleAttention
 from diffsparse.eval.named_config import exported_strategies
 from diffsparse.strategies.option_checks import check_shares
 
-SAMPLING = [FlexPrefill, MInference, MMInference, SampleAttention, SparseVDiT, SparseVideoGen]
+SAMPLING = [("sampled_rows", 0, 1), ("sampled_rows", 2.0, 1), ("seed", -1, 0)]
 
 
-@pytest.mark.parametrize("strategy", SAMPLING)
 @pytest.mark.parametrize(
-    ("name", "value", "least"), [("sampled_rows", 0, 1), ("sampled_rows", 2.0, 1), ("seed", -1, 0)]
+    ("strategy", "name", "value", "least"),
+    [(each, *option) for each in exported_strategies().values() for option in SAMPLING if hasattr(each, option[0])],
 )
 def test_rows_are_sampled_at_least_once_by_a_seed_that_is_none_below_0(strategy, name, value, least):
     with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least {least}, got {value}"):
