@@ -21,28 +21,27 @@ def block_attention(
     batch, heads, tokens, _ = query.shape
     shape = batch, heads, num_blocks(tokens, query_block_size), num_blocks(tokens, key_block_size)
     shares = query.new_empty(shape, dtype=torch.float32)
+    if key_length is not None:
+        beyond = (torch.arange(tokens, device=key.device) >= key_length[:, None])[:, None, None]
     # Float32 scores of one query block of each head, and their softmax.
     for some in slices(heads, 8 * batch * query_block_size * tokens):
         for block in range(shares.shape[2]):
             rows = query[:, some, block * query_block_size : (block + 1) * query_block_size]
             scores = (rows @ key[:, some].transpose(-1, -2)).float()
-            attention = without_missing(scores, key_length).softmax(-1).mean(2)  # [B, h, S]
-            shares[:, some, block] = by_block(attention, key_block_size)
+            if key_length is not None:
+                scores.masked_fill_(beyond, -torch.inf)
+            shares[:, some, block] = by_block(scores.softmax(-1).mean(2), key_block_size)
     return shares
 
 
-def scores_of_rows(rows: Tensor, key: Tensor, key_length: Tensor | None = None) -> Tensor:
+def scores_of_rows(rows: Tensor, key: Tensor, key_length: Tensor | None) -> Tensor:
     """The scores of a few queries, scaled, [B, H, R, D] and all keys [B, H, S, D]: [B, H, R, S] float32.
 
-    Keys at or beyond `key_length` [B] have -inf.
+    -inf for keys at or beyond `key_length` [B], which do not exist.
     """
-    return without_missing(rows.float() @ key.float().transpose(-1, -2), key_length)
-
-
-def without_missing(scores: Tensor, key_length: Tensor | None) -> Tensor:
-    """Scores [B, H, R, S], written to, with -inf for keys at or beyond `key_length` [B], which do not exist."""
+    scores = rows.float() @ key.float().transpose(-1, -2)
     if key_length is not None:
-        beyond = torch.arange(scores.shape[3], device=scores.device) >= key_length[:, None]
+        beyond = torch.arange(key.shape[2], device=key.device) >= key_length[:, None]
         scores.masked_fill_(beyond[:, None, None], -torch.inf)
     return scores
 
