@@ -196,7 +196,7 @@ def block_of_token(permutation, head: int, grid: TokenGrid, block_size: int) -> 
 
 
 def test_keys_that_do_not_exist_change_nothing(strategy):
-    grid = TokenGrid(3, 5, 7, text_after=13)
+    grid = TokenGrid(5, 6, 8, text_after=13)
     query, key, value = random_qkv(grid, batch=2)
     length = torch.tensor([grid.num_tokens - 10, grid.num_tokens], dtype=torch.int32)
     call = AttentionCall(grid, step=5, num_steps=20, key_length=length)
@@ -207,9 +207,9 @@ def test_keys_that_do_not_exist_change_nothing(strategy):
     assert torch.equal(before, after)
 
 
-def test_a_fourth_of_the_scale_is_a_fourth_of_the_query(strategy):
+@pytest.mark.parametrize("grid", [GRIDS[1], TokenGrid(5, 6, 8, 2, 9)], ids=str)
+def test_a_fourth_of_the_scale_is_a_fourth_of_the_query(strategy, grid):
     """Both are exact in binary, so that all that follows from them is the same."""
-    grid = GRIDS[1]
     query, key, value = random_qkv(grid)
     query *= 6
     call = AttentionCall(grid, step=5, num_steps=20)
