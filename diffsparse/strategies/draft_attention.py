@@ -49,9 +49,8 @@ class DraftAttention:
         """The plan of a layer; see `Strategy.plan`."""
         blocks = self.query_block_size, self.key_block_size
         layout = block_layout(call.grid, *blocks, query.device, tile=(1, *self.patch))
-        scores = pooled_scores(
-            layout.ordered(query), layout.ordered(key), *blocks, key_length=call.key_length, scale=call.scale
-        )
+        scores = pooled_scores(layout.ordered(query), layout.ordered(key), *blocks, scale=call.scale)
+        # Text is seen anyhow, and takes no part, padded or not.
         video = slice(layout.free_queries), slice(layout.free_keys)
         draft = scores[..., video[0], video[1]].softmax(-1)
         count = round(self.density * layout.free_queries * layout.free_keys)
