@@ -23,7 +23,7 @@ class AttentionCall:
         step: index of the denoising step, 0 first; `num_steps`, how many there are, None when nothing says so.
         progress: how far the sparse steps have come in the middle of those that the plan is to serve, 0–1; None when
             nothing says so.
-        key_length: [B] int32, keys at or beyond it do not exist; None when all do.
+        key_length: [B] int32, keys at or beyond it do not exist: padded text behind the video; None when all do.
         scale: factor on the scores, D ** -0.5 if None.
         model: the transformer's class; empty where nothing says so.
     """
