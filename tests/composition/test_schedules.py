@@ -47,6 +47,20 @@ def test_an_evaluation_of_the_transformer_is_a_step_whatever_the_order_of_the_sc
         assert report_of(pipeline).sparse_calls == generations * (evaluations - early) * BRANCHES * LAYERS
 
 
+def from_red_video(pipeline, strength):
+    return pipeline(
+        video=[Image.new("RGB", (80, 48), "red")] * 5,
+        prompt_embeds=text(),
+        negative_prompt_embeds=-text(),
+        height=48,
+        width=80,
+        num_inference_steps=10,
+        strength=strength,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).frames
+
+
 def video_to_video(strength):
     parts = tiny_wan_pipeline().components
     names = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
@@ -54,20 +68,7 @@ def video_to_video(strength):
     pipeline.scheduler = flow(diffusers.UniPCMultistepScheduler)
     pipeline.set_progress_bar_config(disable=True)
 
-    def run():
-        return pipeline(
-            video=[Image.new("RGB", (80, 48), "red")] * 5,
-            prompt_embeds=text(),
-            negative_prompt_embeds=-text(),
-            height=48,
-            width=80,
-            num_inference_steps=10,
-            strength=strength,
-            output_type="latent",
-            generator=torch.Generator().manual_seed(0),
-        ).frames
-
-    return pipeline, run, BRANCHES * LAYERS
+    return pipeline, lambda: from_red_video(pipeline, strength), BRANCHES * LAYERS
 
 
 def image_to_image(strength):
@@ -97,20 +98,7 @@ def without_step_index(strength):
         ),
     )
 
-    def run():
-        return pipeline(
-            video=[Image.new("RGB", (80, 48), "red")] * 5,
-            prompt_embeds=text(),
-            negative_prompt_embeds=-text(),
-            height=48,
-            width=80,
-            num_inference_steps=10,
-            strength=strength,
-            output_type="latent",
-            generator=torch.Generator().manual_seed(0),
-        ).frames
-
-    return pipeline, run, 3
+    return pipeline, lambda: from_red_video(pipeline, strength), 3
 
 
 @pytest.mark.parametrize("make", [video_to_video, image_to_image])
