@@ -141,6 +141,9 @@ def _why_damaged(folder: RunFolder, name: str, pair: Pair, record: dict[str, Any
         # Runs of earlier versions have not counted the seconds in attention.
         found = {"attention_seconds": None} | record
         check_shape(found, {"attention_seconds": (float, None)} | (DENSE_RECORD if name == DENSE else RECORD), "it")
+        for key in ("total_seconds", "seconds_per_step"):
+            if record[key] <= 0:
+                raise TypeError(f"it.{key} is {record[key]}")
     except TypeError as error:
         return f"{folder.record_file(name, pair)} is damaged ({error}): remove it, and the run's own command goes on"
     return None
