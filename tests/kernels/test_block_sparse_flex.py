@@ -93,7 +93,7 @@ def test_its_block_mask_is_that_of_the_specification(monkeypatch, tail, lengths)
 
 @pytest.mark.parametrize(
     "changes",
-    [{"queries": 41}, {"keys": 41}, {"keys": 256}, {"shared_lists": True}, {"dtype": torch.bfloat16}],
+    [{"queries": 41}, {"keys": 41}, {"keys": 97}, {"keys": 256}, {"shared_lists": True}, {"dtype": torch.bfloat16}],
     ids=str,
 )
 def test_other_numbers_of_keys_lists_and_dtypes(monkeypatch, changes):
