@@ -144,6 +144,11 @@ def _why_damaged(folder: RunFolder, name: str, pair: Pair, record: dict[str, Any
         for key in ("total_seconds", "seconds_per_step"):
             if record[key] <= 0:
                 raise TypeError(f"it.{key} is {record[key]}")
+        for index, each in enumerate([] if name == DENSE else record["attention"]["transformers"]):
+            layers, heads = each["num_layers"], each["num_heads"]
+            for key in ("head_classes", "head_densities"):
+                if len(each[key]) != layers or any(len(row) != heads for row in each[key]):
+                    raise TypeError(f"it.attention.transformers[{index}].{key} is not of {layers} x {heads}")
     except TypeError as error:
         return f"{folder.record_file(name, pair)} is damaged ({error}): remove it, and the run's own command goes on"
     return None

@@ -142,6 +142,25 @@ def test_a_video_of_a_damaged_record_is_missing_and_the_others_are_there(fake_ru
 
 @pytest.mark.parametrize(
     ("change", "says"),
+    [
+        ({"num_heads": 3}, "head_classes is not of 1 x 3"),
+        ({"num_layers": 10**30}, f"head_classes is not of {10**30} x 2"),
+        ({"head_densities": [[0.5]]}, "head_densities is not of 1 x 2"),
+        ({"head_classes": []}, "head_classes is not of 1 x 2"),
+    ],
+)
+def test_so_is_one_whose_heads_are_fewer_or_more_than_it_says(fake_run, change, says):
+    run = fake_run(["a"])
+    file = run / "fast" / "000-seed0.json"
+    record = json.loads(file.read_text())
+    record["attention"]["transformers"][0] |= change
+    file.write_text(json.dumps(record))
+    (missing,) = collect([run], NO_LPIPS)["missing"]
+    assert f"is damaged (it.attention.transformers[0].{says})" in missing["reason"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
     [({"sampling": {}}, "it.settings.sampling has no width"), ({"protocol": ["scope"]}, "it.settings.protocol is")],
 )
 def test_a_manifest_that_lacks_what_a_report_needs_is_named(fake_run, change, says):
