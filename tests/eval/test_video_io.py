@@ -75,6 +75,12 @@ def test_an_animation_is_an_error_and_not_its_first_picture(tmp_path, name):
         list(read_frames(tmp_path))
 
 
+def test_the_preview_in_a_jpeg_makes_no_animation_of_it(tmp_path):
+    picture, preview = [PIL.Image.fromarray(frame) for frame in as_bytes(moving_square(2))]
+    picture.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[preview])
+    assert len(list(read_frames(tmp_path))) == 1
+
+
 def test_floats_are_rounded_and_cut_off():
     assert as_bytes(np.array([-1, 0, 0.5, 1, 2, np.nan])).tolist() == [0, 0, 128, 255, 255, 0]
 
