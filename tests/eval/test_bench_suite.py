@@ -59,6 +59,9 @@ def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, cap
         operations = 4 * 144**2 * 16 * 2 * call["density"]
         assert call["tflops"] * 1e12 * call["seconds"] == pytest.approx(operations)
     assert ours["native 1"]["error"] < 1e-6 < ours["int8 1"]["error"]
+    # No bound is so wide that a precision could compute in a much coarser one.
+    for precision in set(bench_suite.PRECISIONS) - {"native"}:
+        assert bench_suite.LARGEST_ERRORS[precision] < 3 * ours[f"{precision} 1"]["error"]
     with_tail = ours["native + tail 0.5"]
     assert with_tail["error"] < 1e-6
     assert with_tail["share_of_linear"] == pytest.approx(
@@ -207,6 +210,11 @@ def test_the_published_file_is_shown_and_its_page_has_the_tables():
         assert table.count(f"\n| {title} | 100% |") == len(SUITES["gpu"])
     page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").splitlines()
     assert [line for line in table.splitlines() if line.startswith("|") and line not in page] == []
+    earlier = as_markdown(json.loads((ROOT / "docs/benchmarks/h200-flash-attn-4.json").read_text())).splitlines()
+    section = page[page.index("### Against flash-attn-4") : page.index("### 8 bits on the Hopper kernel")]
+    rows = [line for line in section if line.startswith(("| ours", "| flash-attn-4"))]
+    assert len(rows) == 3 * 13
+    assert [row for row in rows if row not in earlier] == []
 
 
 @pytest.mark.parametrize("geometry", SUITES["gpu"], ids=lambda geometry: geometry.name)
