@@ -186,10 +186,11 @@ class SparseAttentionPrediction:
                 "speed-up of all steps": f"{self.speed_up:.2f}x, without text encoder and VAE",
             }
         lines = [f"{name:<26}{value}" for name, value in rows.items()]
+        tail = f"the pooled tail {self.tail:.1%} of it, " if self.tail else ""
         lines.append(
             f"This is a prediction, not a measurement. Kernel at {self.efficiency:.0%} of linear against PyTorch's "
-            f"dense attention, a dense call {self.dense_call_seconds * 1e3:.1f} ms, the pooled tail {self.tail:.1%} of "
-            f"it, a plan {self.planning_seconds * 1e3:.1f} ms, permuting {self.permuting_seconds * 1e3:.1f} ms: "
+            f"dense attention, a dense call {self.dense_call_seconds * 1e3:.1f} ms, {tail}a plan "
+            f"{self.planning_seconds * 1e3:.1f} ms, permuting {self.permuting_seconds * 1e3:.1f} ms: "
             f"{self.source}. Linear layers are taken to reach as many FLOP/s as dense attention, and the rest of a "
             f"step to take no time."
         )

@@ -188,6 +188,7 @@ def test_what_was_not_measured_is_said(wan, monkeypatch):
         assert (found.dense_call_seconds, found.planning_seconds) == (known.dense_call_seconds, known.planning_seconds)
         assert "kernel efficiency assumed 0.9, say --efficiency" in str(found)
         assert "seconds as on an H200" in str(found)
+        assert "pooled tail" not in str(found)
     assert (predict(wan, efficiency=0.5).efficiency, predict(wan, efficiency=0.5).tail) == (0.5, 0.0)
     assert predict(wan, efficiency=0.5).speed_up < predict(wan).speed_up
 
