@@ -18,13 +18,8 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     if latents is None or latents.ndim != 5 or text is None:
         return None
     frames, _, height, width = latents.shape[1:]
-    patch = transformer.config.patch_size
-    return Layout(
-        frames=frames // (transformer.config.get("patch_size_t") or 1),
-        height=height // patch,
-        width=width // patch,
-        text_before=text.shape[1],
-    )
+    patch, frame_patch = transformer.config.patch_size, transformer.config.get("patch_size_t") or 1
+    return Layout(frames // frame_patch, height // patch, width // patch, text_before=text.shape[1])
 
 
 COGVIDEOX = Family(

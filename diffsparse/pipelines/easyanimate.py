@@ -20,12 +20,8 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
         return None
     frames, height, width = latents.shape[2:]
     patch = transformer.config.patch_size
-    return Layout(
-        frames=frames,
-        height=height // patch,
-        width=width // patch,
-        text_before=text.shape[1] + (text_t5.shape[1] if text_t5 is not None else 0),
-    )
+    num_text = text.shape[1] + (text_t5.shape[1] if text_t5 is not None else 0)
+    return Layout(frames, height // patch, width // patch, text_before=num_text)
 
 
 EASYANIMATE = Family(

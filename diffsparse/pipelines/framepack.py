@@ -22,14 +22,10 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     if latents is None or latents.ndim != 5 or text is None or image is None or any(x is None for x in history):
         return None
     batch, _, frames, height, width = latents.shape
-    patch = transformer.config.patch_size
-    return Layout(
-        frames=frames // transformer.config.patch_size_t,
-        height=height // patch,
-        width=width // patch,
-        text_before=sum(history_tokens(x, scale) for x, scale in zip(history, (1, 2, 4))),
-        text_after=None if batch == 1 else image.shape[1] + text.shape[1],
-    )
+    patch, frame_patch = transformer.config.patch_size, transformer.config.patch_size_t
+    text_before = sum(history_tokens(x, scale) for x, scale in zip(history, (1, 2, 4)))
+    text_after = None if batch == 1 else image.shape[1] + text.shape[1]
+    return Layout(frames // frame_patch, height // patch, width // patch, text_before, text_after)
 
 
 def history_tokens(latents: Tensor, scale: int) -> int:

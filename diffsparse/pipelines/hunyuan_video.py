@@ -18,13 +18,8 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     if latents is None or latents.ndim != 5 or text is None:
         return None
     frames, height, width = latents.shape[2:]
-    patch = transformer.config.patch_size
-    return Layout(
-        frames=frames // transformer.config.patch_size_t,
-        height=height // patch,
-        width=width // patch,
-        text_after=text.shape[1],
-    )
+    patch, frame_patch = transformer.config.patch_size, transformer.config.patch_size_t
+    return Layout(frames // frame_patch, height // patch, width // patch, text_after=text.shape[1])
 
 
 HUNYUAN_VIDEO = Family(

@@ -19,13 +19,9 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     if latents is None or latents.ndim != 5 or any(text is None for text in texts):
         return None
     frames, height, width = latents.shape[2:]
-    patch = transformer.config.patch_size
-    return Layout(
-        frames=frames // transformer.config.patch_size_t,
-        height=height // patch,
-        width=width // patch,
-        text_after=sum(text.shape[1] for text in texts),
-    )
+    patch, frame_patch = transformer.config.patch_size, transformer.config.patch_size_t
+    num_text = sum(text.shape[1] for text in texts)
+    return Layout(frames // frame_patch, height // patch, width // patch, text_after=num_text)
 
 
 HUNYUAN_VIDEO_15 = Family(

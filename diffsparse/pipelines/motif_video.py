@@ -23,14 +23,10 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
         return None
     check_padding_is_last(call.get("encoder_attention_mask"))
     frames, height, width = latents.shape[2:]
-    patch = transformer.config.patch_size
+    patch, frame_patch = transformer.config.patch_size, transformer.config.patch_size_t
     num_others = text.shape[1] + (image.shape[1] if image is not None else 0)
-    return Layout(
-        frames=frames // transformer.config.patch_size_t,
-        height=height // patch,
-        width=width // patch,
-        text_after=None if transformer.config.num_decoder_layers else num_others,
-    )
+    text_after = None if transformer.config.num_decoder_layers else num_others
+    return Layout(frames // frame_patch, height // patch, width // patch, text_after=text_after)
 
 
 MOTIF_VIDEO = Family(
