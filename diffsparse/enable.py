@@ -170,18 +170,19 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 def _open_session(
     transformer: nn.Module, family: Family | None, config: SparseAttentionConfig, pipeline: Any, name: str
 ) -> TransformerSession:
-    if family is None and (reason := LEFT_ALONE.get(type(transformer).__name__)) is not None:
-        logger.warning("%s stays dense: %s.", type(transformer).__name__, reason)
-        return TransformerSession(transformer, UNKNOWN, (), config, pipeline)
-    if family is None:
+    if family is not None:
+        return TransformerSession(transformer, family, _layer_names(transformer, family), config, pipeline, name)
+    class_name = type(transformer).__name__
+    if (reason := LEFT_ALONE.get(class_name)) is not None:
+        logger.warning("%s stays dense: %s.", class_name, reason)
+    else:
         logger.warning(
             "%s is of no model family that diffsparse knows, so it stays dense. To make it sparse, describe it; "
             "start from this, and read diffsparse/pipelines for examples:\n\n%s",
-            type(transformer).__name__,
+            class_name,
             family_to_start_from(transformer),
         )
-        return TransformerSession(transformer, UNKNOWN, (), config, pipeline)
-    return TransformerSession(transformer, family, _layer_names(transformer, family), config, pipeline, name)
+    return TransformerSession(transformer, UNKNOWN, (), config, pipeline)
 
 
 def _layer_names(transformer: nn.Module, family: Family) -> tuple[str, ...]:
