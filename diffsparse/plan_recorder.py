@@ -28,7 +28,7 @@ Item = TypeVar("Item", bound=Hashable)
 
 @dataclass(frozen=True)
 class _MadeFor:
-    """What all plans of a calibration have in common."""
+    """What all plans of a calibration have in common: fields of `Calibration`."""
 
     model: str
     num_layers: int
@@ -138,15 +138,9 @@ class PlanRecorder:
         if not any(entry.heads for entry in entries):
             raise ValueError("every attention call is to stay dense")
         return Calibration(
-            model=made_for.model,
-            num_layers=made_for.num_layers,
-            num_heads=made_for.num_heads,
-            grid=made_for.grid,
-            query_block_size=made_for.query_block_size,
-            key_block_size=made_for.key_block_size,
+            **vars(made_for),
             strategy=repr(config.strategy),
             num_prompts=self.num_prompts,
-            num_steps=made_for.num_steps,
             settings={name: getattr(config, name) for name in SETTINGS},
             library_version=diffsparse.__version__,
             maps=torch.stack(maps.tensors),
