@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,12 +15,31 @@ from diffsparse import Adaptive, SparseAttentionConfig
 from diffsparse.pipelines.families import find_family
 from diffsparse.report import TransformerReport
 from diffsparse.strategies.dense import Dense
+from diffsparse.strategies.strategy import AttentionCall
 
 
 def config(strategy: Any = None, **changes: Any) -> SparseAttentionConfig:
     """Sparse at any length and from the first step, in blocks small enough for tiny models."""
     strategy = strategy or Adaptive(density=0.3, query_block_size=16, key_block_size=16)
     return SparseAttentionConfig(**({"strategy": strategy, "dense_steps": 0.0, "min_tokens": 0} | changes))
+
+
+@dataclass(frozen=True)
+class Watched(Adaptive):
+    """The default strategy in small blocks, which remembers the calls that it plans."""
+
+    query_block_size: int = 16
+    key_block_size: int = 16
+    calls: list[AttentionCall] = field(default_factory=list, compare=False)
+
+    def plan(self, query, key, value, call):
+        self.calls.append(call)
+        return super().plan(query, key, value, call)
+
+    @property
+    def planned(self) -> list[tuple[int, int]]:
+        """Layer and step of each call."""
+        return [(call.layer, call.step) for call in self.calls]
 
 
 DENSE = config(Dense())

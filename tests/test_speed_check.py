@@ -8,7 +8,7 @@ import weakref
 import comfy_standins
 import pytest
 import torch
-from enabled import config, report_of, run
+from enabled import Watched, config, report_of, run
 from tiny_models import TINY
 
 import diffsparse.config
@@ -126,17 +126,11 @@ def test_a_user_who_says_min_tokens_gets_sparse_attention(wan, call, set_clock):
 
 
 def test_what_is_timed_is_a_step_in_the_middle(wan, call, set_clock):
-    class Watched(Adaptive):
-        def plan(self, query, key, value, call):
-            seen.append(call.progress)
-            return super().plan(query, key, value, call)
-
-    seen = []
     set_clock(dense=1.0, sparse=0.1, plan=0.1)
-    wan.enable_sparse_attention(timed(strategy=Watched(query_block_size=16, key_block_size=16)))
+    wan.enable_sparse_attention(timed(strategy := Watched()))
     run(wan, call)
     # The first layer: its own plan, one to time sparse attention by, one in each round; then two more layers.
-    assert seen == [None, *[0.5] * (1 + speed_check.LEAST_ROUNDS), None, None]
+    assert [call.progress for call in strategy.calls] == [None, *[0.5] * (1 + speed_check.LEAST_ROUNDS), None, None]
 
 
 @pytest.mark.parametrize(("dense", "rounds"), [(1e-3, 8), (0.1, 5), (9.0, 2)])
@@ -317,15 +311,7 @@ def test_a_strategy_that_keeps_the_middle_dense_is_asked_about_it_once():
 
 
 def test_what_is_found_slow_takes_no_plan_from_what_is_not(set_clock):
-    planned = []
-
-    class Watched(Adaptive):
-        def plan(self, query, key, value, call):
-            planned.append((call.layer, call.step))
-            return super().plan(query, key, value, call)
-
-    strategy = Watched(query_block_size=16, key_block_size=16)
-    session = Session("a model", NoText(), ("fast", "slow"), timed(strategy))
+    session = Session("a model", NoText(), ("fast", "slow"), timed(strategy := Watched()))
     for index in range(4):
         begin(session, index)
         set_clock(dense=1.0, sparse=0.1, plan=0.1)
@@ -333,7 +319,7 @@ def test_what_is_found_slow_takes_no_plan_from_what_is_not(set_clock):
         set_clock(dense=1.0, sparse=9.0, plan=0.1)
         attend(session, 1, batch=2)
     assert [tally.sparse_calls for tally in session.tallies] == [4, 0]
-    assert set(planned) == {(0, 0), (1, 0)}
+    assert set(strategy.planned) == {(0, 0), (1, 0)}
 
 
 def test_in_comfyui_the_line_says_what_was_found(monkeypatch, tmp_path, set_clock, caplog):

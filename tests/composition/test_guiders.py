@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import LayerSkipConfig
 from diffusers.hooks import apply_layer_skip
-from enabled import FULL, SPARSE, config, report_of, run
+from enabled import FULL, SPARSE, Watched, config, report_of, run
 from tiny.model import CHANNELS
 from tiny_models import TINY
 from tiny_pipelines import text
 
-from diffsparse import Adaptive, DenseFallback
+from diffsparse import DenseFallback
 
 STEPS, LAYERS = 3, 2
 PERTURBED = "a torch function mode stands in for attention, as in perturbed attention guidance"
@@ -91,19 +91,12 @@ def test_sparse_attention_runs_in_every_branch_of_a_guider(name):
 
 @pytest.mark.parametrize("name", GUIDERS)
 def test_plans_are_kept_from_step_to_step_in_every_branch_of_a_guider(name):
-    planned = []
-
-    class Watched(Adaptive):
-        def plan(self, query, key, value, call):
-            planned.append((call.layer, call.step))
-            return super().plan(query, key, value, call)
-
     guider, _, later_calls = GUIDERS[name]
     pipeline = modular_pipeline(guider())
-    pipeline.enable_sparse_attention(config(Watched(query_block_size=16, key_block_size=16), replan_every=STEPS))
+    pipeline.enable_sparse_attention(config(strategy := Watched(), replan_every=STEPS))
     generate(pipeline)
     # At the most one for each layer and branch.
-    assert LAYERS <= len(planned) <= later_calls
+    assert LAYERS <= len(strategy.calls) <= later_calls
 
 
 def test_each_transformer_of_modular_wan_2_2_goes_by_its_own_guider():
@@ -112,23 +105,15 @@ def test_each_transformer_of_modular_wan_2_2_goes_by_its_own_guider():
         for name in ("transformer", "transformer_2")
     }
     pipeline = modular_pipeline(blocks=diffusers.Wan22Blocks(), **transformers)
-    planned_at = []
-
-    class Watched(Adaptive):
-        def plan(self, query, key, value, call):
-            planned_at.append((call.layer, call.step, call.num_steps))
-            return super().plan(query, key, value, call)
-
-    pipeline.enable_sparse_attention(
-        config(Watched(query_block_size=16, key_block_size=16), dense_steps=0.5, replan_every=2)
-    )
+    pipeline.enable_sparse_attention(config(strategy := Watched(), dense_steps=0.5, replan_every=2))
     generate(pipeline, steps=6)
     # The first transformer runs in steps 0 and 1, the second in the others, of which one is early.
     calls = 2 * LAYERS
     first, second = pipeline.sparse_attention_report().transformers
     assert (first.sparse_calls, first.dense_reasons) == (0, {"early step": 2 * calls})
     assert (second.sparse_calls, second.dense_reasons) == (3 * calls, {"early step": calls})
-    assert planned_at == [(layer, step, 6) for step in (3, 5) for layer in range(LAYERS)]
+    assert strategy.planned == [(layer, step) for step in (3, 5) for layer in range(LAYERS)]
+    assert {call.num_steps for call in strategy.calls} == {6}
 
 
 def test_modular_qwen_image_runs_sparse_with_the_masks_of_its_prompts():

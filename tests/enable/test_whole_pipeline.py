@@ -9,7 +9,7 @@ import weakref
 import diffusers
 import pytest
 import torch
-from enabled import DENSE, FULL, SPARSE, config, contents, report_of, run
+from enabled import DENSE, FULL, SPARSE, Watched, config, contents, report_of, run
 from tiny_models import TINY, generate, tiny_wan_pipeline
 
 from diffsparse import Adaptive, session
@@ -231,12 +231,12 @@ def watched():
     """A config, and the plans made by it that anyone still keeps."""
     plans = weakref.WeakSet()
 
-    class Watched(Adaptive):
+    class Kept(Adaptive):
         def plan(self, *args, **kwargs):
             plans.add(plan := super().plan(*args, **kwargs))
             return plan
 
-    return config(Watched(query_block_size=16, key_block_size=16)), plans
+    return config(Kept(query_block_size=16, key_block_size=16)), plans
 
 
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
@@ -278,39 +278,29 @@ def test_plans_of_an_interrupted_generation_go_with_the_next(pipeline, watched):
 
 
 def test_a_plan_that_lasts_serves_the_rest_of_the_generation_and_no_other(pipeline):
-    planned_at = []
-
-    class LastsFromStepTwo(Adaptive):
+    class LastsFromStepTwo(Watched):
         def plan(self, query, key, value, call):
-            planned_at.append((call.layer, call.step))
             return dataclasses.replace(super().plan(query, key, value, call), lasts=call.step >= 2)
 
-    pipeline.enable_sparse_attention(config(LastsFromStepTwo(query_block_size=16, key_block_size=16), replan_every=1))
+    pipeline.enable_sparse_attention(config(strategy := LastsFromStepTwo(), replan_every=1))
     for _ in range(2):
         generate(pipeline, steps=6)
-    assert planned_at == [(layer, step) for step in range(3) for layer in range(2)] * 2
+    assert strategy.planned == [(layer, step) for step in range(3) for layer in range(2)] * 2
 
 
 def test_a_second_expert_plans_anew_where_the_generation_before_was_interrupted_shortly_before():
-    planned_at = []
-
-    class Watched(Adaptive):
-        def plan(self, query, key, value, call):
-            planned_at.append((call.layer, call.step))
-            return super().plan(query, key, value, call)
-
     def stop(pipe, step, timestep, kwargs):
         pipe._interrupt = step == 3
         return kwargs
 
     pipeline = tiny_wan_pipeline(two_experts=True)
-    pipeline.enable_sparse_attention(config(Watched(query_block_size=16, key_block_size=16)))
+    pipeline.enable_sparse_attention(config(strategy := Watched()))
     generate(pipeline, steps=6, callback_on_step_end=stop)
-    assert planned_at == [(layer, step) for step in (0, 3) for layer in range(2)]
-    planned_at.clear()
+    assert strategy.planned == [(layer, step) for step in (0, 3) for layer in range(2)]
+    strategy.calls.clear()
     # The second expert begins at step 5 of 12, two behind the plans that it has left from the first generation.
     generate(pipeline, steps=12, prompt="two dogs")
-    assert planned_at == [(layer, step) for step in (0, 4, 5, 9) for layer in range(2)]
+    assert strategy.planned == [(layer, step) for step in (0, 4, 5, 9) for layer in range(2)]
 
 
 def test_plans_of_a_bare_transformer_do_not_pile_up(watched):

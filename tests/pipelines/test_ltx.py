@@ -4,13 +4,12 @@ import diffusers
 import pytest
 import torch
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
-from enabled import FULL, config, report_of
+from enabled import FULL, Watched, config, report_of
 from PIL import Image
 from tiny.model import TEXT_TOKENS
 from tiny_models import TINY
 from tiny_pipelines import text, without_encoders
 
-from diffsparse import Adaptive
 from diffsparse.grid import TokenGrid
 from diffsparse.pipelines import ltx
 
@@ -142,17 +141,12 @@ def pipeline(vae):
 
 @pytest.mark.parametrize(("conditions", "text_before"), CONDITIONS.values(), ids=CONDITIONS)
 def test_every_call_of_the_condition_pipeline_runs_sparse(pipeline, conditions, text_before, monkeypatch):
-    grids, reads, grid_at_end = set(), [], ltx._grid_at_end
+    reads, grid_at_end = [], ltx._grid_at_end
     monkeypatch.setattr(ltx, "_grid_at_end", lambda coords: (reads.append(coords), grid_at_end(coords))[1])
 
-    class Watched(Adaptive):
-        def plan(self, query, key, value, call):
-            grids.add(call.grid)
-            return super().plan(query, key, value, call)
-
-    pipeline.enable_sparse_attention(config(Watched(density=0.5, query_block_size=16, key_block_size=16), strict=True))
+    pipeline.enable_sparse_attention(config(strategy := Watched(density=0.5), strict=True))
     generate(pipeline, conditions)
-    assert grids == {TokenGrid(3, 3, 5, text_before=text_before)}
+    assert {call.grid for call in strategy.calls} == {TokenGrid(3, 3, 5, text_before=text_before)}
     # Reading waits for the device: once in a generation.
     assert len(reads) == 1
     assert report_of(pipeline).dense_calls == 0

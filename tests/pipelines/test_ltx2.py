@@ -5,13 +5,12 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from enabled import FULL, config, report_of
+from enabled import FULL, Watched, config, report_of
 from tiny.model import CHANNELS, TEXT_TOKENS
 from tiny_models import TINY
 from tiny_pipelines import text
 from torch import nn
 
-from diffsparse import Adaptive
 from diffsparse.grid import TokenGrid
 from diffsparse.pipelines import ltx2
 
@@ -142,19 +141,14 @@ def generate(pipeline, tiled):
 
 @pytest.mark.parametrize("tiled", [False, True])
 def test_every_call_of_the_pipeline_of_keyframe_slots_runs_sparse(pipeline, tiled, monkeypatch):
-    grids, reads, grid_at_start = set(), [], ltx2._grid_at_start
+    reads, grid_at_start = [], ltx2._grid_at_start
     monkeypatch.setattr(ltx2, "_grid_at_start", lambda coords: (reads.append(coords), grid_at_start(coords))[1])
 
-    class Watched(Adaptive):
-        def plan(self, query, key, value, call):
-            grids.add(call.grid)
-            return super().plan(query, key, value, call)
-
-    pipeline.enable_sparse_attention(config(Watched(density=0.5, query_block_size=16, key_block_size=16), strict=True))
+    pipeline.enable_sparse_attention(config(strategy := Watched(density=0.5), strict=True))
     generate(pipeline, tiled)
     # Behind the seven frames, as large as each, come a slot within them and one at their end.
     height, width = (2, 4) if tiled else (3, 5)
-    assert grids == {TokenGrid(7, height, width, text_after=2 * height * width)}
+    assert {call.grid for call in strategy.calls} == {TokenGrid(7, height, width, text_after=2 * height * width)}
     # Reading waits for the device: once in a generation, or for each tile of it.
     assert len(reads) == (4 if tiled else 1)
     assert report_of(pipeline).dense_calls == 0

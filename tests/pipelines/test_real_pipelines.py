@@ -3,12 +3,11 @@
 import diffusers
 import pytest
 import torch
+from enabled import Watched, config, report_of
 from tiny.model import TEXT_TOKENS
 from tiny_models import TINY, tiny_wan_pipeline
 from tiny_pipelines import text, without_encoders
 
-import diffsparse
-from diffsparse import Adaptive, SparseAttentionConfig
 from diffsparse.grid import TokenGrid
 
 STEPS = 3
@@ -259,34 +258,19 @@ PIPELINES = [
 ]
 
 
-class Watched(Adaptive):
-    """The default strategy, which passes on the grids that it is given."""
-
-    def plan(self, query, key, value, call):
-        assert query.shape[2] == call.grid.num_tokens
-        GRIDS.add(call.grid)
-        return super().plan(query, key, value, call)
-
-
-GRIDS: set[TokenGrid] = set()
-
-
 @pytest.mark.parametrize("make", PIPELINES)
 def test_every_call_of_the_pipeline_says_the_grid(make):
     pipeline, call, grid = make()
     pipeline.set_progress_bar_config(disable=True)
-    strategy = Watched(density=0.5, query_block_size=16, key_block_size=16)
     # Strict: any fallback to dense is an error here.
-    diffsparse.enable_sparse_attention(
-        pipeline, SparseAttentionConfig(strategy, dense_steps=0.34, min_tokens=0, strict=True)
-    )
-    GRIDS.clear()
+    pipeline.enable_sparse_attention(config(strategy := Watched(density=0.5), dense_steps=0.34, strict=True))
     for _ in range(2):
         pipeline(**call, num_inference_steps=STEPS, output_type="latent")
     # Some layers see the grid without its text.
-    assert grid in GRIDS
-    assert {grid, TokenGrid(grid.frames, grid.height, grid.width)} >= GRIDS
-    (report,) = pipeline.sparse_attention_report().transformers
+    grids = {call.grid for call in strategy.calls}
+    assert grid in grids
+    assert {grid, TokenGrid(grid.frames, grid.height, grid.width)} >= grids
+    report = report_of(pipeline)
     calls_per_step = (report.sparse_calls + report.dense_calls) / (2 * STEPS * report.num_layers)
     assert calls_per_step in (1, 2)
     # One of three steps is dense, in both generations.

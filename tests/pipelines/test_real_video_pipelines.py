@@ -3,13 +3,12 @@
 import diffusers
 import pytest
 import torch
+from enabled import Watched, config, report_of
 from PIL import Image
 from tiny.model import TEXT_TOKENS
 from tiny_models import TINY, tiny_wan_pipeline
 from tiny_pipelines import text, without_encoders
 
-import diffsparse
-from diffsparse import Adaptive, SparseAttentionConfig
 from diffsparse.grid import TokenGrid
 
 SIZE = {"height": 48, "width": 80, "num_frames": 9}
@@ -140,21 +139,10 @@ PIPELINES = [wan_vace, skyreels_v2, mochi, hunyuan_video15, kandinsky5, easyanim
 
 @pytest.mark.parametrize("make", PIPELINES)
 def test_every_call_of_the_pipeline_runs_every_layer_sparse(make):
-    grids = set()
-
-    class Watched(Adaptive):
-        def plan(self, query, key, value, call):
-            grids.add(call.grid)
-            return super().plan(query, key, value, call)
-
     pipeline, call, expected = make()
     pipeline.set_progress_bar_config(disable=True)
-    strategy = Watched(density=0.5, query_block_size=16, key_block_size=16)
     # Strict: any fallback to dense is an error here.
-    diffsparse.enable_sparse_attention(
-        pipeline, SparseAttentionConfig(strategy, dense_steps=0.0, min_tokens=0, strict=True)
-    )
+    pipeline.enable_sparse_attention(config(strategy := Watched(density=0.5), strict=True))
     pipeline(**call, num_inference_steps=2, output_type="latent")
-    assert grids == expected
-    (report,) = pipeline.sparse_attention_report().transformers
-    assert report.dense_calls == 0
+    assert {call.grid for call in strategy.calls} == expected
+    assert report_of(pipeline).dense_calls == 0
