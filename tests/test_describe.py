@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from enabled import SPARSE, config, report_of
 from tiny_models import tiny_wan_pipeline
 from torch import nn
 
 import diffsparse
-from diffsparse import Adaptive, DenseFallback, Family, Layout, SparseAttentionConfig
+from diffsparse import DenseFallback, Family, Layout
 from diffsparse.describe import attention_patterns
 
 HEIGHT, WIDTH, TEXT = 7, 5, 3
@@ -41,9 +42,6 @@ def layout(transformer, call):
 
 
 MINE = Family("mine", ("Mine",), ("blocks.*.attn",), layout, timestep="time")
-SPARSE = SparseAttentionConfig(
-    Adaptive(density=0.3, query_block_size=16, key_block_size=16), dense_steps=0.0, min_tokens=0
-)
 
 
 @pytest.fixture
@@ -55,11 +53,6 @@ def model():
 @pytest.fixture
 def call():
     return {"image": torch.randn(1, 64, HEIGHT, WIDTH), "time": torch.tensor(0.5), "text": torch.randn(1, TEXT, 64)}
-
-
-def report_of(model):
-    (report,) = diffsparse.sparse_attention_report(model).transformers
-    return report
 
 
 def test_the_warning_is_code_that_needs_only_the_layout(model, call, caplog):
@@ -111,9 +104,7 @@ def test_a_family_of_ones_own_runs_sparse_and_disables_exactly(model, call):
 
 
 def test_steps_are_told_by_the_argument_that_the_family_names(model, call):
-    diffsparse.enable_sparse_attention(
-        model, SparseAttentionConfig(SPARSE.strategy, dense_steps=0.2, min_tokens=0), family=MINE
-    )
+    diffsparse.enable_sparse_attention(model, config(dense_steps=0.2), family=MINE)
     for time in (1.0, 0.6, 0.2):
         model(**(call | {"time": torch.tensor(time)}))
     assert report_of(model).dense_reasons == {"early step": 2}
@@ -127,8 +118,7 @@ def test_a_layout_of_another_number_of_tokens_is_counted_or_raised(model, call):
     assert torch.equal(model(**call), stock)
     assert report_of(model).dense_reasons == {"38 tokens where the layout says 35": 2}
     diffsparse.disable_sparse_attention(model)
-    strict = SparseAttentionConfig(SPARSE.strategy, dense_steps=0.0, min_tokens=0, strict=True)
-    diffsparse.enable_sparse_attention(model, strict, family=wrong)
+    diffsparse.enable_sparse_attention(model, config(strict=True), family=wrong)
     with pytest.raises(DenseFallback, match=r"blocks\.0\.attn.*38 tokens where the layout says 35"):
         model(**call)
 
@@ -159,8 +149,7 @@ def test_a_layout_that_fails_costs_no_generation_and_is_counted_or_raised(model,
     assert text.startswith(f"the layout of its family raises {reason}")
     assert count == 2
     diffsparse.disable_sparse_attention(model)
-    strict = SparseAttentionConfig(SPARSE.strategy, dense_steps=0.0, min_tokens=0, strict=True)
-    diffsparse.enable_sparse_attention(model, strict, family=failing)
+    diffsparse.enable_sparse_attention(model, config(strict=True), family=failing)
     with pytest.raises(DenseFallback, match="the layout of its family raises"):
         model(**call)
 
@@ -249,7 +238,7 @@ def test_a_transformer_of_an_own_family_is_found_inside_a_wrapper(model, call):
     diffsparse.enable_sparse_attention(wrapped, SPARSE, family=MINE)
     assert not torch.allclose(wrapped(**call), stock)
     # These are not told the family.
-    assert diffsparse.sparse_attention_report(wrapped).transformers[0].sparse_calls == 2
+    assert report_of(wrapped).sparse_calls == 2
     assert diffsparse.is_sparse_attention_enabled(wrapped)
     diffsparse.disable_sparse_attention(wrapped)
     assert torch.equal(model(**call), stock)

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from enabled import DENSE, SPARSE, run
 from tiny_models import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffsparse import Adaptive, SparseAttentionConfig
 from diffsparse.key_mask import KeyMask
-from diffsparse.strategies.dense import Dense
 
 TINY_MODEL = TINY["hunyuan_video15"]
 TOKENS = 3 * 7 * 5 + TINY_MODEL.text_after
@@ -28,16 +27,16 @@ class Pairs(TorchDispatchMode):
 
 
 def pairs_made(model):
-    with torch.no_grad(), Pairs() as pairs:
-        model(**TINY_MODEL.call(model, TINY_MODEL.grid, batch=2))
+    with Pairs() as pairs:
+        run(model, TINY_MODEL.call(model, TINY_MODEL.grid, batch=2))
     return pairs.shapes
 
 
-@pytest.mark.parametrize("strategy", [Dense(), Adaptive(query_block_size=16, key_block_size=16)])
-def test_no_tensor_of_all_pairs_of_tokens_is_made(strategy):
+@pytest.mark.parametrize("chosen", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_no_tensor_of_all_pairs_of_tokens_is_made(chosen):
     model = TINY_MODEL.make()
     assert (2, 1, TOKENS, TOKENS) in pairs_made(model)
-    model.enable_sparse_attention(SparseAttentionConfig(strategy, dense_steps=0.0, min_tokens=0))
+    model.enable_sparse_attention(chosen)
     assert pairs_made(model) == []
     model.disable_sparse_attention()
     assert (2, 1, TOKENS, TOKENS) in pairs_made(model)

@@ -1,24 +1,16 @@
 """What the image families say of calls that their tiny models do not make, and which of them stay dense."""
 
-import dataclasses
-
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
+from enabled import FULL, SPARSE, config, report_of, run
 from tiny.flux2 import four_ids, image_ids
 from tiny.model import CHANNELS, TEXT_CHANNELS
 from tiny_models import TINY
 
-from diffsparse import Adaptive, DenseFallback, SparseAttentionConfig
+from diffsparse import DenseFallback
 from diffsparse.pipelines.families import find_family
 from diffsparse.pipelines.family import Layout
-
-SPARSE, FULL = (
-    SparseAttentionConfig(
-        Adaptive(density=density, query_block_size=16, key_block_size=16), dense_steps=0.0, min_tokens=0
-    )
-    for density in (0.3, 1.0)
-)
 
 
 class Called:
@@ -34,17 +26,20 @@ class Called:
         return find_family(self.model).layout(self.model, self.call)
 
     def run(self):
-        with torch.no_grad():
-            output = self.model(**self.call, return_dict=False)[0]
-        return torch.stack(output) if isinstance(output, list) else output
+        return run(self.model, self.call)
 
     def ran(self):
         """Sparse calls, and dense ones by reason, once enabled."""
         self.model.enable_sparse_attention(SPARSE)
         self.run()
-        (report,) = self.model.sparse_attention_report().transformers
+        report = report_of(self.model)
         self.model.disable_sparse_attention()
         return report.sparse_calls, report.dense_reasons
+
+    def is_as_exact_as_stock(self):
+        stock = self.run()
+        self.model.enable_sparse_attention(FULL)
+        torch.testing.assert_close(self.run(), stock)
 
     def stays_dense(self, reason):
         stock, layers = self.run(), len(self.tiny.layers)
@@ -62,9 +57,7 @@ def test_z_images_captions_may_differ_in_length_and_their_padding_is_no_key():
     called = Called("z_image", batch=2, x=images, cap_feats=captions)
     assert called.layout == Layout(1, 7, 5, text_after=64 - 35 + 64)
     assert called.ran() == (2, {})
-    stock = called.run()
-    called.model.enable_sparse_attention(FULL)
-    torch.testing.assert_close(called.run(), stock)
+    called.is_as_exact_as_stock()
 
 
 def test_z_images_refiners_are_no_layers():
@@ -102,9 +95,7 @@ def test_references_at_the_places_of_the_image_are_frames_of_flux(references, ex
     called = Called("flux", img_ids=ids, hidden_states=random(1, len(ids), CHANNELS))
     assert called.layout == expected
     assert called.ran() == (4, {})
-    stock = called.run()
-    called.model.enable_sparse_attention(FULL)
-    torch.testing.assert_close(called.run(), stock)
+    called.is_as_exact_as_stock()
 
 
 def test_images_to_edit_as_large_as_the_image_are_frames_of_bria_fibo2():
@@ -131,15 +122,13 @@ def test_a_mask_that_hides_no_text_of_qwen_image_is_none(dtype):
     called = Called("qwen_image", batch=2)
     expected = called.ran()
     called.call["encoder_hidden_states_mask"] = mask = torch.ones(2, 7, dtype=dtype)
-    stock = called.run()
     assert called.ran() == expected == (len(called.tiny.layers), {})
-    called.model.enable_sparse_attention(FULL)
-    torch.testing.assert_close(called.run(), stock)
+    called.is_as_exact_as_stock()
     # One that comes to hide some is seen.
     mask[1, 5:] = 0
-    assert called.model.sparse_attention_report().transformers[0].dense_calls == 0
+    assert report_of(called.model).dense_calls == 0
     called.run()
-    assert called.model.sparse_attention_report().transformers[0].dense_reasons == {"attention mask": 2}
+    assert report_of(called.model).dense_reasons == {"attention mask": 2}
 
 
 def test_chroma_stays_dense_with_the_mask_of_its_pipeline():
@@ -213,11 +202,11 @@ def test_attention_to_kept_keys_of_flux2_is_counted():
     model.enable_sparse_attention(FULL)
     for output, expected in zip(two_steps(), stock, strict=True):
         assert torch.equal(output, expected)
-    (report,) = model.sparse_attention_report().transformers
+    report = report_of(model)
     assert report.sparse_calls == 0
     assert report.dense_reasons == {"the call does not say the size of the grid": 4 * (2 + 1)}
     model.disable_sparse_attention()
-    model.enable_sparse_attention(dataclasses.replace(SPARSE, strict=True))
+    model.enable_sparse_attention(config(strict=True))
     with pytest.raises(DenseFallback):
         two_steps()
 
@@ -244,9 +233,8 @@ def test_joyimage_plus_needs_one_size_of_the_generated_image():
     assert masked.stays_dense("attention mask")
 
 
-@pytest.mark.parametrize("name", ["hunyuan_image"])
-def test_a_video_refiner_of_three_axes_has_frames(name):
+def test_a_video_refiner_of_three_axes_has_frames():
     config = {"patch_size": (1, 1, 1), "rope_axes_dim": (8, 12, 12)}
-    called = Called(name, config=config, grid=(2, 7, 5))
+    called = Called("hunyuan_image", config=config, grid=(2, 7, 5))
     assert called.layout == Layout(2, 7, 5, text_after=7)
     assert called.ran() == (4, {})
