@@ -16,6 +16,11 @@ def text(tokens: int = TEXT_TOKENS, channels: int = TEXT_CHANNELS) -> Tensor:
     return torch.randn(1, tokens, channels, generator=torch.Generator().manual_seed(tokens))
 
 
+def prompts(**values: Any) -> dict[str, Any]:
+    """Values for the prompt, and the same for the negative one."""
+    return values | {f"negative_{name}": value for name, value in values.items()}
+
+
 def without_encoders(pipeline_class: Any, **parts: Any) -> Any:
     """A pipeline that is given its prompt as embeddings."""
     names = ["vae", *(f"{name}{number}" for name in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))]

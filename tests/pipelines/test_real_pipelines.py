@@ -6,11 +6,16 @@ import torch
 from enabled import Watched, config, report_of
 from tiny.model import TEXT_TOKENS
 from tiny_models import TINY, tiny_wan_pipeline
-from tiny_pipelines import text, without_encoders
+from tiny_pipelines import prompts, text, tiny_flux_pipeline, without_encoders
 
 from diffsparse.grid import TokenGrid
 
 STEPS = 3
+
+
+VIDEO = {"height": 48, "width": 80, "num_frames": 9}
+"""Three latent frames of 6 x 10 where the VAE compresses by 4 in time and by 8 in space."""
+IMAGE = {"height": 7 * 16, "width": 5 * 16}
 
 
 def flow_scheduler():
@@ -21,14 +26,7 @@ def wan_image_to_video():
     parts = tiny_wan_pipeline().components
     transformer = TINY["wan"].make(in_channels=16 + 4 + 16, out_channels=16)
     pipeline = diffusers.WanImageToVideoPipeline(**(parts | {"transformer": transformer}))
-    call = {
-        "image": torch.rand(1, 3, 48, 80),
-        "prompt_embeds": text(),
-        "negative_prompt_embeds": text(),
-        "height": 48,
-        "width": 80,
-        "num_frames": 9,
-    }
+    call = VIDEO | prompts(prompt_embeds=text()) | {"image": torch.rand(1, 3, 48, 80)}
     return pipeline, call, TokenGrid(3, 3, 5)
 
 
@@ -36,14 +34,7 @@ def wan_clean_first_frame():
     # Wan 2.2 5B: one model for text and for images, a timestep for each token.
     parts = tiny_wan_pipeline().components | {"expand_timesteps": True}
     pipeline = diffusers.WanImageToVideoPipeline(**parts)
-    call = {
-        "image": torch.rand(1, 3, 48, 80),
-        "prompt_embeds": text(),
-        "negative_prompt_embeds": text(),
-        "height": 48,
-        "width": 80,
-        "num_frames": 9,
-    }
+    call = VIDEO | prompts(prompt_embeds=text()) | {"image": torch.rand(1, 3, 48, 80)}
     return pipeline, call, TokenGrid(3, 3, 5)
 
 
@@ -54,17 +45,8 @@ def hunyuan_video(true_cfg=False):
         scheduler=flow_scheduler(),
     )
     mask = (torch.arange(TEXT_TOKENS) < 4)[None].long()
-    call = {
-        "prompt_embeds": text(),
-        "pooled_prompt_embeds": torch.randn(1, 8),
-        "prompt_attention_mask": mask,
-        "height": 48,
-        "width": 80,
-        "num_frames": 9,
-    }
-    if true_cfg:
-        call |= {f"negative_{name}": value for name, value in call.items() if name.startswith("p")}
-        call["true_cfg_scale"] = 2.0
+    prompt = {"prompt_embeds": text(), "pooled_prompt_embeds": torch.randn(1, 8), "prompt_attention_mask": mask}
+    call = VIDEO | (prompts(**prompt) | {"true_cfg_scale": 2.0} if true_cfg else prompt)
     return pipeline, call, TokenGrid(3, 3, 5, text_after=TEXT_TOKENS)
 
 
@@ -78,14 +60,7 @@ def cogvideox():
         transformer=TINY["cogvideox"].make(sample_height=6, sample_width=10),
         scheduler=diffusers.CogVideoXDDIMScheduler(),
     )
-    call = {
-        "prompt_embeds": text(),
-        "negative_prompt_embeds": text(),
-        "height": 48,
-        "width": 80,
-        "num_frames": 9,
-    }
-    return pipeline, call, TokenGrid(3, 3, 5, text_before=TEXT_TOKENS)
+    return pipeline, VIDEO | prompts(prompt_embeds=text()), TokenGrid(3, 3, 5, text_before=TEXT_TOKENS)
 
 
 def cogvideox_1_5():
@@ -103,40 +78,20 @@ def cogvideox_1_5():
 
 def ltx():
     pipeline = without_encoders(diffusers.LTXPipeline, transformer=TINY["ltx"].make(), scheduler=flow_scheduler())
-    mask = torch.ones(1, TEXT_TOKENS)
-    call = {
-        "prompt_embeds": text(),
-        "prompt_attention_mask": mask,
-        "negative_prompt_embeds": text(),
-        "negative_prompt_attention_mask": mask,
-        "height": 96,
-        "width": 160,
-        "num_frames": 17,
-    }
-    return pipeline, call, TokenGrid(3, 3, 5)
+    call = prompts(prompt_embeds=text(), prompt_attention_mask=torch.ones(1, TEXT_TOKENS))
+    return pipeline, call | {"height": 96, "width": 160, "num_frames": 17}, TokenGrid(3, 3, 5)
 
 
 def flux(pipeline_class=diffusers.FluxPipeline):
-    pipeline = without_encoders(
-        pipeline_class, transformer=TINY["flux"].make(guidance_embeds=True), scheduler=flow_scheduler()
-    )
-    call = {
-        "prompt_embeds": text(),
-        "pooled_prompt_embeds": torch.randn(1, 8),
-        "height": 7 * 16,
-        "width": 5 * 16,
-    }
+    pipeline = tiny_flux_pipeline(pipeline_class)
+    call = IMAGE | {"prompt_embeds": text(), "pooled_prompt_embeds": torch.randn(1, 8)}
     return pipeline, call, TokenGrid(1, 7, 5, text_before=TEXT_TOKENS)
 
 
 def flux_true_cfg():
     pipeline, call, grid = flux()
-    call |= {
-        "negative_prompt_embeds": text(),
-        "negative_pooled_prompt_embeds": torch.randn(1, 8),
-        "true_cfg_scale": 2.0,
-    }
-    return pipeline, call, grid
+    call |= {"negative_prompt_embeds": text(), "negative_pooled_prompt_embeds": torch.randn(1, 8)}
+    return pipeline, call | {"true_cfg_scale": 2.0}, grid
 
 
 def flux_kontext():
@@ -156,20 +111,11 @@ def flux_kontext():
     return pipeline, call, TokenGrid(1, 7, 5, text_before=TEXT_TOKENS, text_after=3 * 4)
 
 
-SIZE = {"height": 7 * 16, "width": 5 * 16}
-
-
 def sd3():
     pipeline = without_encoders(
         diffusers.StableDiffusion3Pipeline, transformer=TINY["sd3"].make(), scheduler=flow_scheduler()
     )
-    pooled = torch.randn(1, 8)
-    call = SIZE | {
-        "prompt_embeds": text(),
-        "negative_prompt_embeds": text(),
-        "pooled_prompt_embeds": pooled,
-        "negative_pooled_prompt_embeds": pooled,
-    }
+    call = IMAGE | prompts(prompt_embeds=text(), pooled_prompt_embeds=torch.randn(1, 8))
     return pipeline, call, TokenGrid(1, 7, 5, text_after=TEXT_TOKENS)
 
 
@@ -178,12 +124,7 @@ def qwen_image():
         diffusers.QwenImagePipeline, transformer=TINY["qwen_image"].make(), scheduler=flow_scheduler()
     )
     mask = torch.ones(1, TEXT_TOKENS, dtype=torch.bool)
-    call = SIZE | {
-        "prompt_embeds": text(),
-        "prompt_embeds_mask": mask,
-        "negative_prompt_embeds": text(),
-        "negative_prompt_embeds_mask": mask,
-    }
+    call = IMAGE | prompts(prompt_embeds=text(), prompt_embeds_mask=mask)
     return pipeline, call, TokenGrid(1, 7, 5, text_before=TEXT_TOKENS)
 
 
@@ -191,35 +132,28 @@ def z_image():
     pipeline = without_encoders(
         diffusers.ZImagePipeline, transformer=TINY["z_image"].make(n_refiner_layers=1), scheduler=flow_scheduler()
     )
-    call = SIZE | {"prompt_embeds": [text()[0]], "negative_prompt_embeds": [text()[0]]}
+    call = IMAGE | prompts(prompt_embeds=[text()[0]])
     # Image and caption are filled up to 64 and 32 tokens.
     return pipeline, call, TokenGrid(1, 7, 5, text_after=64 - 35 + 32)
 
 
 def flux2():
     pipeline = without_encoders(diffusers.Flux2Pipeline, transformer=TINY["flux2"].make(), scheduler=flow_scheduler())
-    return pipeline, SIZE | {"prompt_embeds": text()}, TokenGrid(1, 7, 5, text_before=TEXT_TOKENS)
+    return pipeline, IMAGE | {"prompt_embeds": text()}, TokenGrid(1, 7, 5, text_before=TEXT_TOKENS)
 
 
 def cogview4():
     pipeline = without_encoders(
         diffusers.CogView4Pipeline, transformer=TINY["cogview4"].make(), scheduler=flow_scheduler()
     )
-    call = SIZE | {"prompt_embeds": text(), "negative_prompt_embeds": text()}
-    return pipeline, call, TokenGrid(1, 7, 5, text_before=TEXT_TOKENS)
+    return pipeline, IMAGE | prompts(prompt_embeds=text()), TokenGrid(1, 7, 5, text_before=TEXT_TOKENS)
 
 
 def auraflow():
     pipeline = without_encoders(
         diffusers.AuraFlowPipeline, transformer=TINY["auraflow"].make(), scheduler=flow_scheduler()
     )
-    mask = torch.ones(1, TEXT_TOKENS)
-    call = SIZE | {
-        "prompt_embeds": text(),
-        "prompt_attention_mask": mask,
-        "negative_prompt_embeds": text(),
-        "negative_prompt_attention_mask": mask,
-    }
+    call = IMAGE | prompts(prompt_embeds=text(), prompt_attention_mask=torch.ones(1, TEXT_TOKENS))
     return pipeline, call, TokenGrid(1, 7, 5, text_before=8 + TEXT_TOKENS)
 
 
@@ -227,13 +161,7 @@ def lumina2():
     pipeline = without_encoders(
         diffusers.Lumina2Pipeline, transformer=TINY["lumina2"].make(), scheduler=flow_scheduler()
     )
-    mask = torch.arange(TEXT_TOKENS)[None] < 4
-    call = SIZE | {
-        "prompt_embeds": text(),
-        "prompt_attention_mask": mask,
-        "negative_prompt_embeds": text(),
-        "negative_prompt_attention_mask": mask,
-    }
+    call = IMAGE | prompts(prompt_embeds=text(), prompt_attention_mask=torch.arange(TEXT_TOKENS)[None] < 4)
     return pipeline, call, TokenGrid(1, 7, 5, text_before=4)
 
 

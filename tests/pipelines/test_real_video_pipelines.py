@@ -7,17 +7,12 @@ from enabled import Watched, config, report_of
 from PIL import Image
 from tiny.model import TEXT_TOKENS
 from tiny_models import TINY, tiny_wan_pipeline
-from tiny_pipelines import text, without_encoders
+from tiny_pipelines import prompts, text, without_encoders
 
 from diffsparse.grid import TokenGrid
 
 SIZE = {"height": 48, "width": 80, "num_frames": 9}
 """Three latent frames of 6 x 10 where the VAE compresses by 4 in time and by 8 in space."""
-
-
-def prompts(**values):
-    """Values for the prompt and for the negative one."""
-    return values | {f"negative_{name}": value for name, value in values.items()}
 
 
 def wan_vace():
