@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 from tiny.model import TEXT_CHANNELS, TEXT_TOKENS
-from tiny_models import TINY
+from tiny_models import TINY, tiny_wan_pipeline
 from torch import Tensor
 
 
@@ -26,6 +26,14 @@ def without_encoders(pipeline_class: Any, **parts: Any) -> Any:
     names = ["vae", *(f"{name}{number}" for name in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))]
     wanted = pipeline_class.__init__.__code__.co_varnames
     pipeline = pipeline_class(**({name: None for name in names if name in wanted} | parts))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def with_wans_encoders(pipeline_class: Any, **parts: Any) -> Any:
+    """A pipeline that encodes and decodes as Wan's does."""
+    wan = tiny_wan_pipeline()
+    pipeline = pipeline_class(tokenizer=wan.tokenizer, text_encoder=wan.text_encoder, vae=wan.vae, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -1,16 +1,12 @@
 """Schedulers of first and second order, and generations that begin in the middle of the schedule."""
 
-import dataclasses
-
 import diffusers
 import pytest
 import torch
-from enabled import FULL, SPARSE, config, report_of
+from enabled import FULL, Watched, config, report_of
 from PIL import Image
 from tiny_models import TINY, generate, tiny_wan_pipeline
-from tiny_pipelines import generate_image, text, tiny_flux_pipeline, without_encoders
-
-from diffsparse import Adaptive
+from tiny_pipelines import generate_image, text, tiny_flux_pipeline, with_wans_encoders, without_encoders
 
 LAYERS, BRANCHES = 2, 2
 
@@ -62,12 +58,11 @@ def from_red_video(pipeline, strength):
 
 
 def video_to_video(strength):
-    parts = tiny_wan_pipeline().components
-    names = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
-    pipeline = diffusers.WanVideoToVideoPipeline(**{name: parts[name] for name in names})
-    pipeline.scheduler = flow(diffusers.UniPCMultistepScheduler)
-    pipeline.set_progress_bar_config(disable=True)
-
+    pipeline = with_wans_encoders(
+        diffusers.WanVideoToVideoPipeline,
+        transformer=TINY["wan"].make(in_channels=16, out_channels=16, num_layers=LAYERS),
+        scheduler=flow(diffusers.UniPCMultistepScheduler),
+    )
     return pipeline, lambda: from_red_video(pipeline, strength), BRANCHES * LAYERS
 
 
@@ -119,30 +114,27 @@ def test_early_steps_are_those_of_the_whole_schedule(make, strength, early):
 
 @pytest.mark.parametrize("make", [video_to_video, image_to_image, without_step_index])
 @pytest.mark.parametrize(("strength", "dense_steps"), [(0.5, 0.3), (1.0, 0.3), (0.8, 0.5)])
-def test_the_front_is_that_of_the_steps_that_run_sparse(make, strength, dense_steps, monkeypatch):
+def test_the_front_is_that_of_the_steps_that_run_sparse(make, strength, dense_steps):
     pipeline, run, _ = make(strength)
-    told = []
-    plan = Adaptive.plan
-    monkeypatch.setattr(Adaptive, "plan", lambda *args: told.append(args[-1].progress) or plan(*args))
-    pipeline.enable_sparse_attention(dataclasses.replace(SPARSE, dense_steps=dense_steps, replan_every=1))
+    pipeline.enable_sparse_attention(config(strategy := Watched(), dense_steps=dense_steps, replan_every=1))
     for _ in range(2):  # A pipeline that is run again knows no more than at first.
-        told.clear()
+        strategy.calls.clear()
         run()
         steps = round(10 * min(strength, 1 - dense_steps))
-        assert sorted(set(told)) == pytest.approx([(step + 0.5) / steps for step in range(steps)])
+        assert sorted({call.progress for call in strategy.calls}) == pytest.approx(
+            [(step + 0.5) / steps for step in range(steps)]
+        )
 
 
 @pytest.mark.parametrize("distilled", [True, False])
 def test_each_stage_of_a_pyramid_has_early_steps_of_its_own(distilled):
-    parts = tiny_wan_pipeline().components
     scheduler = diffusers.HeliosDMDScheduler if distilled else diffusers.HeliosScheduler
-    pipeline = diffusers.HeliosPyramidPipeline(
-        **{name: parts[name] for name in ("tokenizer", "text_encoder", "vae")},
+    pipeline = with_wans_encoders(
+        diffusers.HeliosPyramidPipeline,
         transformer=TINY["helios"].make(in_channels=16, out_channels=16),
         scheduler=scheduler(stages=2, stage_range=[0, 0.5, 1], gamma=0.25),
         is_distilled=distilled,
     )
-    pipeline.set_progress_bar_config(disable=True)
 
     def run():
         return pipeline(

@@ -7,7 +7,7 @@ from enabled import Watched, config, report_of
 from PIL import Image
 from tiny.model import TEXT_TOKENS
 from tiny_models import TINY, tiny_wan_pipeline
-from tiny_pipelines import prompts, text, without_encoders
+from tiny_pipelines import prompts, text, with_wans_encoders, without_encoders
 
 from diffsparse.grid import TokenGrid
 
@@ -25,11 +25,10 @@ def wan_vace():
 
 
 def skyreels_v2():
-    parts = tiny_wan_pipeline().components
-    transformer = TINY["skyreels_v2"].make(in_channels=16, out_channels=16)
-    names = ("tokenizer", "text_encoder", "vae")
-    pipeline = diffusers.SkyReelsV2Pipeline(
-        **{name: parts[name] for name in names}, transformer=transformer, scheduler=diffusers.UniPCMultistepScheduler()
+    pipeline = with_wans_encoders(
+        diffusers.SkyReelsV2Pipeline,
+        transformer=TINY["skyreels_v2"].make(in_channels=16, out_channels=16),
+        scheduler=diffusers.UniPCMultistepScheduler(),
     )
     return pipeline, prompts(prompt_embeds=text()) | SIZE, {TokenGrid(3, 3, 5)}
 
@@ -105,10 +104,8 @@ def allegro():
 
 
 def helios():
-    parts = tiny_wan_pipeline().components
-    names = ("tokenizer", "text_encoder", "vae")
-    pipeline = diffusers.HeliosPipeline(
-        **{name: parts[name] for name in names},
+    pipeline = with_wans_encoders(
+        diffusers.HeliosPipeline,
         transformer=TINY["helios"].make(in_channels=16, out_channels=16),
         scheduler=diffusers.HeliosScheduler(stages=1),
     )
@@ -119,10 +116,8 @@ def helios():
 
 
 def anyflow():
-    parts = tiny_wan_pipeline().components
-    names = ("tokenizer", "text_encoder", "vae")
-    pipeline = diffusers.AnyFlowPipeline(
-        **{name: parts[name] for name in names},
+    pipeline = with_wans_encoders(
+        diffusers.AnyFlowPipeline,
         transformer=TINY["anyflow"].make(in_channels=16, out_channels=16),
         scheduler=diffusers.FlowMapEulerDiscreteScheduler(),
     )
