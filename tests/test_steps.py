@@ -14,8 +14,8 @@ from diffusers import (
     HeunDiscreteScheduler,
     LTXEulerAncestralRFScheduler,
     UniPCMultistepScheduler,
-    WanTransformer3DModel,
 )
+from tiny_models import TINY
 
 from diffsparse.steps import CacheContextReceiver, Step, StepClock
 
@@ -25,6 +25,27 @@ class Pipeline:
 
     def __init__(self, **parts):
         self.__dict__.update(parts)
+
+
+def denoising(scheduler, first=0, end=None):
+    """The timesteps of a scheduler, which takes its step after each."""
+    sample = torch.zeros(1, 2)
+    for timestep in scheduler.timesteps[first:end]:
+        yield timestep
+        sample = scheduler.step(sample, timestep, sample).prev_sample
+
+
+def ticks(clock, timesteps, calls_per_step=1):
+    return [clock.tick(torch.as_tensor(value).reshape(1)) for value in timesteps for _ in range(calls_per_step)]
+
+
+def places(seen):
+    return [(step.index, step.total) for step in seen]
+
+
+def firsts(seen):
+    """Which of them are the first of a generation."""
+    return [i for i, step in enumerate(seen) if step.is_first_of_generation]
 
 
 def test_the_first_fraction_of_the_steps():
@@ -89,29 +110,26 @@ def test_the_cache_context_says_step_total_and_branch():
     assert [(s.index, s.total, s.branch) for s in seen] == [
         (0, 2, "cond"), (0, 2, "uncond"), (1, 2, "cond"), (1, 2, "uncond"),
     ]  # fmt: skip
-    assert [s.is_first_of_generation for s in seen] == [True, False, False, False]
+    assert firsts(seen) == [0]
 
 
 def test_a_second_generation_starts_anew_even_with_one_step():
-    clock = StepClock()
-    firsts = []
-    for _ in range(2):
-        for name in ("cond", "uncond"):
-            with clock.receive(name, 0, 1):
-                firsts.append(clock.tick(None).is_first_of_generation)
-    assert firsts == [True, False, True, False]
+    clock, seen = StepClock(), []
+    for name in 2 * ("cond", "uncond"):
+        with clock.receive(name, 0, 1):
+            seen.append(clock.tick(None))
+    assert firsts(seen) == [0, 2]
 
 
 def test_the_scheduler_says_the_step():
-    pipeline = Pipeline(scheduler=FlowMatchEulerDiscreteScheduler())
-    scheduler = pipeline.scheduler
+    scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(4)
-    clock, sample = StepClock(pipeline), torch.zeros(1, 2)
-    for index, timestep in enumerate(scheduler.timesteps):
+    pipeline = Pipeline(scheduler=scheduler)
+    clock = StepClock(pipeline)
+    for index, timestep in enumerate(denoising(scheduler)):
         for branch in range(2):
             step = clock.tick(timestep)
             assert (step.index, step.total, step.branch) == (index, 4, branch)
-        sample = scheduler.step(sample, timestep, sample).prev_sample
 
 
 def test_the_scheduler_is_read_anew_when_the_user_replaces_it():
@@ -170,12 +188,11 @@ def test_the_scheduler_says_the_step_and_the_guider_the_branch():
     scheduler.set_begin_index(3)
     guider = SimpleNamespace(_step=0, _num_inference_steps=5, _count_prepared=2)
     pipeline = Pipeline(scheduler=scheduler, guider=guider)
-    clock, sample = StepClock(pipeline), torch.zeros(1, 2)
-    for index, timestep in enumerate(scheduler.timesteps[3:]):
+    clock = StepClock(pipeline)
+    for index, timestep in enumerate(denoising(scheduler, 3)):
         guider._step = index
         step = clock.tick(timestep)
         assert (step.index, step.total, step.branch, step.sparse_from) == (3 + index, 9, 2, 3)
-        sample = scheduler.step(sample, timestep, sample).prev_sample
     # A loop that the scheduler has no part in.
     step = clock.tick(torch.tensor(3.0))
     assert (step.index, step.total) == (5, 5)
@@ -184,30 +201,15 @@ def test_the_scheduler_says_the_step_and_the_guider_the_branch():
 @pytest.mark.parametrize("falling", [True, False])
 def test_a_changed_timestep_is_a_new_step_and_a_jump_back_a_new_generation(falling):
     values = [900.0, 500.0, 100.0] if falling else [0.1, 0.5, 0.9]
-    clock, seen = StepClock(), []
-    for _ in range(2):
-        for value in values:
-            for _ in range(2):  # a new tensor each time, as pipelines that expand it make
-                seen.append(clock.tick(torch.tensor([value])))
+    # A new tensor each time, as pipelines that expand it make.
+    seen = ticks(StepClock(), 2 * values, calls_per_step=2)
     assert [s.index for s in seen] == [0, 0, 1, 1, 2, 2] * 2
     assert [s.branch for s in seen] == [0, 1] * 6
-    assert [i for i, s in enumerate(seen) if s.is_first_of_generation] == [0, 6]
-
-
-def tiny_transformer() -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        num_attention_heads=1,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        ffn_dim=8,
-        num_layers=1,
-    )
+    assert firsts(seen) == [0, 6]
 
 
 def test_the_receiver_passes_the_context_on_to_the_hooks_of_the_transformer():
-    transformer, clock = tiny_transformer(), StepClock()
+    transformer, clock = TINY["wan"].make(), StepClock()
     transformer.cache_context = CacheContextReceiver(transformer, clock)
     with transformer.cache_context("cond", step_index=2, num_inference_steps=5):
         step = clock.tick(None)
@@ -216,7 +218,7 @@ def test_the_receiver_passes_the_context_on_to_the_hooks_of_the_transformer():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_the_transformer_does_not_tell_the_clock(copied):
-    transformer, clock = tiny_transformer(), StepClock()
+    transformer, clock = TINY["wan"].make(), StepClock()
     transformer.cache_context = CacheContextReceiver(transformer, clock)
     twin = copied(transformer)
     with twin.cache_context("cond", step_index=2, num_inference_steps=5):
@@ -225,14 +227,9 @@ def test_a_copy_of_the_transformer_does_not_tell_the_clock(copied):
 
 
 def test_calls_that_nothing_tells_apart_do_not_pile_up():
-    clock = StepClock()
-    seen = [clock.tick(torch.tensor([500.0])) for _ in range(9)]
+    seen = ticks(StepClock(), 9 * [500.0])
     assert len({step.branch for step in seen}) <= 4
-    assert [i for i, step in enumerate(seen) if step.is_first_of_generation] == [0, 4, 8]
-
-
-def ticks(clock, timesteps, calls_per_step=1):
-    return [clock.tick(torch.tensor([value])) for value in timesteps for _ in range(calls_per_step)]
+    assert firsts(seen) == [0, 4, 8]
 
 
 @pytest.mark.parametrize("left", ["new", "used up", "in the middle"])
@@ -240,17 +237,15 @@ def test_a_loop_of_the_users_own_goes_by_its_timesteps_whatever_the_pipelines_sc
     scheduler = FlowMatchEulerDiscreteScheduler()
     if left != "new":
         scheduler.set_timesteps(6)
-        sample = torch.zeros(1, 2)
-        for timestep in scheduler.timesteps[: 6 if left == "used up" else 3]:
-            scheduler.step(sample, timestep, sample)
+        list(denoising(scheduler, end=6 if left == "used up" else 3))
     pipeline = Pipeline(scheduler=scheduler)
     clock = StepClock(pipeline)
     for generation in range(2):
         seen = ticks(clock, range(1000, 0, -50))
         # A scheduler that has begun and not ended is believed for as many calls as a step may have.
         believed = 4 if generation == 0 and left == "in the middle" else 0
-        assert [(step.index, step.total) for step in seen[believed:]] == [(i, None) for i in range(20 - believed)]
-        assert [i for i, step in enumerate(seen) if step.is_first_of_generation] == ([0, 4] if believed else [0])
+        assert places(seen[believed:]) == [(i, None) for i in range(20 - believed)]
+        assert firsts(seen) == ([0, 4] if believed else [0])
 
 
 def test_copies_of_the_scheduler_may_run_the_loop():
@@ -263,8 +258,8 @@ def test_copies_of_the_scheduler_may_run_the_loop():
         seen = ticks(clock, scheduler.timesteps.tolist(), calls_per_step=2)
         # The scheduler is believed for as many calls as a step may have.
         expected = [0] * 4 + [i for i in range(2, count) for _ in range(2)]
-        assert [(step.index, step.total) for step in seen] == [(i, count) for i in expected]
-        assert [i for i, step in enumerate(seen) if step.is_first_of_generation] == [0]
+        assert places(seen) == [(i, count) for i in expected]
+        assert firsts(seen) == [0]
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -285,8 +280,8 @@ def test_a_scheduler_that_counts_no_steps_says_the_step_by_its_timesteps(guided)
             with clock.receive("cond", None, None):
                 seen.append(clock.tick(timestep.expand(1).to(torch.int64)))
         assert scheduler._step_index is None
-        assert [(step.index, step.total) for step in seen] == [(0, 3), (1, 3), (2, 3)]
-        assert [step.is_first_of_generation for step in seen] == [True, False, False]
+        assert places(seen) == [(0, 3), (1, 3), (2, 3)]
+        assert firsts(seen) == [0]
         assert [step.is_last_of_generation for step in seen] == [False, False, True]
 
 
@@ -294,11 +289,10 @@ def test_many_branches_of_one_step_do_not_make_the_scheduler_look_idle():
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(3)
     pipeline = Pipeline(scheduler=scheduler)
-    clock, sample = StepClock(pipeline), torch.zeros(1, 2)
-    for index, timestep in enumerate(scheduler.timesteps):
+    clock = StepClock(pipeline)
+    for index, timestep in enumerate(denoising(scheduler)):
         seen = [clock.tick(timestep.expand(2)) for _ in range(7)]
-        assert {(step.index, step.total) for step in seen} == {(index, 3)}
-        sample = scheduler.step(sample, timestep, sample).prev_sample
+        assert set(places(seen)) == {(index, 3)}
 
 
 def test_a_generation_after_a_loop_of_the_users_own_goes_by_the_scheduler_again():
@@ -320,47 +314,36 @@ def test_a_scheduler_without_a_step_index_says_the_step_by_its_timesteps():
     for count in (10, 4):
         scheduler.set_timesteps(count)
         seen = ticks(clock, scheduler.timesteps.tolist(), calls_per_step=2)
-        assert [(step.index, step.total) for step in seen] == [(i, count) for i in range(count) for _ in range(2)]
+        assert places(seen) == [(i, count) for i in range(count) for _ in range(2)]
     # From the middle of the schedule, as video to video begins.
     seen = ticks(clock, scheduler.timesteps[2:].tolist())
-    assert [(step.index, step.total) for step in seen] == [(2, 4), (3, 4)]
+    assert places(seen) == [(2, 4), (3, 4)]
     assert seen[0].is_first_of_generation
     # Timesteps that are not its own.
-    assert [(step.index, step.total) for step in ticks(clock, [990.5, 500.5, 100.5])] == [
-        (0, None),
-        (1, None),
-        (2, None),
-    ]
+    assert places(ticks(clock, [990.5, 500.5, 100.5])) == [(0, None), (1, None), (2, None)]
 
 
 def test_a_scheduler_that_is_not_told_where_the_loop_begins_is_asked_for_the_first_timestep():
     # As video to video of Wan runs it.
     scheduler = UniPCMultistepScheduler()
     pipeline = Pipeline(scheduler=scheduler)
-    clock, sample = StepClock(pipeline), torch.zeros(1, 2)
+    clock = StepClock(pipeline)
     for _ in range(2):
         scheduler.set_timesteps(10)
-        seen = []
-        for timestep in scheduler.timesteps[6:]:
-            seen += ticks(clock, [timestep.item()], calls_per_step=2)
-            sample = scheduler.step(sample, timestep, sample).prev_sample
-        assert [(step.index, step.total) for step in seen] == [(i, 10) for i in range(6, 10) for _ in range(2)]
-        assert [i for i, step in enumerate(seen) if step.is_first_of_generation] == [0]
+        seen = ticks(clock, denoising(scheduler, 6), calls_per_step=2)
+        assert places(seen) == [(i, 10) for i in range(6, 10) for _ in range(2)]
+        assert firsts(seen) == [0]
 
 
 def test_new_timesteps_are_a_new_generation_wherever_it_begins():
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipeline = Pipeline(scheduler=scheduler)
-    clock, firsts = StepClock(pipeline), []
+    clock = StepClock(pipeline)
     for begin in (2, 3):
         scheduler.set_timesteps(10)
         scheduler.set_begin_index(begin)
         # Two steps of ten, and then an interrupt.
-        sample = torch.zeros(1, 2)
-        for timestep in scheduler.timesteps[begin : begin + 2]:
-            firsts += [step.is_first_of_generation for step in ticks(clock, [timestep.item()], calls_per_step=2)]
-            sample = scheduler.step(sample, timestep, sample).prev_sample
-    assert firsts == [True, False, False, False] * 2
+        assert firsts(ticks(clock, denoising(scheduler, begin, begin + 2), calls_per_step=2)) == [0]
 
 
 def test_branches_are_counted_anew_where_one_of_them_was_interrupted():
@@ -382,11 +365,11 @@ def test_timesteps_that_a_scheduler_makes_at_each_look_are_no_new_generation():
             return torch.tensor([900.0, 600.0, 300.0])
 
     pipeline = Pipeline(scheduler=Scheduler())
-    clock, firsts = StepClock(pipeline), []
+    clock, seen = StepClock(pipeline), []
     for index in range(3):
         pipeline.scheduler._step_index = index
-        firsts.append(clock.tick(None).is_first_of_generation)
-    assert firsts == [True, False, False]
+        seen.append(clock.tick(None))
+    assert firsts(seen) == [0]
 
 
 @pytest.mark.parametrize("make", [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler])
@@ -397,11 +380,8 @@ def test_the_last_call_of_the_last_step_is_known(make, begin):
     total = len(scheduler.timesteps)
     scheduler.set_begin_index(begin)
     pipeline = Pipeline(scheduler=scheduler)
-    clock, sample, last = StepClock(pipeline), torch.zeros(1, 2), []
-    for timestep in scheduler.timesteps[begin:]:
-        last += [clock.tick(timestep).is_last_of_generation for _ in range(2)]
-        sample = scheduler.step(sample, timestep, sample).prev_sample
-    assert last == [False] * (2 * (total - begin) - 1) + [True]
+    seen = ticks(StepClock(pipeline), denoising(scheduler, begin), calls_per_step=2)
+    assert [step.is_last_of_generation for step in seen] == [False] * (2 * (total - begin) - 1) + [True]
 
 
 def test_a_timestep_at_the_end_that_is_not_run_is_no_step():
@@ -409,11 +389,8 @@ def test_a_timestep_at_the_end_that_is_not_run_is_no_step():
     scheduler = LTXEulerAncestralRFScheduler()
     scheduler.set_timesteps(sigmas=[0.9, 0.7, 0.4, 0.0])
     pipeline = Pipeline(scheduler=scheduler)
-    clock, sample, seen = StepClock(pipeline), torch.zeros(1, 2), []
-    for timestep in scheduler.timesteps[:-1]:
-        seen += ticks(clock, [timestep.item()])
-        sample = scheduler.step(sample, timestep, sample).prev_sample
-    assert [(step.index, step.total) for step in seen] == [(0, 3), (1, 3), (2, 3)]
+    seen = ticks(StepClock(pipeline), denoising(scheduler, end=-1))
+    assert places(seen) == [(0, 3), (1, 3), (2, 3)]
     assert [step.is_last_of_generation for step in seen] == [False, False, True]
 
 
