@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models import attention_dispatch
 from enabled import SPARSE, report_of, run
 from tiny_models import TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -91,36 +92,35 @@ def test_a_key_mask_is_padded_as_the_tokens_of_its_keys(pad):
         assert padded.keys.tolist() == [[1, 0, 0]]
 
 
-@pytest.mark.parametrize("options", [{"is_causal": True}, {"enable_gqa": True}, {"dropout_p": 0.5}], ids=str)
-@pytest.mark.parametrize("way", ["torch", "diffusers"])
-def test_what_no_session_can_do_is_the_stock_function(options, way, monkeypatch):
+@pytest.fixture
+def running(monkeypatch):
+    """An enabled model, as if its first layer ran."""
     model = TINY["wan"].make()
     model.enable_sparse_attention(SPARSE)
     handle = model.get_submodule(TINY["wan"].layers[0]).processor._diffsparse_handle
     monkeypatch.setattr(processors._CURRENT, "handle", handle)
+    return model
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"enable_gqa": True}, {"dropout_p": 0.5}], ids=str)
+@pytest.mark.parametrize("way", ["torch", "diffusers"])
+def test_what_no_session_can_do_is_the_stock_function(options, way, running):
     key_heads = 1 if "enable_gqa" in options else 2
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 30, 8, generator=generator) for heads in (2, key_heads, key_heads))
-    outputs = []
-    for ours in (True, False):
-        torch.manual_seed(0)
-        if way == "torch" or not ours:
-            function = processors.scaled_dot_product_attention if ours else F.scaled_dot_product_attention
-            outputs.append(function(query, key, value, **options))
-        else:
-            tokens_first = (x.transpose(1, 2) for x in (query, key, value))
-            outputs.append(processors.dispatch_attention_fn(*tokens_first, **options).transpose(1, 2))
-    assert torch.equal(*outputs)
-    assert report_of(model).dense_reasons == {"causal attention, grouped queries or dropout": 1}
+    torch.manual_seed(0)
+    stock = F.scaled_dot_product_attention(query, key, value, **options)
+    torch.manual_seed(0)
+    if way == "torch":
+        output = processors.scaled_dot_product_attention(query, key, value, **options)
+    else:
+        tokens_first = (x.transpose(1, 2) for x in (query, key, value))
+        output = processors.dispatch_attention_fn(*tokens_first, **options).transpose(1, 2)
+    assert torch.equal(output, stock)
+    assert report_of(running).dense_reasons == {"causal attention, grouped queries or dropout": 1}
 
 
-def test_what_a_processor_asks_of_its_backend_alone_reaches_it(monkeypatch):
-    from diffusers.models import attention_dispatch
-
-    model = TINY["wan"].make()
-    model.enable_sparse_attention(SPARSE)
-    handle = model.get_submodule(TINY["wan"].layers[0]).processor._diffsparse_handle
-    monkeypatch.setattr(processors._CURRENT, "handle", handle)
+def test_what_a_processor_asks_of_its_backend_alone_reaches_it(running, monkeypatch):
     asked, signature = [], inspect.signature(attention_dispatch.dispatch_attention_fn)
 
     def stand_in(*args, **kwargs):
@@ -132,16 +132,12 @@ def test_what_a_processor_asks_of_its_backend_alone_reaches_it(monkeypatch):
     query = torch.ones(1, 30, 2, 8)
     processors.dispatch_attention_fn(query, query, query, attention_kwargs={"window_size": (4, 4)})
     assert asked == [{"window_size": (4, 4)}]
-    (reason,) = report_of(model).dense_reasons
+    (reason,) = report_of(running).dense_reasons
     assert reason.startswith("attention_kwargs")
 
 
 @pytest.mark.parametrize("way", ["torch", "diffusers"])
-def test_compiled_code_is_told_the_dtype_of_autocast(way, monkeypatch):
-    model = TINY["wan"].make()
-    model.enable_sparse_attention(SPARSE)
-    handle = model.get_submodule(TINY["wan"].layers[0]).processor._diffsparse_handle
-    monkeypatch.setattr(processors._CURRENT, "handle", handle)
+def test_compiled_code_is_told_the_dtype_of_autocast(way, running):
     names = {"torch": "scaled_dot_product_attention", "diffusers": "dispatch_attention_fn"}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype=torch.bfloat16):
         query = torch.randn(1, 2, 30, 8)
