@@ -163,29 +163,39 @@ def test_sampled_rows_depend_on_the_seed_alone():
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """In place of the GPU's kernel, right, and for float32 alone."""
+    """In place of both of the GPU's kernels, right, and for float32 alone."""
 
     def block_sums(query, key, value, block_size, order):
         assert {x.dtype for x in (query, key, value)} == {torch.float32}
         return vars(BlockSums.of(query, key, value, block_size, order)).values()
 
-    module = types.SimpleNamespace(block_sums=block_sums)
-    monkeypatch.setitem(sys.modules, "diffsparse.kernels.block_sums_triton", module)
+    def mask_errors(numerators, denominators, peaks, tail, mean_value, *masks):
+        assert numerators.dtype == torch.float32
+        errors, sizes = BlockSums(numerators, denominators, peaks, tail, mean_value, mean_value)._errors(*masks)
+        # Of the mask that shows all blocks too; of a row that sees no key the kernel gives NaN.
+        errors = F.pad(errors.masked_fill(errors.isinf(), torch.nan), (0, 1))
+        return errors * sizes[:, None, None, None], sizes
+
+    module = types.SimpleNamespace(block_sums=block_sums, mask_errors=mask_errors)
+    for name in ("block_sums_triton", "mask_errors_triton"):
+        monkeypatch.setitem(sys.modules, f"diffsparse.kernels.{name}", module)
     with PretendedGPU():
         yield module
 
 
-def test_trying_the_kernel_draws_no_numbers_that_a_video_is_made_of(stand_in):
+@pytest.mark.parametrize("find", [heads._kernels, heads._error_kernels])
+def test_trying_a_kernel_draws_no_numbers_that_a_video_is_made_of(find, stand_in):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    assert heads._kernels.__wrapped__(GPU) is stand_in
+    assert find.__wrapped__(GPU) is stand_in
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_kernel_is_tried_in_float32_whatever_the_default_is(stand_in):
+@pytest.mark.parametrize("find", [heads._kernels, heads._error_kernels])
+def test_a_kernel_is_tried_in_float32_whatever_the_default_is(find, stand_in):
     torch.set_default_dtype(torch.float64)
     try:
-        assert heads._kernels.__wrapped__(GPU) is stand_in
+        assert find.__wrapped__(GPU) is stand_in
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -200,41 +210,9 @@ def test_a_kernel_with_one_wrong_sum_is_left_out(wrong, stand_in, monkeypatch):
         assert heads._kernels.__wrapped__(GPU) is None
 
 
-@pytest.fixture
-def errors_stand_in(monkeypatch):
-    """In place of the GPU's kernel for errors, right, and for float32 alone."""
-
-    def mask_errors(numerators, denominators, peaks, tail, mean_value, *masks):
-        assert numerators.dtype == torch.float32
-        errors, sizes = BlockSums(numerators, denominators, peaks, tail, mean_value, mean_value)._errors(*masks)
-        # Of the mask that shows all blocks too; of a row that sees no key the kernel gives NaN.
-        errors = F.pad(errors.masked_fill(errors.isinf(), torch.nan), (0, 1))
-        return errors * sizes[:, None, None, None], sizes
-
-    module = types.SimpleNamespace(mask_errors=mask_errors)
-    monkeypatch.setitem(sys.modules, "diffsparse.kernels.mask_errors_triton", module)
-    with PretendedGPU():
-        yield module
-
-
-def test_trying_the_kernel_for_errors_draws_no_numbers_that_a_video_is_made_of(errors_stand_in):
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    assert heads._error_kernels.__wrapped__(GPU) is errors_stand_in
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_kernel_for_errors_is_tried_in_float32_whatever_the_default_is(errors_stand_in):
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert heads._error_kernels.__wrapped__(GPU) is errors_stand_in
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("wrong", ["without tail", "with tail", "sizes", "a rule", "a limit"])
-def test_a_kernel_with_wrong_errors_is_left_out(wrong, errors_stand_in, monkeypatch):
-    def off(*args, right=errors_stand_in.mask_errors):
+def test_a_kernel_with_wrong_errors_is_left_out(wrong, stand_in, monkeypatch):
+    def off(*args, right=stand_in.mask_errors):
         squares, sizes = right(*args)
         part = {
             "without tail": squares[:, 0],
@@ -246,7 +224,7 @@ def test_a_kernel_with_wrong_errors_is_left_out(wrong, errors_stand_in, monkeypa
         part.mul_(1.01)
         return squares, sizes
 
-    monkeypatch.setattr(errors_stand_in, "mask_errors", off)
+    monkeypatch.setattr(stand_in, "mask_errors", off)
     with pytest.warns(UserWarning, match="errors of candidate masks is left out"):
         assert heads._error_kernels.__wrapped__(GPU) is None
 
