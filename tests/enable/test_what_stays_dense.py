@@ -10,35 +10,41 @@ import diffsparse
 from diffsparse import Adaptive, DenseFallback
 from diffsparse.pipelines.left_alone import LEFT_ALONE
 
+FLUX = pytest.mark.parametrize("tiny", ["flux"], indirect=True)
+
+
+@pytest.fixture
+def tiny(request):
+    return TINY[getattr(request, "param", "wan")]
+
+
+def stays_dense(model, call, reason, chosen=SPARSE):
+    """Whether all of a call is dense for this reason, and gives what it gives stock."""
+    stock = run(model, call)
+    model.enable_sparse_attention(chosen)
+    output, report = run(model, call), report_of(model)
+    return torch.equal(output, stock) and report.dense_reasons == {reason: report.num_layers}
+
 
 @pytest.mark.parametrize("backend", [None, "triton"])
 def test_head_dim_above_256_runs_dense(backend):
     model = TINY["wan"].make(num_attention_heads=1, attention_head_dim=260, num_layers=1)
     call = TINY["wan"].call(model, (1, 5, 7))
-    stock = run(model, call)
-    model.enable_sparse_attention(config(backend=backend))
-    assert torch.equal(run(model, call), stock)
-    assert report_of(model).dense_reasons == {"head dim 260 above 256": 1}
+    assert stays_dense(model, call, "head dim 260 above 256", config(backend=backend))
 
 
 def test_float64_runs_dense():
     model = TINY["wan"].make().double()
     call = TINY["wan"].call(model, (3, 7, 5))
     call = {name: x.double() if x.is_floating_point() else x for name, x in call.items()}
-    stock = run(model, call)
-    model.enable_sparse_attention(SPARSE)
-    assert torch.equal(run(model, call), stock)
-    assert report_of(model).dense_reasons == {"torch.float64, which no backend computes in": 3}
+    assert stays_dense(model, call, "torch.float64, which no backend computes in")
 
 
 def test_a_mask_of_all_pairs_runs_dense():
     # SkyReels-V2 where it generates block by block.
     model = TINY["skyreels_v2"].make(num_frame_per_block=3)
     call = TINY["skyreels_v2"].call(model, (6, 3, 3))
-    stock = run(model, call)
-    model.enable_sparse_attention(SPARSE)
-    assert torch.equal(run(model, call), stock)
-    assert report_of(model).dense_reasons == {"attention mask": 3}
+    assert stays_dense(model, call, "attention mask")
 
 
 def test_a_call_that_does_not_say_its_sizes_runs_dense():
@@ -48,15 +54,10 @@ def test_a_call_that_does_not_say_its_sizes_runs_dense():
     for name in ("num_frames", "height", "width"):
         del call[name]
     call["video_coords"] = torch.rand(1, 3, 3 * 7 * 5)
-    stock = run(model, call)
-    model.enable_sparse_attention(SPARSE)
-    assert torch.equal(run(model, call), stock)
-    assert report_of(model).dense_reasons == {"the call does not say the size of the grid": 3}
+    assert stays_dense(model, call, "the call does not say the size of the grid")
 
 
-def test_strict_raises_at_the_first_fallback_and_the_model_is_usable():
-    model = TINY["wan"].make()
-    call = TINY["wan"].call(model, (3, 7, 5))
+def test_strict_raises_at_the_first_fallback_and_the_model_is_usable(model, call):
     model.enable_sparse_attention(config(strict=True))
     good = run(model, call)
     broken = call | {"hidden_states": torch.full_like(call["hidden_states"], torch.nan)}
@@ -66,9 +67,7 @@ def test_strict_raises_at_the_first_fallback_and_the_model_is_usable():
     assert torch.equal(run(model, call), good)
 
 
-def test_quantization_is_another_result_and_reported():
-    model = TINY["wan"].make()
-    call = TINY["wan"].call(model, (3, 7, 5))
+def test_quantization_is_another_result_and_reported(model, call):
     stock = run(model, call)
     errors = {}
     for quantization in (None, "int8", "int4"):
@@ -81,9 +80,7 @@ def test_quantization_is_another_result_and_reported():
     assert errors[None] < errors["int8"] < errors["int4"] < 0.1
 
 
-def test_quantization_that_the_backend_lacks_is_an_error_at_the_first_call(monkeypatch):
-    model = TINY["wan"].make()
-    call = TINY["wan"].call(model, (3, 7, 5))
+def test_quantization_that_the_backend_lacks_is_an_error_at_the_first_call(model, call, monkeypatch):
     monkeypatch.setattr("diffsparse.kernels.block_sparse_eager.why_not", lambda query, *sizes: None)
     # Early steps are dense: nobody should wait for the error until they are done.
     model.enable_sparse_attention(config(quantization="fp8", dense_steps=1.0))
@@ -94,9 +91,7 @@ def test_quantization_that_the_backend_lacks_is_an_error_at_the_first_call(monke
     run(model, call)
 
 
-def test_a_backend_that_cannot_run_is_an_error_at_the_first_call():
-    model = TINY["wan"].make()
-    call = TINY["wan"].call(model, (3, 7, 5))
+def test_a_backend_that_cannot_run_is_an_error_at_the_first_call(model, call):
     # As for quantization: nobody should wait for the error until the early steps are done.
     model.enable_sparse_attention(config(backend="triton", dense_steps=1.0))
     with pytest.raises(ValueError, match=r"`backend` 'triton' cannot run here: .* needs a CUDA GPU.*Leave it out"):
@@ -108,35 +103,31 @@ def test_a_backend_that_cannot_run_is_an_error_at_the_first_call():
     assert set(report_of(model).dense_reasons) == {"early step"}
 
 
-def test_a_named_backend_is_asked_about_once(monkeypatch):
+def test_a_named_backend_is_asked_about_once(model, call, monkeypatch):
     asked = []
     monkeypatch.setattr("diffsparse.session.pick_backend", lambda *args: asked.append(args))
-    model = TINY["wan"].make()
     model.enable_sparse_attention(config(backend="eager", dense_steps=1.0))
     for _ in range(2):
-        run(model, TINY["wan"].call(model, (3, 7, 5)))
+        run(model, call)
     assert len(asked) == 1
 
 
-def test_a_backend_that_takes_one_size_of_query_blocks_may_be_named_for_quantization(monkeypatch):
+def test_a_backend_that_takes_one_size_of_query_blocks_may_be_named_for_quantization(model, call, monkeypatch):
     # As Hopper's kernel does.
     def why_not(query, query_block_size, key_block_size, precision="native"):
         return None if query_block_size == 128 else f"a query block of {query_block_size} tokens is not 128"
 
     monkeypatch.setattr("diffsparse.kernels.block_sparse_eager.why_not", why_not)
-    model = TINY["wan"].make()
     strategy = Adaptive(query_block_size=128, key_block_size=64)
     model.enable_sparse_attention(config(strategy, backend="eager", quantization="int8"))
-    run(model, TINY["wan"].call(model, (3, 7, 5)))
+    run(model, call)
     assert report_of(model).precisions == {"int8": 3}
 
 
-def test_where_no_backend_is_right_all_is_dense_by_that_reason(monkeypatch):
+def test_where_no_backend_is_right_all_is_dense_by_that_reason(model, call, monkeypatch):
     # As with float32 on a GPU without Triton, perhaps, once its products may be in TF32.
     why = "its self-test is off by 5.0e-04, 1.0e-04 is allowed"
     monkeypatch.setattr("diffsparse.kernels.block_sparse._why_not_right", lambda *call: why)
-    model = TINY["wan"].make()
-    call = TINY["wan"].call(model, (3, 7, 5))
     stock = run(model, call)
     model.enable_sparse_attention(config())
     assert torch.equal(run(model, call), stock)
@@ -150,19 +141,16 @@ def test_where_no_backend_is_right_all_is_dense_by_that_reason(monkeypatch):
         run(model, call)
 
 
-def test_that_a_backend_is_right_is_asked_once(monkeypatch):
+def test_that_a_backend_is_right_is_asked_once(model, call, monkeypatch):
     asked = []
     monkeypatch.setattr("diffsparse.session.why_none", lambda *call: asked.append(call))
-    model = TINY["wan"].make()
     model.enable_sparse_attention(config())
     for _ in range(2):
-        run(model, TINY["wan"].call(model, (3, 7, 5)))
+        run(model, call)
     assert len(asked) == 1
 
 
-def test_policy_is_no_fallback():
-    model = TINY["wan"].make()
-    call = TINY["wan"].call(model, (3, 7, 5))
+def test_policy_is_no_fallback(model, call):
     for chosen in ({"dense_steps": 1.0}, {"dense_layers": (0, 1, 2)}, {"min_tokens": 10_000}):
         model.enable_sparse_attention(config(strict=True, **chosen))
         run(model, call)
@@ -178,7 +166,7 @@ def test_a_transformer_left_alone_says_why(warnings):
     diffsparse.disable_sparse_attention(model)
 
 
-def test_a_processor_with_weights_of_its_own_keeps_it(warnings):
+def test_a_processor_with_weights_of_its_own_keeps_it(model, call, warnings):
     class Adapter(torch.nn.Module):
         def __init__(self, stock):
             super().__init__()
@@ -187,8 +175,6 @@ def test_a_processor_with_weights_of_its_own_keeps_it(warnings):
         def forward(self, attn, *args, **kwargs):
             return self.stock(attn, *args, **kwargs)
 
-    model = TINY["wan"].make()
-    call = TINY["wan"].call(model, (3, 7, 5))
     stock = run(model, call)
     model.blocks[1].attn1.processor = Adapter(model.blocks[1].attn1.processor)
     model.enable_sparse_attention(DENSE)
@@ -199,9 +185,8 @@ def test_a_processor_with_weights_of_its_own_keeps_it(warnings):
     assert isinstance(model.blocks[1].attn1.processor, Adapter)
 
 
-def test_a_processor_made_anew_by_a_loader_runs_dense():
-    model = TINY["flux"].make()
-    call = TINY["flux"].call(model, (1, 7, 5))
+@FLUX
+def test_a_processor_made_anew_by_a_loader_runs_dense(model, call):
     stock = run(model, call)
     model.enable_sparse_attention(SPARSE)
     # As diffusers' IP-Adapter loader does.
@@ -212,9 +197,8 @@ def test_a_processor_made_anew_by_a_loader_runs_dense():
     assert torch.equal(run(model, call), stock)
 
 
-def test_layers_whose_processor_is_replaced_are_reported_and_strict_refuses_them():
-    model = TINY["flux"].make()
-    call = TINY["flux"].call(model, (1, 7, 5))
+@FLUX
+def test_layers_whose_processor_is_replaced_are_reported_and_strict_refuses_them(model, call):
     reason = "its processor was replaced after enabling"
     model.enable_sparse_attention(SPARSE)
     run(model, call)
@@ -235,9 +219,8 @@ def test_layers_whose_processor_is_replaced_are_reported_and_strict_refuses_them
         run(model, call)
 
 
-def test_layers_whose_processor_is_replaced_for_a_while_are_reported_until_the_next_call():
-    model = TINY["flux"].make()
-    call = TINY["flux"].call(model, (1, 7, 5))
+@FLUX
+def test_layers_whose_processor_is_replaced_for_a_while_are_reported_until_the_next_call(model, call):
     model.enable_sparse_attention(SPARSE)
     # As pipelines with perturbed attention guidance do, which put ours back at their end.
     ours = model.attn_processors
