@@ -30,15 +30,6 @@ def test_a_pipeline_runs_dense_sparse_and_dense_again(pipeline):
     assert torch.equal(generate(pipeline), stock)
 
 
-def test_early_steps_are_dense_in_both_guidance_branches(pipeline):
-    pipeline.enable_sparse_attention(config(dense_steps=0.4))
-    for generations in (1, 2):
-        generate(pipeline, steps=5)
-        report = report_of(pipeline)
-        assert report.dense_reasons == {"early step": generations * 2 * 2 * 2}
-        assert report.sparse_calls == generations * 3 * 2 * 2
-
-
 def test_both_experts_are_enabled_and_the_second_starts_late():
     pipeline = tiny_wan_pipeline(two_experts=True)
     pipeline.enable_sparse_attention(config(dense_steps=0.25))
