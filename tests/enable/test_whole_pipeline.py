@@ -1,6 +1,5 @@
 """Sparse attention over the generations of a whole pipeline, and what is left of it afterwards."""
 
-import dataclasses
 import gc
 import itertools
 import threading
@@ -266,17 +265,6 @@ def test_plans_of_an_interrupted_generation_go_with_the_next(pipeline, watched):
     generate(pipeline)
     gc.collect()
     assert len(plans) == 0
-
-
-def test_a_plan_that_lasts_serves_the_rest_of_the_generation_and_no_other(pipeline):
-    class LastsFromStepTwo(Watched):
-        def plan(self, query, key, value, call):
-            return dataclasses.replace(super().plan(query, key, value, call), lasts=call.step >= 2)
-
-    pipeline.enable_sparse_attention(config(strategy := LastsFromStepTwo(), replan_every=1))
-    for _ in range(2):
-        generate(pipeline, steps=6)
-    assert strategy.planned == [(layer, step) for step in range(3) for layer in range(2)] * 2
 
 
 def test_a_second_expert_plans_anew_where_the_generation_before_was_interrupted_shortly_before():
