@@ -101,12 +101,6 @@ def test_every_layer_of_every_call_is_counted_once(tiny, model, call):
         model.disable_sparse_attention()
 
 
-def test_strict_raises_nothing_where_all_layers_run(model, call):
-    model.enable_sparse_attention(config(strict=True))
-    run_steps(model, call)
-    assert report_of(model).dense_calls == 0
-
-
 @each_way_to_attention
 def test_nan_in_the_queries_goes_dense_and_is_counted(tiny, model, call):
     call[tiny.latents].view(2, -1)[:, 0] = torch.nan
