@@ -68,12 +68,6 @@ def test_a_pipeline_without_a_transformer_is_refused(pipeline):
             unloaded.enable_sparse_attention()
 
 
-def test_modular_pipelines_have_the_methods():
-    for name in ("enable_sparse_attention", "disable_sparse_attention", "sparse_attention_report"):
-        assert callable(getattr(diffusers.ModularPipeline, name))
-    assert isinstance(diffusers.ModularPipeline.is_sparse_attention_enabled, property)
-
-
 def test_a_pipeline_without_a_transformer_can_be_asked_but_not_enabled():
     pipeline = diffusers.DDPMPipeline(
         diffusers.UNet2DModel(
