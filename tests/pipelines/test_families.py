@@ -164,18 +164,6 @@ def test_layout_is_none_where_the_call_does_not_say(tiny):
     assert layout(model, call | {tiny.latents: torch.zeros(2, 3)}) is None
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if TINY[name].drops_unfilled_patches])
-def test_latents_that_do_not_fill_their_last_patches_lose_them(name, monkeypatch):
-    case = Case(name)
-    latents = case.call[case.tiny.latents]
-    case.call[case.tiny.latents] = F.pad(latents, (0, 1, 0, 1))
-    assert case.layout() == case.expected
-    with recorded_attention(case.model, monkeypatch) as calls, torch.no_grad():
-        case.model(**case.call)
-    tokens = math.prod(case.tiny.grid) + case.tiny.text_before + case.tiny.text_after
-    assert {q.shape[2] for name, q, _ in calls if name in case.tiny.layers} == {tokens}
-
-
 @pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
 def test_the_mask_hides_padded_text_only_where_the_family_says(tiny, monkeypatch):
     model = tiny.make()
