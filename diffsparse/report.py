@@ -129,8 +129,8 @@ def _head_classes(tally: LayerTally, heads: int) -> list[str]:
 
 
 def _mean(weighted: Any) -> float | None:
-    """The mean of (value, weight) pairs, those without a value left out."""
-    pairs = [(value, weight) for value, weight in weighted if value is not None and weight]
+    """The mean of (value, weight) pairs; what has no value yet has no weight."""
+    pairs = [(value, weight) for value, weight in weighted if weight]
     total = sum(weight for _, weight in pairs)
     return sum(value * weight for value, weight in pairs) / total if total else None
 
