@@ -173,11 +173,6 @@ def test_hidream_pads_no_square():
     assert called.ran() == (3, {})
 
 
-def test_flux2_with_a_cache_of_keys_has_no_layout():
-    assert Called("flux2", kv_cache_mode="extract").layout is None
-    assert Called("flux2", kv_cache_mode=None).layout == Layout(1, 7, 5, 7)
-
-
 def test_attention_to_kept_keys_of_flux2_is_counted():
     # The processors of Klein KV share a function, which attends to text, references and image, then to references.
     called = Called("flux2")
