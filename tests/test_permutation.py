@@ -23,11 +23,6 @@ def test_axis_order_runs_through_the_axes_in_turn(axes):
     assert axis_order(GRID, axes)[: GRID.num_video_tokens].tolist() == expected
 
 
-def test_token_major_order_puts_the_same_place_of_all_frames_side_by_side():
-    order = axis_order(GRID, ("height", "width", "frame"))
-    assert order[:6].tolist() == [token(f, 0, c) for c in (0, 1) for f in range(3)]
-
-
 def test_tile_order_fills_one_tile_before_the_next():
     order = tile_order(GRID, (2, 2, 4)).tolist()
     first_tile = [token(f, r, c) for f in range(2) for r in range(2) for c in range(4)]
