@@ -16,6 +16,12 @@ def qkv():
     return [torch.randn(2, 3, 65, 8) for _ in range(3)]
 
 
+@pytest.fixture
+def everything():
+    """A mask that hides nothing."""
+    return BlockMask.from_visible(torch.ones(1, 1, 5, 9, dtype=torch.bool), 65, 16, 8)
+
+
 def test_a_plan_computes_attention_to_the_tokens_of_the_visible_blocks_of_its_order(qkv):
     order = torch.stack([torch.randperm(65) for _ in range(3)])
     visible = torch.rand(1, 3, 5, 9) < 0.5
@@ -31,12 +37,6 @@ def test_a_plan_computes_attention_to_the_tokens_of_the_visible_blocks_of_its_or
         assert torch.allclose(plan.attend(*qkv)[:, head], expected, atol=1e-5)
 
 
-def test_without_a_permutation_the_order_is_kept(qkv):
-    everything = torch.ones(1, 1, 5, 9, dtype=torch.bool)
-    plan = AttentionPlan(None, BlockMask.from_visible(everything, 65, 16, 8))
-    assert torch.allclose(plan.attend(*qkv), F.scaled_dot_product_attention(*qkv), atol=1e-5)
-
-
 def test_keys_may_have_an_order_of_their_own(qkv):
     orders = [torch.stack([torch.randperm(65) for _ in range(3)]) for _ in range(2)]
     visible = torch.eye(5, dtype=torch.bool)[None, None]
@@ -50,24 +50,22 @@ def test_keys_may_have_an_order_of_their_own(qkv):
         assert torch.allclose(plan.attend(*qkv)[:, head], expected, atol=1e-5)
 
 
-def test_skipped_heads_give_zero_and_the_others_what_they_gave(qkv):
-    mask = BlockMask.from_visible(torch.ones(1, 1, 5, 9, dtype=torch.bool), 65, 16, 8)
+def test_skipped_heads_give_zero_and_the_others_what_they_gave(qkv, everything):
     skipped = torch.tensor([False, True, False])
-    output = AttentionPlan(None, mask, skipped=skipped).attend(*qkv)
+    output = AttentionPlan(None, everything, skipped=skipped).attend(*qkv)
     assert (output[:, 1] == 0).all()
-    assert torch.equal(output[:, ~skipped], AttentionPlan(None, mask).attend(*qkv)[:, ~skipped])
+    assert torch.equal(output[:, ~skipped], AttentionPlan(None, everything).attend(*qkv)[:, ~skipped])
 
 
-def test_the_precision_reaches_the_kernel(qkv):
-    mask = BlockMask.from_visible(torch.ones(1, 1, 5, 9, dtype=torch.bool), 65, 16, 8)
+def test_the_precision_reaches_the_kernel(qkv, everything):
     dense = F.scaled_dot_product_attention(*qkv)
     coarse, fine = (
-        (AttentionPlan(None, mask, precision=name).attend(*qkv) - dense).norm() for name in ("int4", "int8")
+        (AttentionPlan(None, everything, precision=name).attend(*qkv) - dense).norm() for name in ("int4", "int8")
     )
     # The steps are 127 / 7 times as large.
     assert 10 < coarse / fine < 30
     with pytest.raises(ValueError, match="`precision` must be one of native, int8"):
-        AttentionPlan(None, mask, precision="fp4").attend(*qkv)
+        AttentionPlan(None, everything, precision="fp4").attend(*qkv)
 
 
 def test_the_mean_of_skipped_blocks_enters_in_the_heads_with_a_tail(qkv):
@@ -91,20 +89,18 @@ def test_the_mean_of_skipped_blocks_enters_in_the_heads_with_a_tail(qkv):
         assert torch.allclose(output[:, head], expected, atol=1e-5)
 
 
-def test_scale_and_key_length_reach_the_kernel(qkv):
-    everything = torch.ones(1, 1, 5, 9, dtype=torch.bool)
-    plan = AttentionPlan(None, BlockMask.from_visible(everything, 65, 16, 8))
+def test_scale_and_key_length_reach_the_kernel_and_the_order_is_kept_where_nothing_says_another(qkv, everything):
+    plan = AttentionPlan(None, everything)
     length = torch.tensor([65, 40], dtype=torch.int32)
     exists = (torch.arange(65) < length[:, None])[:, None, None]
     expected = F.scaled_dot_product_attention(*qkv, attn_mask=exists, scale=0.7)
     assert torch.allclose(plan.attend(*qkv, key_length=length, scale=0.7), expected, atol=1e-5)
 
 
-def test_the_schedule_of_its_mask_reaches_the_kernel(qkv, monkeypatch):
+def test_the_schedule_of_its_mask_reaches_the_kernel(qkv, everything, monkeypatch):
     calls = []
     monkeypatch.setattr(
         plan, "block_sparse_attention", lambda query, *inputs, **options: calls.append(options) or query
     )
-    mask = BlockMask.from_visible(torch.ones(1, 1, 5, 9, dtype=torch.bool), 65, 16, 8)
-    AttentionPlan(None, mask).attend(*qkv)
-    assert calls[0]["schedule"] is mask.schedule(2, 3)
+    AttentionPlan(None, everything).attend(*qkv)
+    assert calls[0]["schedule"] is everything.schedule(2, 3)
