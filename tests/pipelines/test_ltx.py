@@ -39,13 +39,9 @@ def test_sizes_that_do_not_give_the_number_of_tokens_are_not_believed(call, name
 
 def coords(grid, first_frame=0, fps=25):
     """Coordinates [1, 3, S] of latents as LTX makes them: 8 frames of the video to one, 32 x 32 pixels to one."""
-    tokens = [
-        (first_frame + max(0, 8 * frame - 7), 32 * row, 32 * column)
-        for frame in range(grid[0])
-        for row in range(grid[1])
-        for column in range(grid[2])
-    ]
-    return torch.tensor(tokens).T[None] * torch.tensor([1 / fps, 1, 1])[:, None]
+    frames, rows, columns = (torch.arange(size, dtype=torch.float32) for size in grid)
+    times = (first_frame + (8 * frames - 7).clamp_min(0)) / fps
+    return torch.cartesian_prod(times, 32 * rows, 32 * columns).T[None]
 
 
 def read(*parts, batch=1):

@@ -17,15 +17,9 @@ from diffsparse.pipelines import ltx2
 
 def coords(grid, first_frame=0, fps=24):
     """Coordinates [1, 3, S, 2] of latents as LTX-2 makes them: where a token starts, and where it ends."""
-    starts = torch.tensor(
-        [
-            (first_frame + max(0, 8 * frame - 7), 32 * row, 32 * column)
-            for frame in range(grid[0])
-            for row in range(grid[1])
-            for column in range(grid[2])
-        ]
-    )
-    starts = starts.T * torch.tensor([1 / fps, 1, 1])[:, None]
+    frames, rows, columns = (torch.arange(size, dtype=torch.float32) for size in grid)
+    times = (first_frame + (8 * frames - 7).clamp_min(0)) / fps
+    starts = torch.cartesian_prod(times, 32 * rows, 32 * columns).T
     return torch.stack([starts, starts + torch.tensor([1 / fps, 32, 32])[:, None]], dim=-1)[None]
 
 
