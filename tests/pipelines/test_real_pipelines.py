@@ -18,8 +18,10 @@ VIDEO = {"height": 48, "width": 80, "num_frames": 9}
 IMAGE = {"height": 7 * 16, "width": 5 * 16}
 
 
-def flow_scheduler():
-    return diffusers.FlowMatchEulerDiscreteScheduler()
+def flow_pipeline(pipeline_class, name, **changes):
+    """A pipeline around a tiny transformer, with the scheduler that most of them have."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return without_encoders(pipeline_class, transformer=TINY[name].make(**changes), scheduler=scheduler)
 
 
 def wan_image_to_video():
@@ -39,11 +41,7 @@ def wan_clean_first_frame():
 
 
 def hunyuan_video(true_cfg=False):
-    pipeline = without_encoders(
-        diffusers.HunyuanVideoPipeline,
-        transformer=TINY["hunyuan_video"].make(),
-        scheduler=flow_scheduler(),
-    )
+    pipeline = flow_pipeline(diffusers.HunyuanVideoPipeline, "hunyuan_video")
     mask = (torch.arange(TEXT_TOKENS) < 4)[None].long()
     prompt = {"prompt_embeds": text(), "pooled_prompt_embeds": torch.randn(1, 8), "prompt_attention_mask": mask}
     call = VIDEO | (prompts(**prompt) | {"true_cfg_scale": 2.0} if true_cfg else prompt)
@@ -77,7 +75,7 @@ def cogvideox_1_5():
 
 
 def ltx():
-    pipeline = without_encoders(diffusers.LTXPipeline, transformer=TINY["ltx"].make(), scheduler=flow_scheduler())
+    pipeline = flow_pipeline(diffusers.LTXPipeline, "ltx")
     call = prompts(prompt_embeds=text(), prompt_attention_mask=torch.ones(1, TEXT_TOKENS))
     return pipeline, call | {"height": 96, "width": 160, "num_frames": 17}, TokenGrid(3, 3, 5)
 
@@ -112,55 +110,43 @@ def flux_kontext():
 
 
 def sd3():
-    pipeline = without_encoders(
-        diffusers.StableDiffusion3Pipeline, transformer=TINY["sd3"].make(), scheduler=flow_scheduler()
-    )
+    pipeline = flow_pipeline(diffusers.StableDiffusion3Pipeline, "sd3")
     call = IMAGE | prompts(prompt_embeds=text(), pooled_prompt_embeds=torch.randn(1, 8))
     return pipeline, call, TokenGrid(1, 7, 5, text_after=TEXT_TOKENS)
 
 
 def qwen_image():
-    pipeline = without_encoders(
-        diffusers.QwenImagePipeline, transformer=TINY["qwen_image"].make(), scheduler=flow_scheduler()
-    )
+    pipeline = flow_pipeline(diffusers.QwenImagePipeline, "qwen_image")
     mask = torch.ones(1, TEXT_TOKENS, dtype=torch.bool)
     call = IMAGE | prompts(prompt_embeds=text(), prompt_embeds_mask=mask)
     return pipeline, call, TokenGrid(1, 7, 5, text_before=TEXT_TOKENS)
 
 
 def z_image():
-    pipeline = without_encoders(
-        diffusers.ZImagePipeline, transformer=TINY["z_image"].make(n_refiner_layers=1), scheduler=flow_scheduler()
-    )
+    pipeline = flow_pipeline(diffusers.ZImagePipeline, "z_image", n_refiner_layers=1)
     call = IMAGE | prompts(prompt_embeds=[text()[0]])
     # Image and caption are filled up to 64 and 32 tokens.
     return pipeline, call, TokenGrid(1, 7, 5, text_after=64 - 35 + 32)
 
 
 def flux2():
-    pipeline = without_encoders(diffusers.Flux2Pipeline, transformer=TINY["flux2"].make(), scheduler=flow_scheduler())
+    pipeline = flow_pipeline(diffusers.Flux2Pipeline, "flux2")
     return pipeline, IMAGE | {"prompt_embeds": text()}, TokenGrid(1, 7, 5, text_before=TEXT_TOKENS)
 
 
 def cogview4():
-    pipeline = without_encoders(
-        diffusers.CogView4Pipeline, transformer=TINY["cogview4"].make(), scheduler=flow_scheduler()
-    )
+    pipeline = flow_pipeline(diffusers.CogView4Pipeline, "cogview4")
     return pipeline, IMAGE | prompts(prompt_embeds=text()), TokenGrid(1, 7, 5, text_before=TEXT_TOKENS)
 
 
 def auraflow():
-    pipeline = without_encoders(
-        diffusers.AuraFlowPipeline, transformer=TINY["auraflow"].make(), scheduler=flow_scheduler()
-    )
+    pipeline = flow_pipeline(diffusers.AuraFlowPipeline, "auraflow")
     call = IMAGE | prompts(prompt_embeds=text(), prompt_attention_mask=torch.ones(1, TEXT_TOKENS))
     return pipeline, call, TokenGrid(1, 7, 5, text_before=8 + TEXT_TOKENS)
 
 
 def lumina2():
-    pipeline = without_encoders(
-        diffusers.Lumina2Pipeline, transformer=TINY["lumina2"].make(), scheduler=flow_scheduler()
-    )
+    pipeline = flow_pipeline(diffusers.Lumina2Pipeline, "lumina2")
     call = IMAGE | prompts(prompt_embeds=text(), prompt_attention_mask=torch.arange(TEXT_TOKENS)[None] < 4)
     return pipeline, call, TokenGrid(1, 7, 5, text_before=4)
 
