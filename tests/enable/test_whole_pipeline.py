@@ -174,12 +174,8 @@ def test_an_interrupted_generation_leaves_the_pipeline_usable(pipeline, error, p
             arguments = {"callback_on_step_end": interrupt}
         else:
             count, arguments = itertools.count(), {}
-            owner, name = {
-                "in a layer": (torch.nn.functional, "softmax"),
-                "in the strategy": (Adaptive, "plan"),
-            }[place]
-            if place == "in a layer":
-                owner, name = pipeline.transformer.blocks[1].attn1.to_q, "forward"
+            layer = pipeline.transformer.blocks[1].attn1.to_q
+            owner, name = {"in a layer": (layer, "forward"), "in the strategy": (Adaptive, "plan")}[place]
             stock = getattr(owner, name)
 
             def fail(*args, **kwargs):
