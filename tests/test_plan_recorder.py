@@ -21,6 +21,7 @@ from diffsparse.strategies.strategy import AttentionCall
 
 GRID = TokenGrid(2, 3, 4)
 BLOCKS = 6
+QKV = [torch.zeros(1, 1, GRID.num_tokens, 8)] * 3
 BACKWARDS = torch.arange(GRID.num_tokens - 1, -1, -1)
 
 
@@ -165,10 +166,9 @@ def test_the_experts_of_a_pipeline_share_a_file(tmp_path):
 
 def test_a_prompt_counts_when_it_has_ended():
     recorder = PlanRecorder(Given([plan_of(every_row(0)), plan_of(every_row(1))]))
-    qkv = [torch.zeros(1, 1, GRID.num_tokens, 8)] * 3
-    recorder.plan(*qkv, AttentionCall(GRID))
+    recorder.plan(*QKV, AttentionCall(GRID))
     recorder.end_prompt()
-    recorder.plan(*qkv, AttentionCall(GRID, layer=1))
+    recorder.plan(*QKV, AttentionCall(GRID, layer=1))
     assert [entry.layer for entry in recorder.calibration(SparseAttentionConfig()).entries] == [0]
 
 
@@ -176,7 +176,7 @@ def test_a_prompt_counts_when_it_has_ended():
 def test_nothing_planned_is_no_calibration(plans):
     recorder = PlanRecorder(Dense())
     if plans:
-        recorder.plan(*[torch.zeros(1, 1, GRID.num_tokens, 8)] * 3, AttentionCall(GRID))
+        recorder.plan(*QKV, AttentionCall(GRID))
     recorder.end_prompt()
     with pytest.raises(ValueError, match="no attention call was planned"):
         recorder.calibration(SparseAttentionConfig())
@@ -192,7 +192,7 @@ def test_nothing_planned_is_no_calibration(plans):
 )
 def test_plans_for_two_grids_or_block_sizes_are_refused(second, grid, message):
     recorder = PlanRecorder(Given([plan_of(every_row(0)), second]))
-    recorder.plan(*[torch.zeros(1, 1, GRID.num_tokens, 8)] * 3, AttentionCall(GRID))
+    recorder.plan(*QKV, AttentionCall(GRID))
     with pytest.raises(ValueError, match=message):
         recorder.plan(*[torch.zeros(1, 1, grid.num_tokens, 8)] * 3, AttentionCall(grid))
 
@@ -210,12 +210,10 @@ def test_threads_that_plan_at_once_keep_their_maps():
 
     recorder = PlanRecorder(ByLayer())
     recorder._maps.tensors = _ListThatTakesItsTime()
-    qkv = [torch.zeros(1, 1, GRID.num_tokens, 8)] * 3
     with ThreadPoolExecutor(4) as pool:
         calls = [AttentionCall(GRID, layer, 4, 0, 10, model="Example") for layer in range(4)]
-        list(pool.map(lambda call: recorder.plan(*qkv, call), calls))
+        list(pool.map(lambda call: recorder.plan(*QKV, call), calls))
     recorder.end_prompt()
     made = recorder.calibration(SparseAttentionConfig())
-    for entry in made.entries:
-        visible = unpack_bits(made.maps[entry.heads[0].block_map], BLOCKS)
-        assert visible.nonzero()[:, 1].tolist() == [entry.layer] * BLOCKS
+    for number, entry in enumerate(made.entries):
+        assert rows_of(made, number) == every_row(entry.layer)
