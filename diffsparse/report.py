@@ -72,14 +72,8 @@ class SparseAttentionReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Fields and figures as plain lists, dicts and numbers."""
-        transformers = [
-            dataclasses.asdict(report) | {"class_shares": report.class_shares} for report in self.transformers
-        ]
-        return {
-            "density": self.density,
-            "overall_density": self.overall_density,
-            "transformers": transformers,
-        }
+        transformers = [dataclasses.asdict(t) | {"class_shares": t.class_shares} for t in self.transformers]
+        return {"density": self.density, "overall_density": self.overall_density, "transformers": transformers}
 
     def __str__(self) -> str:
         return "\n\n".join(_as_table(report) for report in self.transformers)
@@ -136,6 +130,7 @@ def _mean(weighted: Any) -> float | None:
 
 
 def _as_table(report: TransformerReport) -> str:
+    classes = ", ".join(f"{_percent(share)} {name}" for name, share in report.class_shares.items())
     rows = [
         ("transformer", f"{report.name} ({report.family or 'no known family'})"),
         ("self-attention", f"{report.num_layers} layers, {report.num_heads} heads"),
@@ -145,10 +140,7 @@ def _as_table(report: TransformerReport) -> str:
         *((f"  not counted: {reason}", _layers(count)) for reason, count in report.unreached_layers.items()),
         ("density of sparse calls", _percent(report.density)),
         ("density of all calls", _percent(report.overall_density)),
-        (
-            "head classes",
-            ", ".join(f"{_percent(share)} {name}" for name, share in report.class_shares.items()),
-        ),
+        ("head classes", classes),
     ]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {text}".rstrip() for label, text in rows)
