@@ -165,14 +165,6 @@ def test_another_mask_is_an_obstacle(mask):
     assert session.tallies[0].dense_reasons == {"attention mask": 1}
 
 
-def test_the_precision_of_the_config_is_that_of_every_plan():
-    session = session_of(Recorded(), quantization="int8")
-    begin(session, 0)
-    attend(session)
-    assert session.tallies[0].precisions == {"int8": 1}
-    assert session.tallies[0].sparse_calls == 1
-
-
 def test_a_call_outside_of_the_transformer_is_dense():
     session = session_of(Recorded())
     assert session.attend(0, *qkv(), None, None) is None
