@@ -84,7 +84,9 @@ class Patcher:
 
     def clone(self):
         other = Patcher(self.diffusion_model)
-        other.model_options = {"transformer_options": dict(self.model_options["transformer_options"])}
+        other.model_options = self.model_options | {
+            "transformer_options": dict(self.model_options["transformer_options"])
+        }
         other.wrappers = {kind: {key: list(w) for key, w in keyed.items()} for kind, keyed in self.wrappers.items()}
         other.attachments = dict(self.attachments)
         return other

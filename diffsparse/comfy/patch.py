@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffsparse.comfy import compiled
 from diffsparse.comfy.models import ComfyModel, uncompiled
 from diffsparse.comfy.node_text import show_on_node
 from diffsparse.comfy.plan_output import PlanOutput
@@ -109,8 +110,9 @@ class SparsePatch:
 
     def around_sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's OUTER_SAMPLE wrapper: one run of the sampler."""
-        sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
-        self._percent_to_sigma = sampling.percent_to_sigma
+        patcher = executor.class_obj.model_patcher
+        compiled.begin_run(patcher)
+        self._percent_to_sigma = patcher.get_model_object("model_sampling").percent_to_sigma
         self._transformers.clear()
         self._clock, self._branches = RunClock(), Branches()
         output = self._settings.output
@@ -121,7 +123,7 @@ class SparsePatch:
             finished = True
         finally:
             recorder, self._recorder = self._recorder, None
-            self._end_run(finished)
+            self._end_run(patcher, finished)
             if output is not None and not finished:
                 output.give_up("the sampling did not reach its end")
         if output is not None and recorder is not None:
@@ -203,7 +205,7 @@ class SparsePatch:
         """Whether any attention of the run was dense for this reason."""
         return any(reason in tally.dense_reasons for session in self._sessions() for tally in session.tallies)
 
-    def _end_run(self, finished: bool) -> None:
+    def _end_run(self, patcher: Any, finished: bool) -> None:
         self._clock.stop()
         self._percent_to_sigma = None
         for transformer in self._transformers.values():
@@ -212,7 +214,11 @@ class SparsePatch:
             transformer.session.config = self._settings.config
         self.line = summarize(self._clock, self._sessions(), finished)
         logger.info(self.line)
-        if self._met(UNREACHED):
+        if (finished or self._transformers) and compiled.end_run(
+            patcher, is_reached=bool(self._transformers) and not self._met(UNREACHED)
+        ):
+            logger.warning(_COMPILED_WARNING)
+        elif self._met(UNREACHED):
             logger.warning(_UNREACHED_WARNING)
         if self._settings.verbose:
             logger.info("%s", self.report())
@@ -222,6 +228,11 @@ class SparsePatch:
 _UNREACHED_WARNING = (
     "DiffSparse: another node has replaced the attention of some blocks (memory-efficient or Sage nodes do), so that "
     "DiffSparse never saw it. These blocks ran that node's attention. Remove that node, or this one."
+)
+
+_COMPILED_WARNING = (
+    "DiffSparse: torch.compile has run code that it made without DiffSparse, so that DiffSparse never saw some blocks, "
+    "and they ran in full. The next run compiles the model anew. For this one queue again with another seed."
 )
 
 

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import comfy_standins as standins
+import pytest
+import torch
+
+
+def compiled(whole=False):
+    """A model as nodes compile it, whole or block by block: nothing guards its transformer options."""
+    model = standins.patcher()
+    options = {"guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]}
+    if whole:
+        model.diffusion_model.compile(backend="eager", options=options)
+    else:
+        for layer, block in enumerate(model.diffusion_model.blocks):
+            model.diffusion_model.blocks[layer] = torch.compile(block, backend="eager", options=options)
+    model.model_options["torch_compile_kwargs"] = {"options": options}
+    return model
+
+
+def resets(monkeypatch):
+    """What grows by one each time that all compiled code is dropped."""
+    seen: list = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: seen.append(None))
+    return seen
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_was_compiled_before_does_not_run_in_the_place_of_sparse_attention(whole):
+    torch.compiler.reset()
+    eager = standins.sample(standins.patched(standins.patcher()))
+    model = compiled(whole)
+    standins.sample(model)
+    sparse = standins.patched(model)
+    torch.testing.assert_close(standins.sample(sparse), eager)
+    (report,) = sparse.get_attachment("diffsparse").report().transformers
+    assert (report.sparse_calls, report.dense_reasons) == (8, {"early step": 2})
+
+
+def test_a_model_is_compiled_anew_once(monkeypatch):
+    seen = resets(monkeypatch)
+    model = standins.patcher()
+    model.model_options["torch_compile_kwargs"] = {}
+    for density in (0.3, 0.3, 0.6):
+        standins.sample(standins.patched(model, density=density))
+    assert len(seen) == 1
+
+
+def test_blocks_that_no_longer_come_have_it_compiled_anew_and_this_is_said(monkeypatch, caplog):
+    seen = resets(monkeypatch)
+    model = standins.patcher()
+    model.model_options["torch_compile_kwargs"] = {}
+    sparse = standins.patched(model)
+    standins.sample(sparse)
+    # As code does that was compiled for another size without DiffSparse.
+    model.diffusion_model.blocks[1].self_attn.forward = lambda x, *args, **kwargs: x
+    standins.sample(sparse)
+    assert "torch.compile has run code that it made without DiffSparse" in caplog.text
+    assert "another node has replaced the attention of some blocks" not in caplog.text
+    assert len(seen) == 1
+    standins.sample(sparse)
+    assert len(seen) == 2
+    # It was not that, so another node hides them. Nothing is compiled again for it.
+    assert "another node has replaced the attention of some blocks" in caplog.text
+    standins.sample(sparse)
+    assert len(seen) == 2
+
+
+def test_a_model_that_no_node_compiles_leaves_compiled_what_is(monkeypatch):
+    seen = resets(monkeypatch)
+    standins.sample(standins.patched(standins.patcher()))
+    assert not seen
