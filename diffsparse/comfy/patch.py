@@ -143,7 +143,7 @@ class SparsePatch:
             return executor(*args, **kwargs)
         finally:
             _put_back(options, before)
-            transformer.previous = None
+            transformer.end_call()
             if transformer.ran:
                 self._clock.mark_run(transformer.ran_sparse)
 

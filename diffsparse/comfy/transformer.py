@@ -51,6 +51,8 @@ class SampledTransformer:
         """Whether any block ran in the last call of the model, and any attention of it sparse."""
         self._why_dense: str | None = None
         self._gave_up: str | None = None
+        self._is_called = False
+        """Whether a call of the model runs that `begin_call` was told of, not one of somebody who tells no step."""
         self._layer: int | None = None
         self._awaits_attention = False
         self._num_tokens = 0
@@ -71,8 +73,12 @@ class SampledTransformer:
         """A call of the model begins, at this step and with this layout; it stays dense if there is a reason."""
         self.session.begin(step, layout)
         self._why_dense = self._gave_up or why_dense
-        self._layer = None
+        self._is_called, self._layer = True, None
         self.ran = self.ran_sparse = False
+
+    def end_call(self) -> None:
+        """The call of the model is over, or has failed."""
+        self._is_called, self._layer, self.previous = False, None, None
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -139,6 +145,8 @@ class SampledTransformer:
     def _enter_block(
         self, layer: int, place_of_options: int | None, block: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
+        if not self._is_called:
+            return None
         self.ran = True
         self._layer = layer
         self._num_tokens = 0

@@ -322,6 +322,21 @@ def test_the_model_may_be_called_outside_a_sampler():
 
 
 @pytest.mark.parametrize("kind", [standins.WanModel, standins.WanModel_S2V])
+def test_what_calls_the_model_while_it_is_sampled_and_says_no_step_stays_dense(kind, caplog):
+    model = standins.patcher(kind)
+    call = (torch.randn(1, 4, 5, 20, 16), torch.ones(1), torch.randn(1, 6, 32))
+    dense = model.diffusion_model(*call)
+    sparse = standins.patched(model, strict=True)
+
+    def ask(step):
+        assert torch.equal(model.diffusion_model(*call), dense)
+
+    report = run(sparse, on_step=ask)
+    assert (report.sparse_calls, report.dense_reasons) == (8, {"early step": 2})
+    assert "another node" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", [standins.WanModel, standins.WanModel_S2V])
 @pytest.mark.parametrize("whole", [False, True])
 def test_compiled_models_run_sparse_too(whole, kind):
     model = standins.patcher(kind)
