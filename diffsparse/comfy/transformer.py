@@ -57,6 +57,8 @@ class SampledTransformer:
         self._awaits_attention = False
         self._num_tokens = 0
         """Of the block's self-attention, once it has come."""
+        self._recorded: dict[int, tuple[Any, int]] = {}
+        """By layer, the layout and the tokens that a plan file is made for."""
         self._hooks = [
             hook
             for layer, block in enumerate(blocks.values())
@@ -123,6 +125,8 @@ class SampledTransformer:
 
     def _attend(self, layer: int, call: OverrideCall, dense: Callable[[], Tensor]) -> Tensor | None:
         """Sparse attention of a layer, [B, H, S, D]; None, and counted, where it stays dense."""
+        if isinstance(self.session.config.strategy, PlanRecorder):
+            self._check_same_length(layer, call.query.shape[-2])
         if self._why_dense is not None:
             self.session.check_call(layer, call.query_heads_first())
             self.session.count_dense(layer, self._why_dense)
@@ -140,6 +144,17 @@ class SampledTransformer:
             self.session.forget_plans()
             self.session.fall_back(layer, OUT_OF_MEMORY)
             return None
+
+    def _check_same_length(self, layer: int, num_tokens: int) -> None:
+        """Raise at the first step, for the recorder would after the dense ones."""
+        now = self.session.layout, num_tokens
+        first = self._recorded.setdefault(layer, now)
+        if first != now:
+            raise ValueError(
+                f"DiffSparse Calibrate: a plan file is for one size and text length, but a call of {num_tokens} tokens "
+                f"({_grid_text(now[0])}) came after one of {first[1]} ({_grid_text(first[0])}). Use prompts of one "
+                f"length, and neither areas nor context windows, or go without a plan file."
+            )
 
     @_never_compiled
     def _enter_block(
@@ -163,6 +178,10 @@ class SampledTransformer:
         if self._layer is not None and self._awaits_attention:
             self.session.fall_back(self._layer, UNREACHED)
         self._layer = None
+
+
+def _grid_text(layout: tuple[int | None, ...] | None) -> str:
+    return "no grid" if layout is None else "frames, height and width {} x {} x {}".format(*layout)
 
 
 def _place_of_options(block: nn.Module) -> int | None:

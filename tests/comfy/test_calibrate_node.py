@@ -81,6 +81,29 @@ def test_no_file_is_made_where_another_node_takes_a_few_heads_at_a_time(file):
     assert not file.exists()
 
 
+@pytest.mark.parametrize("model_class", [standins.WanModel, standins.HunyuanVideo])
+def test_no_file_is_made_where_calls_differ_in_length_and_that_is_said_at_the_first_step(file, model_class):
+    model = recording(standins.patcher(model_class), start_percent=0.5)
+    texts = {kind: torch.randn(1, 6 + kind, 32) for kind in (0, 1)}
+    steps: list = []
+
+    def sample():
+        with torch.no_grad():
+            return standins.Guider(model, split=True).sample(
+                torch.randn(1, 4, 3, 14, 10), torch.linspace(1, 0, 5), texts, steps.append
+            )
+
+    if model_class is standins.WanModel:
+        # Its text is in no sequence.
+        sample()
+        assert file.exists()
+    else:
+        with pytest.raises(ValueError, match=r"111 tokens.* after one of 112.*prompts of one length"):
+            sample()
+        assert steps == []
+        assert not file.exists()
+
+
 def test_a_file_of_a_compiled_mochi_is_for_mochi(file):
     model = standins.patcher(standins.AsymmDiTJoint, layers=1)
     model.diffusion_model = torch.compile(model.diffusion_model, backend="eager")
