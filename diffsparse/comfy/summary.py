@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -25,14 +26,17 @@ class RunClock:
         """By step in which the model ran."""
         self._current: int | None = None
         self._last = 0
+        # ComfyUI has a thread for each of several GPUs, which begin a step at once.
+        self._lock = threading.RLock()
 
     def tick(self, step: int, total: int) -> None:
         """A call of the model begins, at this step of so many."""
-        self.total = total
-        if step != self._current:
-            self.stop()
-            self._current = self._last = step
-            self._begun[step] = time.perf_counter()
+        with self._lock:
+            self.total = total
+            if step != self._current:
+                self.stop()
+                self._current = self._last = step
+                self._begun[step] = time.perf_counter()
 
     def mark_run(self, sparse: bool) -> None:
         """In the step that is under way the model runs, with sparse attention or not."""
@@ -41,10 +45,11 @@ class RunClock:
 
     def stop(self) -> None:
         """The step that is under way is over."""
-        if self._current is not None and self._current in self._sparse:
-            took = time.perf_counter() - self._begun[self._current]
-            self._seconds[self._current] = self._seconds.get(self._current, 0.0) + took
-        self._current = None
+        with self._lock:
+            if self._current is not None and self._current in self._sparse:
+                took = time.perf_counter() - self._begun[self._current]
+                self._seconds[self._current] = self._seconds.get(self._current, 0.0) + took
+            self._current = None
 
     def describe(self, finished: bool) -> str:
         """Steps and seconds, as in "14 of 20 steps sparse; 3.20 s a sparse step, 5.10 s a dense one"."""

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from diffsparse.comfy import summary
@@ -73,3 +76,20 @@ def test_a_step_of_two_calls_is_one_step(monkeypatch):
 
 def test_a_run_that_called_no_model_has_a_line():
     assert RunClock().describe(finished=True) == "the model was not called"
+
+
+def test_two_threads_may_begin_a_step_at_once(monkeypatch):
+    clock = RunClock()
+    clock.tick(0, 2)
+    clock.mark_run(True)
+
+    def later():
+        time.sleep(0.02)
+        return 0.0
+
+    monkeypatch.setattr(summary.time, "perf_counter", later)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(clock.tick, (1, 1), (2, 2)))
+    clock.mark_run(True)
+    clock.stop()
+    assert clock.describe(True).startswith("2 of 2 steps sparse")
