@@ -214,9 +214,10 @@ class SparsePatch:
             transformer.session.config = self._settings.config
         self.line = summarize(self._clock, self._sessions(), finished)
         logger.info(self.line)
-        if (finished or self._transformers) and compiled.end_run(
-            patcher, is_reached=bool(self._transformers) and not self._met(UNREACHED)
-        ):
+        tallies = [tally for session in self._sessions() for tally in session.tallies]
+        any_counted = any(tally.sparse_calls or tally.dense_reasons for tally in tallies)
+        is_reached = any_counted and not self._met(UNREACHED)
+        if (finished or any_counted) and compiled.end_run(patcher, is_reached):
             logger.warning(_COMPILED_WARNING)
         elif self._met(UNREACHED):
             logger.warning(_UNREACHED_WARNING)

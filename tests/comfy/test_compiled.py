@@ -5,9 +5,9 @@ import pytest
 import torch
 
 
-def compiled(whole=False):
+def compiled(whole, kind=standins.WanModel):
     """A model as nodes compile it, whole or block by block: nothing guards its transformer options."""
-    model = standins.patcher()
+    model = standins.patcher(kind)
     options = {"guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]}
     if whole:
         model.diffusion_model.compile(backend="eager", options=options)
@@ -25,11 +25,12 @@ def resets(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize("kind", [standins.WanModel, standins.AsymmDiTJoint])
 @pytest.mark.parametrize("whole", [False, True])
-def test_what_was_compiled_before_does_not_run_in_the_place_of_sparse_attention(whole):
+def test_what_was_compiled_before_does_not_run_in_the_place_of_sparse_attention(whole, kind):
     torch.compiler.reset()
-    eager = standins.sample(standins.patched(standins.patcher()))
-    model = compiled(whole)
+    eager = standins.sample(standins.patched(standins.patcher(kind)))
+    model = compiled(whole, kind)
     standins.sample(model)
     sparse = standins.patched(model)
     torch.testing.assert_close(standins.sample(sparse), eager)
@@ -64,6 +65,39 @@ def test_blocks_that_no_longer_come_have_it_compiled_anew_and_this_is_said(monke
     assert "another node has replaced the attention of some blocks" in caplog.text
     standins.sample(sparse)
     assert len(seen) == 2
+
+
+def test_a_model_whose_calls_are_seen_but_none_of_its_blocks_is_compiled_anew_too(monkeypatch, caplog):
+    seen = resets(monkeypatch)
+    model = standins.patcher(standins.AsymmDiTJoint)
+    model.model_options["torch_compile_kwargs"] = {}
+    sparse = standins.patched(model)
+    standins.sample(sparse)
+    # Compiled code calls no hooks that it did not see.
+    monkeypatch.setattr(model.diffusion_model, "run_block", lambda block, *args: block.forward(*args))
+    standins.sample(sparse)
+    assert "torch.compile has run code that it made without DiffSparse" in caplog.text
+    standins.sample(sparse)
+    assert len(seen) == 2
+
+
+def test_a_run_that_ends_before_any_block_has_nothing_compiled_again(monkeypatch, caplog):
+    seen = resets(monkeypatch)
+    model = standins.patcher()
+    model.model_options["torch_compile_kwargs"] = {}
+    sparse = standins.patched(model)
+    standins.sample(sparse)
+    with monkeypatch.context() as until:
+        until.setattr(model.diffusion_model, "run_block", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            standins.sample(sparse)
+    standins.sample(sparse)
+    assert len(seen) == 1
+    assert "torch.compile" not in caplog.text
+
+
+def stop(*args, **kwargs):
+    raise RuntimeError("stopped")
 
 
 def test_a_model_that_no_node_compiles_leaves_compiled_what_is(monkeypatch):
