@@ -18,6 +18,13 @@ def compiled(whole, kind=standins.WanModel):
     return model
 
 
+def said_to_be_compiled(kind=standins.WanModel):
+    """A model of which its options alone say that a node compiles it."""
+    model = standins.patcher(kind)
+    model.model_options["torch_compile_kwargs"] = {}
+    return model
+
+
 def resets(monkeypatch):
     """What grows by one each time that all compiled code is dropped."""
     seen: list = []
@@ -40,8 +47,7 @@ def test_what_was_compiled_before_does_not_run_in_the_place_of_sparse_attention(
 
 def test_a_model_is_compiled_anew_once(monkeypatch):
     seen = resets(monkeypatch)
-    model = standins.patcher()
-    model.model_options["torch_compile_kwargs"] = {}
+    model = said_to_be_compiled()
     for density in (0.3, 0.3, 0.6):
         standins.sample(standins.patched(model, density=density))
     assert len(seen) == 1
@@ -49,8 +55,7 @@ def test_a_model_is_compiled_anew_once(monkeypatch):
 
 def test_blocks_that_no_longer_come_have_it_compiled_anew_and_this_is_said(monkeypatch, caplog):
     seen = resets(monkeypatch)
-    model = standins.patcher()
-    model.model_options["torch_compile_kwargs"] = {}
+    model = said_to_be_compiled()
     sparse = standins.patched(model)
     standins.sample(sparse)
     # As code does that was compiled for another size without DiffSparse.
@@ -69,8 +74,7 @@ def test_blocks_that_no_longer_come_have_it_compiled_anew_and_this_is_said(monke
 
 def test_a_model_whose_calls_are_seen_but_none_of_its_blocks_is_compiled_anew_too(monkeypatch, caplog):
     seen = resets(monkeypatch)
-    model = standins.patcher(standins.AsymmDiTJoint)
-    model.model_options["torch_compile_kwargs"] = {}
+    model = said_to_be_compiled(standins.AsymmDiTJoint)
     sparse = standins.patched(model)
     standins.sample(sparse)
     # Compiled code calls no hooks that it did not see.
@@ -83,8 +87,7 @@ def test_a_model_whose_calls_are_seen_but_none_of_its_blocks_is_compiled_anew_to
 
 def test_a_run_that_ends_before_any_block_has_nothing_compiled_again(monkeypatch, caplog):
     seen = resets(monkeypatch)
-    model = standins.patcher()
-    model.model_options["torch_compile_kwargs"] = {}
+    model = said_to_be_compiled()
     sparse = standins.patched(model)
     standins.sample(sparse)
     with monkeypatch.context() as until:
