@@ -195,6 +195,7 @@ class Product:
     def finish(self):
         if self.result is None:
             self.result = self.compute()
+        return self.result
 
 
 class Descriptor:

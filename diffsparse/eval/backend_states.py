@@ -61,11 +61,10 @@ def backend_state(backend: str, device: str) -> BackendState:
         return BackendState(backend, capabilities, (), (), capabilities["native"].reason)
     tests = []
     for precision, found in capabilities.items():
-        others = [name for name in found.computed_by if name != backend]
         if found.reason is not None:
             tests.append(SelfTest(precision, reason=found.reason))
-        elif backend not in found.computed_by:
-            tests.append(SelfTest(precision, found.dtypes[0], reason=f"left to {' and '.join(others)}"))
+        elif found.computed_by != backend:
+            tests.append(SelfTest(precision, found.dtypes[0], reason=f"left to {found.computed_by}"))
         elif (backend, device) == ("eager", "cpu") and precision != "native":
             tests.append(SelfTest(precision, found.dtypes[0], reason="the reference itself"))
         else:

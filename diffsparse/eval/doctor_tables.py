@@ -96,8 +96,8 @@ def _peculiarities(backend: str, found: Capability, usual: Capability) -> str:
     ):
         if numbers != usual_numbers:
             different.append(f"{name} {as_ranges(numbers)}")
-    if found.computed_by != (backend,):
-        different.append(f"computed by {' and '.join(found.computed_by)}")
+    if found.computed_by != backend:
+        different.append(f"computed by {found.computed_by}")
     return f": {'; '.join(different)}" if different else ""
 
 

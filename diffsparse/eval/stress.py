@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsparse.eval.output_file import check_output_file, write_json
-from diffsparse.eval.random_attention import BLOCK_SIZE
 from diffsparse.eval.stress_load import busy_device
 from diffsparse.eval.stress_trial import CALLS, DENSE, RIGHT, SIZES, Outcome, Subject, try_subject
 
@@ -143,7 +142,7 @@ def subjects_of(args: argparse.Namespace, device: torch.device, say: Callable[[s
             if reason := reasons[precision][name]:
                 say(f"{name} {precision} cannot run: {reason}")
                 continue
-            if other := left_to(name, precision, BLOCK_SIZE):
+            if other := left_to(name, precision):
                 say(f"{name} {precision} goes to {other}")
                 continue
             subjects += [Subject(name, precision, size, str(device)) for size in args.sizes]

@@ -53,10 +53,10 @@ def why_not(
     return reason
 
 
-def left_to(name: str, precision: str, key_block_size: int) -> str | None:
+def left_to(name: str, precision: str) -> str | None:
     """The backend that this one, which can run, hands such calls to; None where it computes them itself."""
     ask = getattr(import_module(BACKENDS[name]), "left_to", None)
-    other: str | None = None if ask is None else ask(precision, key_block_size)
+    other: str | None = None if ask is None else ask(precision)
     return other
 
 

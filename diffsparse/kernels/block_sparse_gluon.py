@@ -34,7 +34,7 @@ HEAD_DIMS = (64, 128)
 # Tiles of keys and of values in shared memory at a time, by head dim and the bytes of a key's and a value's number.
 # Quantized keys have an even number of them: means take the room of two.
 STAGES = {(64, 2, 2): 6, (128, 2, 2): 3, (64, 1, 1): 8, (128, 1, 1): 4, (64, 1, 2): 6, (128, 1, 2): 2}
-QUANTIZED_HERE = ("int8", "int8_fp8", "fp8")
+COMPUTED_HERE = ("native", "int8", "int8_fp8", "fp8")
 
 
 def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision: str = "native") -> str | None:
@@ -58,13 +58,9 @@ def why_not(query: Tensor, query_block_size: int, key_block_size: int, precision
     return block_sparse_triton.why_not(query, query_block_size, key_block_size, precision)
 
 
-def left_to(precision: str, key_block_size: int) -> str | None:
-    """The backend that computes in a precision for this one; None where this one does.
-
-    Other precisions than "native" go to the Triton kernel in blocks of 64 keys, those not in `QUANTIZED_HERE` always.
-    """
-    takes = precision == "native" or (key_block_size == TILE.value and precision in QUANTIZED_HERE)
-    return None if takes else "triton"
+def left_to(precision: str) -> str | None:
+    """The backend that computes in a precision for this one; None where this one does."""
+    return None if precision in COMPUTED_HERE else "triton"
 
 
 def attend(
@@ -89,7 +85,7 @@ def attend(
 
     What the kernel does not compute goes to the Triton kernel: scales that are not positive, and what `left_to` says.
     """
-    if scale <= 0 or left_to(precision, key_block_size) is not None:
+    if scale <= 0 or left_to(precision) is not None:
         return block_sparse_triton.attend(
             query,
             key,

@@ -29,7 +29,7 @@ class Capability:
     Attributes:
         dtypes: the usual first.
         head_dims, query_blocks, key_blocks: of HEAD_DIMS and BLOCK_SIZES.
-        computed_by: names of backends, its own or those that it leaves some key block sizes to.
+        computed_by: the backend that computes, itself or the one that it leaves this precision to.
         reason: why it takes nothing, else None.
     """
 
@@ -37,7 +37,7 @@ class Capability:
     head_dims: tuple[int, ...] = ()
     query_blocks: tuple[int, ...] = ()
     key_blocks: tuple[int, ...] = ()
-    computed_by: tuple[str, ...] = ()
+    computed_by: str | None = None
     reason: str | None = None
 
 
@@ -57,13 +57,12 @@ def capability(backend: str, device: torch.device | str, precision: str = "nativ
     if not dtypes:
         return Capability(reason=reason(query(USUAL_DTYPES[0])))
     usual = query(dtypes[0])
-    key_blocks = tuple(size for size in BLOCK_SIZES if reason(usual, key_block=size) is None)
     return Capability(
         dtypes,
         tuple(head_dim for head_dim in HEAD_DIMS if reason(query(dtypes[0], head_dim)) is None),
         tuple(size for size in BLOCK_SIZES if reason(usual, query_block=size) is None),
-        key_blocks,
-        tuple(dict.fromkeys(left_to(backend, precision, size) or backend for size in key_blocks)),
+        tuple(size for size in BLOCK_SIZES if reason(usual, key_block=size) is None),
+        left_to(backend, precision) or backend,
     )
 
 

@@ -19,9 +19,9 @@ from diffsparse.kernels.hopper_products_gluon import (
     INT_OFFSET,
     ROWS,
     as_float,
-    as_operand,
-    key_scale_of,
+    as_operands,
     online_softmax,
+    parts_of,
     product_layout,
     scaled,
     start_logits,
@@ -93,16 +93,14 @@ def attend_half(
     query.store(gl.load(query_ptr + places, mask=exists, other=0.0))
     fence_async_shared()
     mbarrier.wait(key_ready.index(0), 0)
-    if QUANTIZED:
-        first_key_scale = key_scale_of(0, key_scales)
+    tile_scales = _scales_of(0, scale, key_scales, KEY_BLOCK)
     # [ROWS, TILE]
     logits = warpgroup_mma_wait(0, deps=[start_logits(query, key_tiles.index(0))])
     mbarrier.arrive(key_free.index(0), count=1)
     exists = existing(columns, first_size, gl.where(num_missing == 0, second_size, 0), KEY_BLOCK)
     logits = gl.where(exists[None, :], as_float(logits), -float("inf"))
-    first_scale = _at_least(LEAST_SCALE, scale * first_key_scale) if QUANTIZED else scale
-    peak, fade, weights, total = online_softmax(logits, first_scale, peak, total, OFFSET, BOOST)
-    weights = as_operand(weights, value_tiles.dtype, out_layout)
+    peak, fade, weights, total = online_softmax(parts_of(logits, tile_scales), peak, total, OFFSET, BOOST)
+    weights = as_operands(weights, value_tiles.dtype, out_layout)
     mbarrier.wait(value_ready.index(0), 0)
 
     for tile in range(1, num_tiles):
@@ -149,7 +147,7 @@ def attend_half(
             )
         last_tile += num_tail_tiles
 
-    product = warpgroup_mma_wait(0, deps=[start_product(weights, value_tiles.index(last_tile % STAGES), numerator)])
+    product = warpgroup_mma_wait(0, deps=[start_product(weights, value_tiles, last_tile % STAGES, numerator)])
     numerator = numerator * gl.convert_layout(fade, out_rows)[:, None] + product if FP8_VALUES else product
     if value_scale_ptr is not None:
         value_scale = gl.load(value_scale_ptr + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, out_layout)))
@@ -242,13 +240,12 @@ def _take_tile(
     out_layout: gl.constexpr = numerator.type.layout
     stage, phase, last_stage = tile % STAGES, (tile // STAGES) & 1, (tile - 1) % STAGES
     mbarrier.wait(key_ready.index(stage), phase)
-    if key_scales is not None:
-        scale = _at_least(LEAST_SCALE, scale * key_scale_of(stage, key_scales))
+    scales = _scales_of(stage, scale, key_scales, KEY_BLOCK)
     logits = start_logits(query, key_tiles.index(stage))
-    product = start_product(weights, value_tiles.index(last_stage), numerator)
+    product = start_product(weights, value_tiles, last_stage, numerator)
     if logs_ptr is not None:
         logs = gl.load(logs_ptr + columns)
-    logits = warpgroup_mma_wait(1, deps=[logits])
+    logits = warpgroup_mma_wait(len(weights), deps=[logits])
     mbarrier.arrive(key_free.index(stage), count=1)
     logits = as_float(logits)
     if sizes is not None:  # noqa: SIM102 (the compiler would look at both halves)
@@ -256,18 +253,36 @@ def _take_tile(
             logits = gl.where(existing(columns, sizes[0], sizes[1], KEY_BLOCK)[None, :], logits, -float("inf"))
     if logs_ptr is not None:
         logits = logits * scale + logs[None, :]
-        scale = 1.0
-    peak, new_fade, new_weights, total = online_softmax(logits, scale, peak, total, OFFSET, BOOST)
+        scales = [1.0]
+    peak, new_fade, new_weights, total = online_softmax(parts_of(logits, scales), peak, total, OFFSET, BOOST)
     # Waiting for the values here and not in the next round keeps ptxas from moving the softmax behind what follows.
     mbarrier.wait(value_ready.index(stage), phase)
     product = warpgroup_mma_wait(0, deps=[product])
     mbarrier.arrive(value_free.index(last_stage), count=1)
-    weights = as_operand(new_weights, value_tiles.dtype, out_layout)
+    weights = as_operands(new_weights, value_tiles.dtype, out_layout)
     if FP8_VALUES:
         numerator = numerator * gl.convert_layout(fade, gl.SliceLayout(1, out_layout))[:, None] + product
     else:
         numerator = product * gl.convert_layout(new_fade, gl.SliceLayout(1, out_layout))[:, None]
     return weights, numerator, new_fade, peak, total
+
+
+@gluon.jit
+def _scales_of(stage, scale, key_scales, KEY_BLOCK: gl.constexpr):
+    """What a tile's logits are multiplied by: `scale`, and of quantized keys the scale of each block."""
+    if key_scales is None:
+        scales = [scale]
+    elif KEY_BLOCK == TILE:
+        scales = [_scale_of(stage, scale, key_scales)]
+    else:
+        scales = [_scale_of(2 * stage, scale, key_scales), _scale_of(2 * stage + 1, scale, key_scales)]
+    return scales
+
+
+@gluon.jit
+def _scale_of(place, scale, key_scales):
+    key_scale = gl.max(key_scales.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    return _at_least(LEAST_SCALE, scale * key_scale)
 
 
 @gluon.jit
@@ -289,8 +304,8 @@ def _take_means(tile, query, means, numerator, peak, total, scale, logs_ptr, BOO
     logs = gl.load(logs_ptr + gl.arange(0, TILE, layout=gl.SliceLayout(0, logits_layout)))
     logits = warpgroup_mma_wait(0, deps=[logits])
     logits = logits * scale + logs[None, :]
-    peak, fade, weights, total = online_softmax(logits, 1.0, peak, total, 0.0, BOOST)
-    weights = as_operand(weights, mean_values.dtype, layout)
+    peak, fade, weights, total = online_softmax(((logits, 1.0),), peak, total, 0.0, BOOST)
+    weights = as_operands(weights, mean_values.dtype, layout)[0]
     numerator = numerator * gl.convert_layout(fade, gl.SliceLayout(1, layout))[:, None]
     numerator = warpgroup_mma(weights, mean_values.index(stage), numerator, is_async=True)
     numerator = warpgroup_mma_wait(0, deps=[numerator])

@@ -26,13 +26,12 @@ def copy_tiles(keys, values, means, lists, scales, num_tail_tiles, place, descs,
     FP8_VALUES: gl.constexpr = value_desc.dtype == gl.float8e4nv
     for tile in range(num_tiles):
         first, second = blocks_of(tile, lists, KEY_BLOCK)
-        scale = None
+        block_scales = None
         if key_scale_ptr is not None:
-            scale = gl.load(key_scale_ptr + first)
-        _copy_tile(key_desc, b, h, first * KEY_BLOCK, second * KEY_BLOCK, keys, tile, KEY_BLOCK, key_scales, scale)
-        _copy_tile(
-            value_desc, b, h, first * KEY_BLOCK, second * KEY_BLOCK, values, tile, KEY_BLOCK, None, None, FP8_VALUES
-        )
+            block_scales = (gl.load(key_scale_ptr + first), gl.load(key_scale_ptr + second))
+        first, second = first * KEY_BLOCK, second * KEY_BLOCK
+        _copy_tile(key_desc, b, h, first, second, keys, tile, KEY_BLOCK, key_scales, block_scales)
+        _copy_tile(value_desc, b, h, first, second, values, tile, KEY_BLOCK, None, None, FP8_VALUES)
     if means[0] is not None:
         _copy_means(pooled_key_desc, pooled_value_desc, b, h, keys, values, means, num_tiles, num_tail_tiles)
     elif pooled_key_desc is not None:
@@ -43,27 +42,40 @@ def copy_tiles(keys, values, means, lists, scales, num_tail_tiles, place, descs,
 
 @gluon.jit
 def _copy_tile(
-    desc, b, h, first, second, ring, tile, KEY_BLOCK: gl.constexpr, scales, scale, TRANSPOSED: gl.constexpr = False
+    desc,
+    b,
+    h,
+    first,
+    second,
+    ring,
+    tile,
+    KEY_BLOCK: gl.constexpr,
+    scales,
+    block_scales,
+    TRANSPOSED: gl.constexpr = False,
 ):
     """Copy rows [TILE, D] of one head: those from `first` on, then, of small blocks, those from `second` on.
 
-    A `scale` that is not None is there for whoever has passed the barrier.
+    `block_scales` that are not None are there for whoever has passed the barrier.
     """
     tiles, ready, free = ring
-    STAGES: gl.constexpr = tiles.shape[0]
+    PARTS: gl.constexpr = TILE // KEY_BLOCK
+    STAGES: gl.constexpr = tiles.shape[0] // PARTS if TRANSPOSED else tiles.shape[0]
     stage, phase = tile % STAGES, (tile // STAGES) & 1
-    rows = tiles.index(stage)
     # The phase before the first counts as passed: nothing has to be freed in the first round.
     mbarrier.wait(free.index(stage), phase ^ 1)
-    if scale is not None:
-        scales.index(stage).store(gl.full([1], scale, gl.float32, gl.BlockedLayout([1], [32], [1], [0])))
-    mbarrier.expect(ready.index(stage), TILE // KEY_BLOCK * desc.block_type.nbytes)
-    if TRANSPOSED:
-        load_tile(desc, [b, h, 0, first], ready.index(stage), rows)
-    else:
-        load_tile(desc, [b, h, first, 0], ready.index(stage), rows.slice(0, KEY_BLOCK))
-    if KEY_BLOCK < TILE:
-        load_tile(desc, [b, h, second, 0], ready.index(stage), rows.slice(KEY_BLOCK, KEY_BLOCK))
+    if block_scales is not None:
+        for i in gl.static_range(PARTS):
+            block_scale = gl.full([1], block_scales[i], gl.float32, gl.BlockedLayout([1], [32], [1], [0]))
+            scales.index(stage * PARTS + i).store(block_scale)
+    mbarrier.expect(ready.index(stage), PARTS * desc.block_type.nbytes)
+    firsts = (first, second)
+    for i in gl.static_range(PARTS):
+        if TRANSPOSED:
+            load_tile(desc, [b, h, 0, firsts[i]], ready.index(stage), tiles.index(stage * PARTS + i))
+        else:
+            rows = tiles.index(stage).slice(i * KEY_BLOCK, KEY_BLOCK)
+            load_tile(desc, [b, h, firsts[i], 0], ready.index(stage), rows)
 
 
 @gluon.jit

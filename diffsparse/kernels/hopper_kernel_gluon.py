@@ -114,7 +114,9 @@ def attention_kernel(
         out_tiles = tiles_of(out_ptr.dtype.element_ty, 2, ROWS, HEAD_DIM)
         query_scale = gl.load(query_scale_ptr + row_of_all)
         key_scale_ptr += head_of_batch * ((num_keys + KEY_BLOCK - 1) // KEY_BLOCK)
-        key_scales = gl.allocate_shared_memory(gl.float32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        key_scales = gl.allocate_shared_memory(
+            gl.float32, [STAGES * BLOCKS_PER_TILE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        )
         scales = (query_scale, key_scales)
         copied_scales = (key_scales, key_scale_ptr)
     else:
@@ -123,7 +125,7 @@ def attention_kernel(
         copied_scales = (None, None)
     if value_scale_ptr is not None:
         value_scale_ptr += head_of_batch * HEAD_DIM
-        value_tiles = tiles_of(value_desc.dtype, STAGES, HEAD_DIM, TILE)
+        value_tiles = tiles_of(value_desc.dtype, STAGES * BLOCKS_PER_TILE, HEAD_DIM, KEY_BLOCK)
     else:
         value_tiles = tiles_of(value_desc.dtype, STAGES, TILE, HEAD_DIM)
     key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -151,8 +151,7 @@ def test_on_hopper_the_default_backend_passes_and_leaves_some_of_8_bits_to_trito
         assert ("gluon", "cuda:0", torch.bfloat16, precision) not in tried.calls
     for precision in ("int8", "int8_int8", "int8_fp8", "fp8", "int4"):
         assert len(rows_of(shown, "triton", here, "bfloat16", precision, "passed")) == 1
-    for words in ("int8, int8_fp8, fp8: computed by triton and gluon", "int8_int8, int4: computed by triton"):
-        assert f"│ {words} " in shown
+    assert "│ int8_int8, int4: computed by triton " in shown
     assert f"{here}: bfloat16 of head dim 128 runs in gluon in blocks of 128 x 64, in triton in blocks of 64 x 64." in (
         shown
     )

@@ -148,7 +148,7 @@ def test_on_hopper_both_kernels_are_tried_in_all_precisions(monkeypatch):
 
 def test_what_a_backend_hands_to_another_is_said_and_left_out(monkeypatch):
     with_hopper(monkeypatch)
-    monkeypatch.setattr(backends, "left_to", lambda *asked: {("gluon", "int8", 128): "triton"}.get(asked))
+    monkeypatch.setattr(backends, "left_to", lambda *asked: {("gluon", "int8"): "triton"}.get(asked))
     found, said = subjects("--sizes", "full", "--backends", "gluon")
     assert found == [("gluon", precision, "full") for precision in ("native", "int8_fp8", "fp8")]
     assert said == ["gluon int8 goes to triton"]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import re
 from types import SimpleNamespace
 
@@ -40,7 +39,7 @@ def test_an_older_triton_is_said_to_be_too_old(gluon, monkeypatch, version, is_n
     assert gluon.why_not(query, 128, 64) == why
 
 
-@pytest.mark.parametrize("option", [{"precision": "int8"}, {"scale": -1.0}])
+@pytest.mark.parametrize("option", [{"precision": "int4"}, {"scale": -1.0}])
 def test_the_triton_kernel_does_what_it_cannot(gluon, monkeypatch, option):
     monkeypatch.setattr(gluon.block_sparse_triton, "attend", lambda *args, **options: (args, options))
     options = {"query_block_size": 128, "key_block_size": 64, "key_length": None, "tail": None, "scale": 1.0}
@@ -58,8 +57,8 @@ def test_the_triton_kernel_does_what_it_cannot(gluon, monkeypatch, option):
     assert given_options == options
 
 
-@pytest.mark.parametrize(("precision", "key_block_size"), itertools.product(PRECISIONS, (64, 128)))
-def test_it_says_what_it_leaves_to_the_triton_kernel(gluon, monkeypatch, precision, key_block_size):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_it_says_what_it_leaves_to_the_triton_kernel(gluon, monkeypatch, precision):
     from diffsparse.kernels.operands_triton import Operands
 
     monkeypatch.setattr(gluon.block_sparse_triton, "attend", lambda *args, **options: "triton")
@@ -68,14 +67,13 @@ def test_it_says_what_it_leaves_to_the_triton_kernel(gluon, monkeypatch, precisi
     lists = torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 1, dtype=torch.int32)
     options = {"query_block_size": 128, "key_length": None, "tail": None, "scale": 1.0, "return_lse": False}
     monkeypatch.setattr(gluon, "prepared", lambda *args, **options: Operands(x, x, x))
-    given = gluon.attend(x, x, x, *lists, key_block_size=key_block_size, precision=precision, **options)
-    assert backends.left_to("gluon", precision, key_block_size) == ("triton" if given == "triton" else None)
-    is_quantized_here = key_block_size == 128 and precision not in ("int8_int8", "int4")
-    assert (given == "triton") == (precision != "native" and not is_quantized_here)
+    given = gluon.attend(x, x, x, *lists, key_block_size=64, precision=precision, **options)
+    assert backends.left_to("gluon", precision) == ("triton" if given == "triton" else None)
+    assert (given == "triton") == (precision in ("int8_int8", "int4"))
 
 
 def test_a_backend_that_says_nothing_of_it_leaves_nothing_to_others():
-    assert backends.left_to("eager", "int8", 64) is None
+    assert backends.left_to("eager", "int8") is None
 
 
 def test_views_are_copied_from_where_they_lie(gluon):
@@ -105,15 +103,13 @@ def test_views_that_the_copy_engine_cannot_take_are_copied_first(gluon, odd):
     assert torch.equal(descriptor.base, x)
 
 
-def test_the_self_test_has_every_option_in_8_bits(gluon):
-    cases = [
-        case
-        for case in self_test._SELF_TEST_CASES
-        if gluon.left_to("int8_fp8", case.key_block_size) is None and case.query_block_size == gluon.QUERY_BLOCK
-    ]
+@pytest.mark.parametrize("key_block_size", [64, 128])
+def test_the_self_test_has_every_option(gluon, key_block_size):
+    blocks = gluon.QUERY_BLOCK, key_block_size
+    cases = [case for case in self_test._SELF_TEST_CASES if (case.query_block_size, case.key_block_size) == blocks]
     assert {case.head_dim for case in cases} == set(gluon.HEAD_DIMS)
-    assert any(case.has_tail and case.has_length for case in cases)
-    assert any(case.has_orders for case in cases)
+    for option in ("has_tail", "has_length", "has_orders"):
+        assert any(getattr(case, option) for case in cases)
 
 
 def test_values_beyond_the_length_are_zeros_to_the_kernel(gluon, monkeypatch):
@@ -191,6 +187,9 @@ def compile_for_hopper(gluon, head_dim, dtypes, key_block_size, options):
         (128, ("fp8e4nv", "fp8e4nv"), 128, ["tail"]),
         (64, ("i8", "fp8e4nv"), 128, ["lse"]),
         (128, ("i8", "bf16"), 128, ["length"]),
+        (128, ("i8", "fp8e4nv"), 64, ["order"]),
+        (128, ("i8", "bf16"), 64, ["tail", "order"]),
+        (64, ("fp8e4nv", "fp8e4nv"), 64, ["lse", "tail", "length", "order"]),
     ],
     ids=str,
 )
@@ -201,10 +200,11 @@ def test_it_compiles_without_spilling_and_overlaps_softmax_with_products(gluon, 
     used, code = resources(compiled), machine_code(compiled)
     assert used.spilled_bytes == 0
     assert touched_while_running(code) == []
-    # Both warpgroups take the exponentials of a tile between the end of its first product and that of the other one, in
-    # the loop over listed tiles and, unless they are quantized, in that over means.
-    between = re.findall(r"DEPBAR.LE gsb0, 0x1 ;.*?DEPBAR.LE gsb0, 0x0 ;", code, re.DOTALL)
-    _, (scores, values), _, options = configuration
+    # Both warpgroups take the exponentials of a tile between the end of its first product and that of the others, of
+    # which FP8 has two for two blocks: in the loop over listed tiles and in that over means that are not quantized.
+    _, (scores, values), key_block_size, options = configuration
+    num_others = 2 if values == "fp8e4nv" and key_block_size == 64 else 1
+    between = re.findall(rf"DEPBAR.LE gsb0, 0x{num_others} ;.*?DEPBAR.LE gsb0, 0x0 ;", code, re.DOTALL)
     num_loops = 2 if "tail" in options and scores == values != "fp8e4nv" else 1
     assert [part.count("MUFU.EX2") >= 64 for part in between] == [True, True] * num_loops
     # A logarithm takes a dozen instructions: none is found for each mean.

@@ -108,33 +108,37 @@ def test_it_keeps_to_the_specification(gluon, dtype, head_dim, key_block_size, t
 
 @pytest.mark.usefixtures("quantizes")
 @pytest.mark.parametrize("precision", ["int8", "int8_fp8", "fp8"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("head_dim", "key_block_size"), [(64, 128), (128, 64), (128, 128)])
 @pytest.mark.parametrize(("lengths", "tail"), [(None, None), ([450, 300], [[True, True]]), (None, [[True, False]])])
-def test_precisions(gluon, precision, head_dim, lengths, tail):
-    check(gluon, make_inputs(dtype=torch.float16, head_dim=head_dim, lengths=lengths, tail=tail), precision)
+def test_precisions(gluon, precision, head_dim, key_block_size, lengths, tail):
+    sizes = {"dtype": torch.float16, "head_dim": head_dim, "key_block_size": key_block_size}
+    check(gluon, make_inputs(lengths=lengths, tail=tail, **sizes), precision)
 
 
 def sees_all_of(inputs):
     """Every query sees every key block, in an order in which neither the first nor the last comes first."""
-    num_rows = inputs["counts"].shape[2]
-    key_blocks = torch.tensor([1, 3, 0, 2]).int().expand(2, 2, num_rows, 4)
-    return inputs | {"key_blocks": key_blocks, "counts": torch.full((2, 2, num_rows), 4).int()}
+    _, _, num_rows, num_blocks = inputs["key_blocks"].shape
+    key_blocks = torch.arange(num_blocks).int().roll(-1)
+    counts = torch.full((2, 2, num_rows), num_blocks).int()
+    return inputs | {"key_blocks": key_blocks.expand(2, 2, num_rows, -1), "counts": counts}
 
 
 @pytest.mark.usefixtures("quantizes")
 @pytest.mark.parametrize("precision", ["int8", "int8_fp8", "fp8"])
-def test_queries_of_nothing_see_as_much_of_each_key_that_exists(gluon, precision):
+@pytest.mark.parametrize("key_block_size", [64, 128])
+def test_queries_of_nothing_see_as_much_of_each_key_that_exists(gluon, precision, key_block_size):
     # Of nothing and of a block without a key the scales are so small that their product would be nothing too.
-    inputs = sees_all_of(make_inputs(lengths=[200, 100]))
+    inputs = sees_all_of(make_inputs(lengths=[200, 100], key_block_size=key_block_size))
     inputs["query"][:] = 0.0
     check(gluon, inputs, precision)
 
 
 @pytest.mark.usefixtures("quantizes")
 @pytest.mark.parametrize("precision", ["native", "int8", "int8_fp8", "fp8"])
+@pytest.mark.parametrize("key_block_size", [64, 128])
 @pytest.mark.parametrize("name", ["query", "key"])
-def test_what_is_not_a_number_stays_so(gluon, precision, name):
-    inputs = sees_all_of(make_inputs())
+def test_what_is_not_a_number_stays_so(gluon, precision, key_block_size, name):
+    inputs = sees_all_of(make_inputs(key_block_size=key_block_size))
     inputs[name][0, 0, 200, 3] = math.nan
     actual = gluon.attend(**inputs, precision=precision)
     expected = block_sparse_eager.attend(**inputs, precision=precision)
@@ -152,9 +156,10 @@ def test_tokens_are_taken_in_their_orders(gluon, precision):
     check(gluon, inputs, precision, query_order=query_order, key_order=key_order)
 
 
-def few_rows(*, num_key_blocks, most, tail):
+def few_rows(*, num_key_blocks, most, tail, key_block_size=128):
     """One head of 256 queries, which see up to `most` of many key blocks."""
-    inputs = make_inputs(head_dim=128, tokens=128 * num_key_blocks, tail=tail)
+    tokens = key_block_size * num_key_blocks
+    inputs = make_inputs(head_dim=128, tokens=tokens, tail=tail, key_block_size=key_block_size)
     inputs["query"] = inputs["query"][:1, :1, :256]
     inputs |= {name: inputs[name][:1, :1] for name in ("key", "value")}
     generator = torch.Generator().manual_seed(0)
@@ -164,10 +169,12 @@ def few_rows(*, num_key_blocks, most, tail):
 
 @pytest.mark.usefixtures("quantizes")
 @pytest.mark.parametrize("precision", ["native", "int8", "int8_fp8"])
-def test_tiles_are_neither_taken_nor_freed_too_early(gluon, precision):
+@pytest.mark.parametrize(("key_block_size", "num_key_blocks"), [(64, 119), (128, 60)])
+def test_tiles_are_neither_taken_nor_freed_too_early(gluon, precision, key_block_size, num_key_blocks):
     # What a tile holds after it is freed is nonsense: often enough both warpgroups are slow.
+    sizes = {"key_block_size": key_block_size, "num_key_blocks": num_key_blocks, "most": num_key_blocks}
     for _ in range(3):
-        check(gluon, few_rows(num_key_blocks=60, most=60, tail=None), precision)
+        check(gluon, few_rows(tail=None, **sizes), precision)
 
 
 @pytest.mark.usefixtures("quantizes")
