@@ -38,7 +38,10 @@ DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.25)
 PRECISIONS = ("native", "int8", "int8_int8", "int8_fp8", "fp8")
 TAIL = " + tail"
 """Ends the names of calls with the pooled tail in all heads, before their density."""
-DENSITY_WITH_TAIL = 0.25
+PAIRS = ", 64 keys a block"
+"""Ends those of calls with blocks of 64 keys, most strategies' default; all others have BLOCK_SIZE."""
+KEYS_OF_PAIRS = 64
+DENSITY_OF_BOTH = 0.25
 PRESET, QUANTIZATION = "balanced", "int8_fp8"
 # Relative error of sampled rows against float64: rounding of bf16, or of scores, weights and values to INT8 or FP8.
 LARGEST_ERRORS = {"native": 1e-2, "int8": 2e-2, "int8_int8": 2.5e-2, "int8_fp8": 6e-2, "fp8": 8e-2}
@@ -110,13 +113,11 @@ def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str]
 
 
 def _configs() -> dict[str, Any]:
-    """What transformers are timed with: the preset, and the same in 8 bits, in blocks that Hopper's kernel takes."""
+    """What transformers are timed with: the preset, and the same in 8 bits."""
     from diffsparse.config import as_config
 
     preset: Any = as_config(PRESET)
-    whole_tiles = replace(preset.strategy, key_block_size=BLOCK_SIZE)
-    in_8_bits = replace(preset, strategy=whole_tiles, quantization=QUANTIZATION)
-    return {PRESET: preset, f"{PRESET}, {QUANTIZATION}, {BLOCK_SIZE} keys a block": in_8_bits}
+    return {PRESET: preset, f"{PRESET}, {QUANTIZATION}": replace(preset, quantization=QUANTIZATION)}
 
 
 def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -136,27 +137,33 @@ def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable
     lists = {density: random_lists(tokens, heads, density, device) for density in DENSITIES}
     densities: dict[str, float] = {}
     errors: dict[str, float] = {}
+    in_pairs = random_lists(tokens, heads, DENSITY_OF_BOTH, device, (BLOCK_SIZE, KEYS_OF_PAIRS))
+    kinds = [
+        *((density, "", BLOCK_SIZE, lists[density]) for density in lists),
+        (DENSITY_OF_BOTH, TAIL, BLOCK_SIZE, lists[DENSITY_OF_BOTH]),
+        (DENSITY_OF_BOTH, PAIRS, KEYS_OF_PAIRS, in_pairs),
+    ]
     for precision in PRECISIONS:
-        for density, tail in [*((density, False) for density in lists), (DENSITY_WITH_TAIL, True)]:
-            key_blocks, counts = lists[density]
-            call = sparse_call(query, key, value, key_blocks, counts, precision=precision, tail=tail)
-            name = f"{precision}{TAIL if tail else ''} {density:g}"
+        for density, kind, keys, (key_blocks, counts) in kinds:
+            blocks, tail = (BLOCK_SIZE, keys), kind == TAIL
+            call = sparse_call(query, key, value, key_blocks, counts, blocks, precision=precision, tail=tail)
+            name = f"{precision}{kind} {density:g}"
             if reason := _why_not(call):
                 say_here(f"{name} cannot run: {reason}")
                 break
-            errors[name] = error_of_sampled_rows(query, key, value, key_blocks, counts, call(), tail)
+            errors[name] = error_of_sampled_rows(query, key, value, key_blocks, counts, call(), tail, keys)
             if not errors[name] <= LARGEST_ERRORS[precision]:
                 raise ValueError(
                     f"{name} at {geometry.name} is off by {errors[name]:.2e}, {LARGEST_ERRORS[precision]:g} is "
                     f"allowed: nothing was timed. `diffsparse doctor` tests the kernels one by one."
                 )
             calls[name] = call
-            densities[name] = mean_density(counts)
+            densities[name] = mean_density(counts, tokens, keys)
     for peer, density, call in sparse_peers(query, key, value, lists, BLOCK_SIZE, say_here):
         name = f"{peer} {density:g}"
         error = error_of_sampled_rows(query, key, value, *lists[density], call())
         if error <= LARGEST_ERRORS["native"]:
-            calls[name], densities[name], errors[name] = call, mean_density(lists[density][1]), error
+            calls[name], densities[name], errors[name] = call, mean_density(lists[density][1], tokens), error
         else:
             say_here(f"{name} is off by {error:.1e}, {LARGEST_ERRORS['native']:.0e} is allowed: it is not timed")
     seconds = seconds_in_rounds(calls, rounds, device)
@@ -176,7 +183,7 @@ def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable
         if name in densities:
             rows[name]["error"] = errors[name]
             # flash-attn-4 has a dense call of its own; the others' is the one that lists all blocks.
-            own = method_of(name).removesuffix(TAIL)
+            own = precision_of(method_of(name))
             own_dense = medians.get(own, medians.get(f"{own} 1"))
             if own_dense is not None:
                 rows[name]["share_of_linear"] = own_dense / median * density
@@ -201,6 +208,11 @@ def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable
 def method_of(name: str) -> str:
     """The name of a sparse call without the density that ends it."""
     return name.rsplit(maxsplit=1)[0]
+
+
+def precision_of(method: str) -> str:
+    """The precision of a method of ours, or another's as it is."""
+    return method.removesuffix(TAIL).removesuffix(PAIRS)
 
 
 def extra_memory(call: Callable[[], object], device: torch.device) -> int | None:

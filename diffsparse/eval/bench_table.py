@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffsparse.eval.bench_suite import PRECISIONS, TAIL, method_of
+from diffsparse.eval.bench_suite import PRECISIONS, method_of, precision_of
 
 
 def as_markdown(record: Mapping[str, Any]) -> str:
@@ -68,7 +68,7 @@ def _order(name: str, call: Mapping[str, Any]) -> tuple[int, str, float]:
 
 
 def _is_ours(method: str) -> bool:
-    return method.removesuffix(TAIL) in PRECISIONS
+    return precision_of(method) in PRECISIONS
 
 
 def _beside(result: Mapping[str, Any]) -> str:

@@ -100,9 +100,9 @@ def sparse_call(
     return call
 
 
-def mean_density(counts: Tensor) -> float:
-    """The share of the key blocks that counts [1, H, Q] of self-attention list."""
-    return float(counts.float().mean()) / counts.shape[2]
+def mean_density(counts: Tensor, tokens: int, key_block_size: int = BLOCK_SIZE) -> float:
+    """The share of the blocks of so many keys that counts [1, H, Q] list."""
+    return float(counts.float().mean()) / -(-tokens // key_block_size)
 
 
 def error_of_sampled_rows(
@@ -113,8 +113,12 @@ def error_of_sampled_rows(
     counts: Tensor,
     output: Tensor,
     tail: bool = False,
+    key_block_size: int = BLOCK_SIZE,
 ) -> float:
-    """Relative L2 error of some rows of some heads against float64, with or without the means of skipped blocks."""
+    """Relative L2 error of some rows of some heads against float64, with or without the means of skipped blocks.
+
+    Query blocks are of BLOCK_SIZE.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +127,7 @@ def error_of_sampled_rows(
         row, head = (int(torch.randint(size, (), generator=generator)) for size in (query.shape[2], query.shape[1]))
         block = row // BLOCK_SIZE
         listed = key_blocks[0, head, block, : int(counts[0, head, block])]
-        (keys, sizes), (values, _) = (_seen(x[0, head], listed, tail) for x in (key, value))
+        (keys, sizes), (values, _) = (_seen(x[0, head], listed, tail, key_block_size) for x in (key, value))
         logits = keys @ query[0, head, row].double() / math.sqrt(query.shape[3]) + sizes.log()
         expected = logits.softmax(dim=0) @ values
         squared_error += float((output[0, head, row].double() - expected).square().sum())
@@ -131,7 +135,7 @@ def error_of_sampled_rows(
     return math.sqrt(squared_error / squared_size)
 
 
-def _seen(x: Tensor, listed: Tensor, tail: bool) -> tuple[Tensor, Tensor]:
+def _seen(x: Tensor, listed: Tensor, tail: bool, block_size: int) -> tuple[Tensor, Tensor]:
     """What a query block sees of a head's keys or values x [S, D], which lists blocks [n].
 
     Rows [m, D], and of how many tokens each is [m], in float64.
@@ -139,12 +143,12 @@ def _seen(x: Tensor, listed: Tensor, tail: bool) -> tuple[Tensor, Tensor]:
     import torch
     from torch.nn import functional as F
 
-    block_of = torch.arange(len(x), device=x.device) // BLOCK_SIZE
+    block_of = torch.arange(len(x), device=x.device) // block_size
     sizes = block_of.bincount()
     is_listed = torch.zeros_like(sizes, dtype=torch.bool).index_fill(0, listed.long(), True)
     tokens = x[is_listed[block_of]].double()
     if not tail:
         return tokens, tokens.new_ones(len(tokens))
-    sums = F.pad(x.double(), (0, 0, 0, -len(x) % BLOCK_SIZE)).unflatten(0, (-1, BLOCK_SIZE)).sum(1)
+    sums = F.pad(x.double(), (0, 0, 0, -len(x) % block_size)).unflatten(0, (-1, block_size)).sum(1)
     means = (sums / sizes[:, None])[~is_listed]
     return torch.cat([tokens, means]), torch.cat([tokens.new_ones(len(tokens)), sizes[~is_listed].double()])

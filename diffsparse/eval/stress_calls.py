@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffsparse.eval.bench_suite import LARGEST_ERRORS, SUITES
+from diffsparse.eval.bench_suite import KEYS_OF_PAIRS, LARGEST_ERRORS, SUITES
 from diffsparse.eval.random_attention import BLOCK_SIZE, error_of_sampled_rows, random_inputs, random_lists
 from diffsparse.eval.stress_trial import DENSE, RepeatedCall, Subject
-from diffsparse.kernels.backends import BACKENDS, left_to
+from diffsparse.kernels.backends import BACKENDS
 from diffsparse.kernels.self_test import SmallCase, largest_error
 
 DENSITY = 0.25
@@ -28,16 +28,20 @@ def calls_of(fields: Mapping[str, Any]) -> list[RepeatedCall]:
     warnings.filterwarnings("error", message="diffsparse:")
     if subject.size == "small":
         return _small(subject)
-    return [_full(subject, has_tail) for has_tail in ((False,) if subject.backend == DENSE else (False, True))]
+    kinds = [(BLOCK_SIZE, False)]
+    if subject.backend != DENSE:
+        kinds += [(BLOCK_SIZE, True), (KEYS_OF_PAIRS, True)]
+    return [_full(subject, *kind) for kind in kinds]
 
 
-def _full(subject: Subject, has_tail: bool) -> RepeatedCall:
+def _full(subject: Subject, key_block_size: int, has_tail: bool) -> RepeatedCall:
     """One call as of Wan 2.1 14B on a GPU, of a tiny video elsewhere."""
     device = torch.device(subject.device)
     geometry = SUITES["gpu" if device.type == "cuda" else "tiny"][0]
     tokens = geometry.grid.num_tokens
     query, key, value = random_inputs(tokens, geometry.heads, geometry.head_dim, device)
-    key_blocks, counts = random_lists(tokens, geometry.heads, 1.0 if subject.backend == DENSE else DENSITY, device)
+    density = 1.0 if subject.backend == DENSE else DENSITY
+    key_blocks, counts = random_lists(tokens, geometry.heads, density, device, (BLOCK_SIZE, key_block_size))
 
     # Not `block_sparse_attention`: that tests a backend first, and refuses one that fails.
     def call() -> Sequence[Tensor]:
@@ -50,7 +54,7 @@ def _full(subject: Subject, has_tail: bool) -> RepeatedCall:
             key_blocks,
             counts,
             query_block_size=BLOCK_SIZE,
-            key_block_size=BLOCK_SIZE,
+            key_block_size=key_block_size,
             key_length=None,
             tail=torch.ones((1, 1), dtype=torch.bool, device=device) if has_tail else None,
             scale=geometry.head_dim**-0.5,
@@ -65,9 +69,9 @@ def _full(subject: Subject, has_tail: bool) -> RepeatedCall:
         q, k, v, blocks, n, output = (
             x[:, heads.to(x.device)].cpu() for x in (query, key, value, key_blocks, counts, results[0])
         )
-        return error_of_sampled_rows(q, k, v, blocks, n, output, has_tail)
+        return error_of_sampled_rows(q, k, v, blocks, n, output, has_tail, key_block_size)
 
-    name = f"{tokens} tokens{', tail' * has_tail}"
+    name = f"{tokens} tokens, {key_block_size} keys a block{', tail' * has_tail}"
     return RepeatedCall(name, call, error, LARGEST_ERRORS[subject.precision])
 
 
@@ -87,8 +91,7 @@ def _small(subject: Subject) -> list[RepeatedCall]:
     cases = [
         SmallCase(head_dim, BLOCK_SIZE, key_block_size, has_all, has_all, has_all)
         for head_dim in (64, 128)
-        for key_block_size in (64, BLOCK_SIZE)
-        if left_to(subject.backend, subject.precision, key_block_size) is None
+        for key_block_size in (KEYS_OF_PAIRS, BLOCK_SIZE)
         # Each is another kernel to compile, so not every combination.
         for has_all in (True, False)
     ]

@@ -37,7 +37,7 @@ def suite(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setitem(bench_suite.SUITES, "tiny", (SMALL, OTHER))
     monkeypatch.setattr(bench_suite, "DENSITIES", (1.0, 0.5))
-    monkeypatch.setattr(bench_suite, "DENSITY_WITH_TAIL", 0.5)
+    monkeypatch.setattr(bench_suite, "DENSITY_OF_BOTH", 0.5)
 
 
 def run(output, *arguments):
@@ -50,8 +50,8 @@ def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, cap
     result = json.loads(output.read_text())["attention"]["small"]
     assert result["tokens"] == 144
     ours = {name: call for name, call in result["calls"].items() if "error" in call}
-    kinds = ("1", "0.5", "+ tail 0.5")
-    assert list(ours) == [f"{precision} {kind}" for precision in bench_suite.PRECISIONS for kind in kinds]
+    kinds = (" 1", " 0.5", " + tail 0.5", ", 64 keys a block 0.5")
+    assert list(ours) == [f"{precision}{kind}" for precision in bench_suite.PRECISIONS for kind in kinds]
     dense = result["calls"][result["best_dense"]]["seconds"]
     assert dense == min(call["seconds"] for name, call in result["calls"].items() if name not in ours)
     for call in result["calls"].values():
@@ -62,11 +62,11 @@ def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, cap
     # No bound is so wide that a precision could compute in a much coarser one.
     for precision in set(bench_suite.PRECISIONS) - {"native"}:
         assert bench_suite.LARGEST_ERRORS[precision] < 3 * ours[f"{precision} 1"]["error"]
-    with_tail = ours["native + tail 0.5"]
-    assert with_tail["error"] < 1e-6
-    assert with_tail["share_of_linear"] == pytest.approx(
-        ours["native 1"]["seconds"] / with_tail["seconds"] * with_tail["density"]
-    )
+    for kind in kinds[2:]:
+        call = ours[f"native{kind}"]
+        assert call["error"] < 1e-6
+        share = ours["native 1"]["seconds"] / call["seconds"] * call["density"]
+        assert call["share_of_linear"] == pytest.approx(share)
 
     assert run_command("bench", "--table", output) == 0
     table = capsys.readouterr().out
@@ -83,17 +83,17 @@ def test_transformers_are_timed_in_8_bits_too_where_the_device_has_them(suite, t
         assert (config.strategy.density, config.strategy.tail) == (0.25, True)
         if config.quantization is not None and len(taken) == 1:
             raise ValueError(refused)
-        taken.append((config.quantization, config.strategy.key_block_size))
+        taken.append(config.quantization)
         return {"speed_up": 2.0, "density": 0.25}
 
     taken = []
     monkeypatch.setattr(bench_suite, "bench_transformer", measured)
     assert run(tmp_path / "speed.json") == 0
-    assert taken == [(None, None), (None, None), ("int8_fp8", 128)]
+    assert taken == [None, None, "int8_fp8"]
     found = json.loads((tmp_path / "speed.json").read_text())["transformers"]
     assert [list(each) for each in found.values()] == [
         ["balanced"],
-        ["balanced", "balanced, int8_fp8, 128 keys a block"],
+        ["balanced", "balanced, int8_fp8"],
     ]
     assert f"cannot run: {refused}" in " ".join(capsys.readouterr().out.split())
 
@@ -158,8 +158,8 @@ def test_sparse_peers_take_turns_on_the_same_lists(suite, monkeypatch):
     lines = as_markdown(record_of(result)).splitlines()
     titles = [line.split(" | ")[0] for line in lines if line.startswith("| ") and "%" in line]
     ours = [f"| ours, {precision}" for precision in ("fp8", "int8", "int8_fp8", "int8_int8", "native")]
-    ours = [title for title in ours for title in (title, title, f"{title} + tail")]
-    assert titles[-18:] == ["| flash-attn-4", *ours, *["| flash-attn-4, sparse"] * 2]
+    ours = [title for title in ours for title in (title, title, f"{title} + tail", f"{title}, 64 keys a block")]
+    assert titles[-23:] == ["| flash-attn-4", *ours, *["| flash-attn-4, sparse"] * 2]
 
 
 def test_a_wrong_peer_is_said_and_not_timed(suite, monkeypatch):

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from diffsparse.eval import stress_calls
 from diffsparse.eval.stress_calls import calls_of
 from diffsparse.eval.stress_trial import DENSE, SIZES, Subject
 from diffsparse.kernels import block_sparse_eager
@@ -37,18 +36,19 @@ def test_what_eager_and_pytorch_compute_is_right_the_same_each_time_and_not_if_a
         assert not call.error(off) <= call.allowed
 
 
-def test_the_full_size_is_that_of_a_model_with_and_without_tail(monkeypatch):
+def test_the_full_size_is_that_of_a_model_in_both_key_blocks_with_and_without_tail(monkeypatch):
     seen = []
     attend = block_sparse_eager.attend
 
     def look(query, key, value, key_blocks, counts, **options):
-        seen.append((tuple(query.shape), options["tail"] is not None, tuple(counts.shape)))
+        assert (query.shape, counts.shape) == ((1, 2, 384, 64), (1, 2, 3))
+        seen.append((options["key_block_size"], options["tail"] is not None))
         return attend(query, key, value, key_blocks, counts, **options)
 
     monkeypatch.setattr(block_sparse_eager, "attend", look)
     for call in calls(FULL):
         call.call()
-    assert seen == [((1, 2, 384, 64), has_tail, (1, 2, 3)) for has_tail in (False, True)]
+    assert seen == [(128, False), (128, True), (64, True)]
 
 
 def small_cases(monkeypatch, **changes):
@@ -70,14 +70,6 @@ def test_small_calls_have_every_option(monkeypatch):
         assert {getattr(case, field) for case in cases} == values
     assert len(set(names)) == len(cases) == 8
     assert names[0] == "head dim 64, 64 keys a block, all options"
-
-
-def test_what_a_backend_leaves_to_another_is_not_called_small(monkeypatch):
-    monkeypatch.setattr(
-        stress_calls, "left_to", lambda name, precision, key_block: "triton" if key_block == 64 else None
-    )
-    cases, _ = small_cases(monkeypatch)
-    assert [case.key_block_size for case in cases] == [128] * 4
 
 
 def test_a_kernel_that_pytorch_stands_in_for_is_not_right():
