@@ -37,6 +37,9 @@ class SparseAttentionConfig:
         quantization: what sparse attention computes in, "int8", "int8_int8", "int8_fp8", "fp8" or "int4"
             (docs/quantization.md); None for the dtype of the model. Where the backend cannot, the first attention call
             raises ValueError.
+        dense_quantization: what early steps and dense layers compute in, one of the same, by the same kernel; None
+            leaves them to the model's own attention. Where that is hardly faster here it stays, as sparse attention
+            does by `min_tokens`.
 
     Raises:
         TypeError, ValueError: a wrong type or range, with what was expected.
@@ -50,6 +53,7 @@ class SparseAttentionConfig:
     strict: bool = False
     backend: str | None = None
     quantization: str | None = None
+    dense_quantization: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.strategy, type) or not isinstance(self.strategy, Strategy):
@@ -74,11 +78,18 @@ class SparseAttentionConfig:
             raise TypeError(f"`strict` must be True or False, got {self.strict!r}.")
         if self.backend is not None and not (isinstance(self.backend, str) and self.backend in BACKENDS):
             raise ValueError(f"`backend` must be None or one of {', '.join(BACKENDS)}, got {self.backend!r}.")
-        if self.quantization is not None and self.quantization not in QUANTIZED:
-            raise ValueError(
-                f"`quantization` must be None or one of {', '.join(QUANTIZED)}, got {self.quantization!r}. "
-                f"None computes in the dtype of the model."
-            )
+        for name, precision in self.precisions.items():
+            if precision not in QUANTIZED:
+                raise ValueError(
+                    f"`{name}` must be None or one of {', '.join(QUANTIZED)}, got {precision!r}. "
+                    f"None computes in the dtype of the model."
+                )
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """`quantization` and `dense_quantization`, as far as they are not None."""
+        both = {"quantization": self.quantization, "dense_quantization": self.dense_quantization}
+        return {name: precision for name, precision in both.items() if precision is not None}
 
     @property
     def fewest_tokens(self) -> int:

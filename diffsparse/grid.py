@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import functools
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,27 @@ class TokenGrid:
         text = self.text_before + self.text_after
         video = f"{self.frames} x {self.height} x {self.width}"
         return f"{video} + {text} text tokens" if text else f"{video} tokens"
+
+
+@functools.lru_cache(maxsize=64)
+def grid_of(layout: tuple[int | None, ...], num_tokens: int) -> TokenGrid:
+    """The grid of a sequence of so many tokens. Kept, since each attention call asks several times.
+
+    Args:
+        layout: frames, height and width, then the text tokens before and after the video. One of these two may be None:
+            what is left of the sequence.
+
+    Raises:
+        TypeError, ValueError: the layout is none.
+    """
+    *size, text_before, text_after = layout
+    grid = TokenGrid(*size)  # type: ignore[arg-type]
+    # Some layers see the grid without its text.
+    if num_tokens == grid.num_video_tokens:
+        return grid
+    left = max(0, num_tokens - grid.num_tokens - (text_before or 0) - (text_after or 0))
+    return replace(
+        grid,
+        text_before=left if text_before is None else text_before,
+        text_after=left if text_after is None else text_after,
+    )

@@ -28,7 +28,7 @@ from diffsparse.whole_file import whole_file
 SCHEMA = 1
 KEY = "diffsparse"
 LONGEST_TEXT = 10_000
-SETTINGS = ("dense_steps", "dense_layers", "min_tokens", "replan_every", "quantization")
+SETTINGS = ("dense_steps", "dense_layers", "min_tokens", "replan_every", "quantization", "dense_quantization")
 """Fields of `SparseAttentionConfig` that say when plans are made and used."""
 
 
@@ -195,6 +195,9 @@ class _Checked:
 
     def _settings(self) -> dict[str, Any]:
         settings = self._text["settings"]
+        if isinstance(settings, dict):
+            # Older files do not have it.
+            settings = {"dense_quantization": None} | settings
         _expect_keys("settings", settings, set(SETTINGS))
         layers = settings["dense_layers"]
         _expect(isinstance(layers, list), "dense_layers", layers, "a list of layer indices")

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from diffsparse.autocast import as_autocast, with_autocast_as_now, without_autocast
 from diffsparse.config import SparseAttentionConfig, resolve_dense_layers
-from diffsparse.grid import TokenGrid
+from diffsparse.grid import TokenGrid, grid_of
 from diffsparse.kernels.block_sparse import DTYPES, MAX_HEAD_DIM, pick_backend, why_none
+from diffsparse.pipelines.padding import hides_keys_only, key_length_of
 from diffsparse.plan import AttentionPlan
 from diffsparse.rank_order import RankOrder
 from diffsparse.speed_check import SpeedCheck
 from diffsparse.steps import Step
+from diffsparse.strategies.all_blocks import AllBlocks
 from diffsparse.strategies.calibrated import Calibrated
 from diffsparse.strategies.strategy import AttentionCall, make_plan
 
@@ -55,6 +57,14 @@ class LayerTally:
         density = plan.mask.density
         self.density = density if self.density is None else self.density.to(density.device) + density
         self.classes = plan.classes
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """How the kernel computes a call: by this config, where the check does not find it hardly faster than dense."""
+
+    config: SparseAttentionConfig
+    check: SpeedCheck
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +115,11 @@ class Session:
         """That of the call of the transformer that runs, or ran last."""
         self._plans: dict[Hashable, _KeptPlan] = {}
         self._speed_check = SpeedCheck(model_name, config)
+        self._way_of_dense: _Way | None = None
+        """That of calls which policy wants dense; None where the model computes them."""
+        if (precision := config.dense_quantization) is not None:
+            dense = replace(config, strategy=AllBlocks(config.backend, precision), quantization=precision)
+            self._way_of_dense = _Way(dense, SpeedCheck(model_name, dense, f"dense attention in {precision}"))
         self._checked: set[tuple[torch.device, torch.dtype]] = set()
 
     def begin(self, step: Step, layout: tuple[int | None, ...] | None) -> None:
@@ -134,7 +149,7 @@ class Session:
         ranks: int = 1,
         dense: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
-        """Attention of one layer by its plan, [B, H, S, D]; None, and counted, where it has to be dense.
+        """Attention of one layer by its plan, [B, H, S, D]; None, and counted, where the model's own is to compute it.
 
         Args:
             layer: index into `layer_names`.
@@ -196,48 +211,73 @@ class Session:
         self.check_call(layer, query)
         self.num_heads = query.shape[1]
         self._rows[layer] += 1
-        if (reason := self._policy(layer, query) or self._speed_check.why_slow(query, mask)) is not None:
-            self.count_dense(layer, reason)
+        policy = self._policy(layer, query)
+        way = self._way(policy, query)
+        if way is None:
+            self.count_dense(layer, str(policy))
+            return None
+        if (reason := way.check.why_slow(query, mask)) is not None:
+            self._leave_to_model(layer, policy, reason, is_policy=True)
             return None
         hiding = None if self.mask_hides_nothing else mask
         if (reason := self._obstacle(query, key, value, hiding, ranks)) is None:
-            key_length = _key_length(hiding, query.shape[0])
+            key_length = key_length_of(hiding, query.shape[0])
             order = RankOrder(self._parts(query.shape[2]), ranks)
             query, key, value = (order.undo(x) for x in (query, key, value))
 
             def sparse(plan: AttentionPlan) -> Tensor:
                 return plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
 
-            make_plan = functools.partial(self._make_plan, layer, query, key, value, key_length, scale)
-            plan = self._plan(layer, query, key, value, key_length, make_plan)
+            make_plan = functools.partial(self._make_plan, way.config, layer, query, key, value, key_length, scale)
+            plan = self._plan(layer, policy, query, key, value, key_length, make_plan)
             if isinstance(plan, AttentionPlan):
-                if dense is not None and not self._speed_check.knows(query, mask):
+                if dense is not None and not way.check.knows(query, mask):
                     # Once before it is timed, and not kept: dense attention may need the memory.
                     sparse(plan)
-                    self._speed_check.time(query, mask, dense, sparse, make_plan, self._num_served(plan))
-                    if (reason := self._speed_check.why_slow(query, mask)) is not None:
-                        self.count_dense(layer, reason)
+                    way.check.time(query, mask, dense, sparse, make_plan, self._num_served(plan))
+                    if (reason := way.check.why_slow(query, mask)) is not None:
+                        self._leave_to_model(layer, policy, reason, is_policy=True)
                         return None
                 output = sparse(plan)
                 # Not before it has run: memory may run out.
-                self.tallies[layer].count_sparse(plan)
+                if policy is None:
+                    self.tallies[layer].count_sparse(plan)
+                else:
+                    self.count_dense(layer, f"{policy}, in {plan.precision}")
                 return order.apply(output)
             reason = plan
-        self.fall_back(layer, reason)
+        self._leave_to_model(layer, policy, reason)
         return None
 
+    def _way(self, policy: str | None, query: Tensor) -> _Way | None:
+        """How the kernel computes a call that `policy` wants dense, or sparse where it is None; None: it does not."""
+        if policy is None:
+            return _Way(self.config, self._speed_check)
+        is_long = query.shape[2] >= self.config.fewest_tokens
+        return self._way_of_dense if is_long and policy in (_DENSE_LAYER, _EARLY_STEP) else None
+
+    def _leave_to_model(self, layer: int, policy: str | None, reason: str, is_policy: bool = False) -> None:
+        """Count a call that the kernel could not compute, or should not, as `policy` wants it or against it."""
+        if policy is not None:
+            self.count_dense(layer, f"{policy}, and {reason}")
+        elif is_policy:
+            self.count_dense(layer, reason)
+        else:
+            self.fall_back(layer, reason)
+
     def _check_backend(self, query: Tensor) -> None:
-        kind, quantization = (query.device, query.dtype), self.config.quantization
-        if (self.config.backend is None and quantization is None) or kind in self._checked:
+        kind, precisions = (query.device, query.dtype), self.config.precisions
+        if (self.config.backend is None and not precisions) or kind in self._checked:
             return
         if query.shape[3] > MAX_HEAD_DIM or query.dtype not in DTYPES:
             return  # Dense, with its reason.
-        try:
-            self._pick_backend(query, quantization or "native")
-        except ValueError as error:
-            if quantization is None:
-                raise
-            raise ValueError(f"`quantization` {quantization!r} cannot be used here: {error}") from error
+        if self.config.backend is not None:
+            self._pick_backend(query, "native")
+        for name, precision in precisions.items():
+            try:
+                self._pick_backend(query, precision)
+            except ValueError as error:
+                raise ValueError(f"`{name}` {precision!r} cannot be used here: {error}") from error
         self._checked.add(kind)
 
     def _pick_backend(self, query: Tensor, precision: str) -> None:
@@ -268,9 +308,9 @@ class Session:
     def _policy(self, layer: int, query: Tensor) -> str | None:
         """Why the user's own settings want this call dense."""
         if layer in self._dense_layers:
-            return "dense layer"
+            return _DENSE_LAYER
         if self.step is not None and self.step.is_within_first(self.config.dense_steps):
-            return "early step"
+            return _EARLY_STEP
         if query.shape[2] < (fewest := self.config.fewest_tokens):
             return f"fewer than {fewest} tokens"
         return None
@@ -290,7 +330,7 @@ class Session:
             return f"head dim {query.shape[3]} above {MAX_HEAD_DIM}"
         if query.dtype not in DTYPES:
             return f"{query.dtype}, which no backend computes in"
-        if mask is not None and not (self.family.padding_mask and _hides_keys_only(mask)):
+        if mask is not None and not (self.family.padding_mask and hides_keys_only(mask)):
             return "attention mask"
         if ranks > 1 and self.family.text_apart is None and grid.num_video_tokens < grid.num_tokens:
             return "nobody has said how context parallelism cuts the text of this family"
@@ -317,6 +357,7 @@ class Session:
     def _plan(
         self,
         layer: int,
+        policy: str | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -328,7 +369,7 @@ class Session:
         made_for = (self._grid(query.shape[2]), query.shape, query.dtype, query.device, key_length is None)
         # Guidance branches share a plan: their errors then point the same way, and guidance does not amplify them.
         # A model that attends row by row of the batch calls a layer several times; each row is a video of its own.
-        slot = (layer, self._rows[layer], made_for, None if self.step.branch_is_named else self.step.branch)
+        slot = (layer, policy, self._rows[layer], made_for, None if self.step.branch_is_named else self.step.branch)
         kept = self._plans.get(slot)
         if kept is None or not kept.serves(self.step.index, self.config.replan_every):
             if not _is_finite(query, key, value):
@@ -344,6 +385,7 @@ class Session:
 
     def _make_plan(
         self,
+        config: SparseAttentionConfig,
         layer: int,
         query: Tensor,
         key: Tensor,
@@ -352,12 +394,12 @@ class Session:
         scale: float | None,
         progress: float | None = None,
     ) -> AttentionPlan | None:
-        """A new plan of the layer, for this step or one as far on as `progress`; None where it is to be dense."""
+        """A new plan of the layer by `config`, for this step or one as far on as `progress`; None to be dense."""
         grid = self._grid(query.shape[2])
         assert self.step is not None
         assert grid is not None
         if progress is None:
-            progress = self.step.progress_beyond(self.config.dense_steps, self.config.replan_every)
+            progress = self.step.progress_beyond(config.dense_steps, config.replan_every)
         call = AttentionCall(
             grid=grid,
             layer=layer,
@@ -369,9 +411,9 @@ class Session:
             scale=scale,
             model=self.model_name,
         )
-        plan = make_plan(self.config.strategy, query, key, value, call)
-        if plan is not None and self.config.quantization is not None:
-            plan = replace(plan, precision=self.config.quantization)
+        plan = make_plan(config.strategy, query, key, value, call)
+        if plan is not None and config.quantization is not None:
+            plan = replace(plan, precision=config.quantization)
         return plan
 
     def _num_served(self, plan: AttentionPlan) -> int:
@@ -380,39 +422,7 @@ class Session:
         return total if plan.lasts and total is not None else self.config.replan_every
 
 
-_STRATEGY_SAYS_DENSE = "the strategy keeps it dense"
-
-
-@functools.lru_cache(maxsize=64)
-def grid_of(layout: tuple[int | None, ...], num_tokens: int) -> TokenGrid:
-    """The grid of a sequence by the layout that `begin` takes: asked for several times at each call.
-
-    Raises:
-        TypeError, ValueError: the layout is none.
-    """
-    *size, text_before, text_after = layout
-    grid = TokenGrid(*size)  # type: ignore[arg-type]
-    # Some layers see the grid without its text.
-    if num_tokens == grid.num_video_tokens:
-        return grid
-    left = max(0, num_tokens - grid.num_tokens - (text_before or 0) - (text_after or 0))
-    return replace(
-        grid,
-        text_before=left if text_before is None else text_before,
-        text_after=left if text_after is None else text_after,
-    )
-
-
-def _hides_keys_only(mask: Tensor) -> bool:
-    """Whether a mask is [B|1, 1, 1, S] or [B, S] bool: the same keys for every query."""
-    return mask.dtype == torch.bool and (mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
-
-
-def _key_length(mask: Tensor | None, batch: int) -> Tensor | None:
-    """The lengths [B] int32 that a mask of a padded tail leaves."""
-    if mask is None:
-        return None
-    return mask.reshape(mask.shape[0], -1).sum(-1, dtype=torch.int32).expand(batch).contiguous()
+_DENSE_LAYER, _EARLY_STEP, _STRATEGY_SAYS_DENSE = "dense layer", "early step", "the strategy keeps it dense"
 
 
 def _is_finite(*tensors: Tensor) -> bool:

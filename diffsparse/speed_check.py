@@ -1,4 +1,7 @@
-"""Whether sparse attention is worth it on this machine: each kind of call is timed once, sparse and dense."""
+"""Whether sparse attention is worth it on this machine: each kind of call is timed once, sparse and dense.
+
+So is dense attention that is quantized, against that of the model.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,16 @@ class SpeedCheck:
 
     A kind is a shape, dtype and device of the query, with a mask or without, and what is computed by the config. Where
     that says `min_tokens`, nothing is timed.
+
+    Args:
+        model_name: the transformer's class, for the warning.
+        config: whose calls are timed.
+        what: what computes them, in the reason why they are not worth it.
     """
 
-    def __init__(self, model_name: str, config: SparseAttentionConfig) -> None:
+    def __init__(self, model_name: str, config: SparseAttentionConfig, what: str = "sparse attention") -> None:
         self._model_name = model_name
+        self._what = what
         # Of the config, what the time of a call depends on.
         self._computes = _mark_of(config.strategy), config.replan_every, config.backend, config.quantization
         self._times = config.min_tokens is None
@@ -52,7 +61,7 @@ class SpeedCheck:
         speed_up = _SPEED_UPS.get(self._kind(query, mask)) if self._times else None
         if speed_up is None or speed_up >= LEAST_SPEED_UP:
             return None
-        return f"sparse attention is {speed_up:.2f}x as fast as dense attention here"
+        return f"{self._what} is {speed_up:.2f}x as fast as dense attention here"
 
     def time(
         self,
@@ -91,8 +100,7 @@ class SpeedCheck:
         _SPEED_UPS.setdefault(self._kind(query, mask), speed_up)
         if (reason := self.why_slow(query, mask)) is not None:
             logger.warning(
-                "diffsparse: self-attention of %s over %d tokens stays dense: %s. min_tokens=0 makes it sparse all the "
-                "same.",
+                "diffsparse: self-attention of %s over %d tokens is left to the model: %s. min_tokens=0 ends that.",
                 self._model_name,
                 query.shape[2],
                 reason,

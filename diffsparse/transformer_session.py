@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from diffsparse.config import SparseAttentionConfig
+from diffsparse.grid import grid_of
 from diffsparse.pipelines.family import Family
 from diffsparse.pipelines.padding import hides_nothing
-from diffsparse.session import Session, grid_of
+from diffsparse.session import Session
 from diffsparse.steps import StepClock
 
 

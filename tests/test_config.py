@@ -42,6 +42,8 @@ def test_presets_go_from_quality_to_fast():
             "`quantization` must be None or one of int8, int8_int8, int8_fp8, fp8, int4, got 'fp4'",
         ),
         ({"quantization": True}, ValueError, "`quantization`"),
+        ({"dense_quantization": "fp4"}, ValueError, "`dense_quantization` must be None or one of int8, .*, got 'fp4'"),
+        ({"dense_quantization": "native"}, ValueError, "`dense_quantization`"),
         ({"backend": ["triton"]}, ValueError, r"`backend` must be None or one of .*, got \['triton'\]"),
         ({"strategy": "adaptive"}, TypeError, "`strategy` must be a strategy object"),
         ({"strategy": Adaptive}, TypeError, "`strategy`"),

@@ -20,6 +20,7 @@ GRID = TokenGrid(2, 3, 5, text_before=1, text_after=2)
 BLOCKS = 9  # of 33 tokens in fours
 OWN_LAST_TWO = [*range(30, -1, -1), 31, 32]
 SETTINGS = {"dense_steps": 0.2, "dense_layers": (0, -1), "min_tokens": None, "replan_every": 4, "quantization": None}
+SETTINGS |= {"dense_quantization": "int8"}
 HEAD = HeadPlan(block_map=0, order=0, key_order=0, tail=0, head_class=-1, skipped=0)
 CALIBRATION = Calibration(
     model="Example",
@@ -60,6 +61,11 @@ def rewrite(file, change_text=lambda text: None, change_tensors=lambda tensors: 
     change_text(text)
     change_tensors(tensors)
     safetensors.torch.save_file(tensors, file, {"diffsparse": json.dumps(text)})
+
+
+def test_a_file_from_before_dense_calls_could_be_quantized_is_read(file):
+    rewrite(file, lambda text: text["settings"].pop("dense_quantization"))
+    assert load_plans(file).settings == SETTINGS | {"dense_quantization": None}
 
 
 def refuses(file, message):

@@ -88,7 +88,7 @@ def test_what_is_not_faster_is_dense_from_its_first_call_on(wan, call, set_clock
     assert report_of(wan).sparse_calls == 0
     (warning,) = [record.getMessage() for record in caplog.records]
     assert warning.startswith(
-        "diffsparse: self-attention of WanTransformer3DModel over 105 tokens stays dense: " + reason
+        "diffsparse: self-attention of WanTransformer3DModel over 105 tokens is left to the model: " + reason
     )
 
 

@@ -264,6 +264,8 @@ class DiffSparseAttention:
             min_tokens=None if min_tokens == AUTO_MIN_TOKENS else min_tokens,
             strict=strict,
             quantization=None if quantize == "off" else quantize,
+            # ComfyUI has attention in 8 bits of its own for what stays dense.
+            dense_quantization=None,
         )
         settings = Settings(config, start_percent, end_percent, first_step_only=preset == "auto", verbose=verbose)
         return (SparsePatch(settings, known, node_id).put_on(model),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
@@ -20,6 +21,18 @@ def check_padding_is_last(mask: Tensor | None) -> None:
 def hides_nothing(mask: Tensor | None) -> bool:
     """Whether there is a mask [B, text tokens] and it hides no token. Read from the device once for each mask."""
     return mask is not None and _has_values(mask) and read_once(mask, _hides_no_token)
+
+
+def hides_keys_only(mask: Tensor) -> bool:
+    """Whether a mask is [B|1, 1, 1, S] or [B, S] bool: the same keys for every query."""
+    return mask.dtype == torch.bool and (mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
+
+
+def key_length_of(mask: Tensor | None, batch: int) -> Tensor | None:
+    """The lengths [B] int32 that a mask of a padded tail leaves."""
+    if mask is None:
+        return None
+    return mask.reshape(mask.shape[0], -1).sum(-1, dtype=torch.int32).expand(batch).contiguous()
 
 
 def _has_values(mask: Tensor) -> bool:

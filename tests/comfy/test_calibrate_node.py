@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
@@ -10,7 +11,7 @@ import torch
 import diffsparse.config
 from diffsparse.comfy.calibrate_node import DiffSparseCalibrate
 from diffsparse.plan import AttentionPlan
-from diffsparse.plan_file import load_plans
+from diffsparse.plan_file import load_plans, save_plans
 from diffsparse.plan_recorder import PlanRecorder
 from diffsparse.session import DenseFallback
 from diffsparse.speed_check import SpeedCheck
@@ -44,6 +45,17 @@ def test_the_file_makes_the_very_latents_that_it_was_made_with(file, model_class
     assert torch.equal(sample(served), expected)
     assert "preset fast and density 0.25 have no effect with plan_file plan.safetensors" in caplog.text
     assert not torch.equal(sample(standins.patched(model, preset="fast", quantize=quantize)), expected)
+
+
+def test_blocks_that_stay_dense_are_left_to_comfyui_whatever_the_file_says(file):
+    model = standins.patcher(layers=2)
+    standins.sample(recording(model, dense_blocks="0", min_tokens=0))
+    made = load_plans(file)
+    save_plans(file, dataclasses.replace(made, settings=made.settings | {"dense_quantization": "int8"}))
+    served = standins.patched(model, plan_file="plan.safetensors", dense_blocks="0", min_tokens=0)
+    standins.sample(served)
+    reasons = served.get_attachment("diffsparse").report().transformers[0].dense_reasons
+    assert set(reasons) <= {"dense layer", "early step"}
 
 
 def test_nothing_is_timed_while_a_file_is_made(file, monkeypatch):
