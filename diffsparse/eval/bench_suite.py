@@ -113,11 +113,17 @@ def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str]
 
 
 def _configs() -> dict[str, Any]:
-    """What transformers are timed with: the preset, and the same in 8 bits."""
+    """What transformers are timed with: the preset, the same in 8 bits, and dense in them."""
     from diffsparse.config import as_config
+    from diffsparse.strategies.all_blocks import AllBlocks
 
     preset: Any = as_config(PRESET)
-    return {PRESET: preset, f"{PRESET}, {QUANTIZATION}": replace(preset, quantization=QUANTIZATION)}
+    in_8_bits = replace(preset, quantization=QUANTIZATION)
+    return {
+        PRESET: preset,
+        f"{PRESET}, {QUANTIZATION}": in_8_bits,
+        f"dense, {QUANTIZATION}": replace(in_8_bits, strategy=AllBlocks(precision=QUANTIZATION)),
+    }
 
 
 def measure(geometry: Geometry, device: torch.device, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:

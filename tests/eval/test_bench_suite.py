@@ -80,22 +80,22 @@ def test_transformers_are_timed_in_8_bits_too_where_the_device_has_them(suite, t
     refused = "the GPU has no FP8"
 
     def measured(model, call, device, config, rounds):
-        assert (config.strategy.density, config.strategy.tail) == (0.25, True)
         if config.quantization is not None and len(taken) == 1:
             raise ValueError(refused)
-        taken.append(config.quantization)
+        taken.append((type(config.strategy).__name__, config.quantization))
         return {"speed_up": 2.0, "density": 0.25}
 
     taken = []
     monkeypatch.setattr(bench_suite, "bench_transformer", measured)
     assert run(tmp_path / "speed.json") == 0
-    assert taken == [None, None, "int8_fp8"]
+    in_8_bits = [("Adaptive", "int8_fp8"), ("AllBlocks", "int8_fp8")]
+    assert taken == [("Adaptive", None), ("Adaptive", None), *in_8_bits]
     found = json.loads((tmp_path / "speed.json").read_text())["transformers"]
     assert [list(each) for each in found.values()] == [
         ["balanced"],
-        ["balanced", "balanced, int8_fp8"],
+        ["balanced", "balanced, int8_fp8", "dense, int8_fp8"],
     ]
-    assert f"cannot run: {refused}" in " ".join(capsys.readouterr().out.split())
+    assert f"balanced, int8_fp8 cannot run: {refused}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_is_measured_is_not_measured_again(suite, tmp_path, monkeypatch):
