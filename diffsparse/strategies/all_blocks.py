@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from diffsparse.block_mask import BlockMask, num_blocks
+from diffsparse.kernels.backends import BACKENDS
 from diffsparse.kernels.block_sparse import pick_backend
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.strategy import AttentionCall
 
-# The first that the backend takes: large ones are faster, but for some GPUs' memory.
+# The first that the fastest backend takes: large ones are faster, but for some GPUs' memory.
 BLOCK_SIZES = (128, 64)
 
 
@@ -30,13 +32,13 @@ class AllBlocks:
 
     def plan(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionPlan:
         """The same plan for every layer and step."""
-        size = BLOCK_SIZES[-1]
+        backends: dict[int, str] = {}
         for size in BLOCK_SIZES:
-            try:
-                pick_backend(self.backend, query, size, size, self.precision)
-            except ValueError:
-                continue
-            break
+            with contextlib.suppress(ValueError):
+                backends[size] = pick_backend(self.backend, query, size, size, self.precision).__name__
+        fastest_first = list(BACKENDS.values())
+        # What takes no size is said of where it is computed.
+        size = min(backends, key=lambda size: fastest_first.index(backends[size]), default=BLOCK_SIZES[-1])
         return AttentionPlan(None, _all_of(query.shape[2], size, query.device), lasts=True)
 
 

@@ -11,7 +11,7 @@ from tiny_models import TINY
 
 import diffsparse.config
 from diffsparse import speed_check
-from diffsparse.kernels import block_sparse_eager
+from diffsparse.kernels import block_sparse, block_sparse_eager
 from diffsparse.kernels.block_sparse import block_sparse_attention
 from diffsparse.session import Session
 from diffsparse.steps import Step
@@ -125,6 +125,17 @@ def test_blocks_are_the_largest_that_the_backend_takes(monkeypatch, largest, exp
     mask = AllBlocks("eager").plan(*qkv(), None).mask
     assert (mask.query_block_size, mask.key_block_size) == (expected, expected)
     assert float(mask.density) == 1.0
+
+
+def test_a_slower_backend_that_takes_larger_blocks_does_not_take_the_place_of_a_faster_one(monkeypatch):
+    pytest.importorskip("triton")
+
+    def why_not(name, query, query_block_size, key_block_size, precision):
+        takes = name == "eager" or (name == "triton" and query_block_size == 64)
+        return None if takes else "too little memory"
+
+    monkeypatch.setattr(block_sparse, "why_not", why_not)
+    assert AllBlocks(precision="int8").plan(*qkv(), None).mask.query_block_size == 64
 
 
 class Family:
