@@ -28,6 +28,7 @@ SHARED = Adaptive(density=0.4, query_block_size=8, key_block_size=8)
 STRATEGY = dataclasses.replace(SHARED, equal_heads=True)
 # Stock attention, what is enabled but dense, and sparse attention that no layer may fall back from.
 CONFIGS = {"stock": None, "dense": DENSE, "sparse": config(STRATEGY, strict=True)}
+IN_8_BITS = config(STRATEGY, dense_steps=1.0, dense_quantization="int8")
 
 
 @dataclasses.dataclass
@@ -219,6 +220,7 @@ def work(rank, ranks, folder):
     runs = [(name, way, SCENARIOS[name], CONFIGS[way]) for name in SCENARIOS for way in CONFIGS]
     runs.append(("unknown cut", "sparse", UNKNOWN_CUT, config(STRATEGY)))
     runs.append(("wan", "shared", SCENARIOS["wan"], config(SHARED, strict=True)))
+    runs.append(("hunyuan_video, padded text", "in 8 bits", SCENARIOS["hunyuan_video, padded text"], IN_8_BITS))
     runs += [("ring", way, RING, chosen) for way, chosen in RING_CONFIGS.items()]
     if ranks == 2:
         runs.append(("compiled", "sparse", COMPILED, CONFIGS["sparse"]))
@@ -276,6 +278,14 @@ def test_no_rank_waits_for_another_where_heads_share_their_blocks(results):
     for _, report in results["wan", "shared"]:
         assert report.density == pytest.approx(alone.density)
         assert (report.sparse_calls, report.dense_calls) == (alone.sparse_calls, 0)
+
+
+def test_dense_calls_in_8_bits_are_those_of_one_process(results):
+    expected, alone = SCENARIOS["hunyuan_video, padded text"].run(IN_8_BITS)
+    assert alone.dense_reasons == {"early step, in int8": alone.num_layers}
+    for output, report in results["hunyuan_video, padded text", "in 8 bits"]:
+        torch.testing.assert_close(output, expected)
+        assert report.dense_reasons == alone.dense_reasons
 
 
 def test_ranks_may_differ_in_what_they_find_fast(results):
