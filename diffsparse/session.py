@@ -253,8 +253,7 @@ class Session:
         """How the kernel computes a call that `policy` wants dense, or sparse where it is None; None: it does not."""
         if policy is None:
             return _Way(self.config, self._speed_check)
-        is_long = query.shape[2] >= self.config.fewest_tokens
-        return self._way_of_dense if is_long and policy in (_DENSE_LAYER, _EARLY_STEP) else None
+        return self._way_of_dense if query.shape[2] >= self.config.fewest_tokens else None
 
     def _leave_to_model(self, layer: int, policy: str | None, reason: str, is_policy: bool = False) -> None:
         """Count a call that the kernel could not compute, or should not, as `policy` wants it or against it."""
@@ -308,9 +307,9 @@ class Session:
     def _policy(self, layer: int, query: Tensor) -> str | None:
         """Why the user's own settings want this call dense."""
         if layer in self._dense_layers:
-            return _DENSE_LAYER
+            return "dense layer"
         if self.step is not None and self.step.is_within_first(self.config.dense_steps):
-            return _EARLY_STEP
+            return "early step"
         if query.shape[2] < (fewest := self.config.fewest_tokens):
             return f"fewer than {fewest} tokens"
         return None
@@ -422,7 +421,7 @@ class Session:
         return total if plan.lasts and total is not None else self.config.replan_every
 
 
-_DENSE_LAYER, _EARLY_STEP, _STRATEGY_SAYS_DENSE = "dense layer", "early step", "the strategy keeps it dense"
+_STRATEGY_SAYS_DENSE = "the strategy keeps it dense"
 
 
 def _is_finite(*tensors: Tensor) -> bool:
