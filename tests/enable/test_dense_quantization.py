@@ -15,6 +15,7 @@ from diffsparse.kernels import block_sparse, block_sparse_eager
 from diffsparse.kernels.block_sparse import block_sparse_attention
 from diffsparse.session import Session
 from diffsparse.steps import Step
+from diffsparse.strategies import all_blocks
 from diffsparse.strategies.all_blocks import AllBlocks
 
 
@@ -110,9 +111,12 @@ def test_where_it_is_hardly_faster_the_model_computes(model, call, monkeypatch, 
 
 
 def test_a_precision_that_the_backend_lacks_is_an_error_at_the_first_call(model, call, monkeypatch):
-    monkeypatch.setattr("diffsparse.kernels.block_sparse_eager.why_not", lambda query, *sizes: None)
-    model.enable_sparse_attention(config(dense_quantization="fp8"))
-    with pytest.raises(ValueError, match=r"`dense_quantization` 'fp8' .* eager: it does not compute in fp8"):
+    def why_not(query, query_block_size, key_block_size, precision="native"):
+        return "no FP8 here" if precision == "fp8" else None
+
+    monkeypatch.setattr(block_sparse_eager, "why_not", why_not)
+    model.enable_sparse_attention(config(quantization="int8", dense_quantization="fp8"))
+    with pytest.raises(ValueError, match=r"`dense_quantization` 'fp8' .* eager: no FP8 here"):
         run(model, call)
 
 
@@ -136,6 +140,14 @@ def test_a_slower_backend_that_takes_larger_blocks_does_not_take_the_place_of_a_
 
     monkeypatch.setattr(block_sparse, "why_not", why_not)
     assert AllBlocks(precision="int8").plan(*qkv(), None).mask.query_block_size == 64
+
+
+def test_the_size_of_blocks_is_asked_of_the_backend_that_computes_in_its_precision(monkeypatch):
+    asked = []
+    monkeypatch.setattr(all_blocks, "pick_backend", lambda *of: asked.append(of) or block_sparse_eager)
+    begin(session := session_of(dense_steps=1.0, backend="eager"), 0)
+    session.attend(0, *qkv(), None, None)
+    assert {(backend, precision) for backend, *_, precision in asked} == {("eager", "int8")}
 
 
 class Family:
