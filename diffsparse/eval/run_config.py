@@ -52,6 +52,11 @@ class RunConfig:
         """Whether there is a report of what ran sparse."""
         return any(isinstance(part, SparseAttentionConfig) for part in self.parts)
 
+    @property
+    def quantizes_dense_steps(self) -> bool:
+        """Whether its early steps are computed by the kernel as well."""
+        return any(isinstance(part, SparseAttentionConfig) and part.dense_quantization for part in self.parts)
+
     @contextlib.contextmanager
     def on(self, pipe: Any, num_steps: int, dense_steps: float | None = None) -> Iterator[None]:
         """Put it on a pipeline inside the block, with other `dense_steps` than its own where they are given.

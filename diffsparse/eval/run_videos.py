@@ -109,13 +109,15 @@ class Studio:
         """A video by a config, and its record. The studio is open.
 
         The first calls of a process are slower: memory is fetched, kernels are compiled. So the first video of each
-        config follows after one step outside the timing.
+        config follows after one step of each kind outside the timing.
         """
         sampling = self._job.model.sampling
         if config.folder not in self._warm:
             one_step = dataclasses.replace(sampling, num_inference_steps=1)
-            with config.on(self._pipe, 1, dense_steps=0.0):
-                generate(self._pipe, prompt, seed, one_step)
+            # Dense steps that are quantized have kernels of their own.
+            for dense_steps in (1.0, 0.0) if config.quantizes_dense_steps else (0.0,):
+                with config.on(self._pipe, 1, dense_steps):
+                    generate(self._pipe, prompt, seed, one_step)
             self._warm.add(config.folder)
         memory = PeakMemory(self._job.device)
         with config.on(self._pipe, sampling.num_inference_steps):

@@ -78,6 +78,25 @@ def test_processes_of_a_launcher_make_what_one_makes_and_each_video_once(argumen
     assert report_of(tmp_path / "two") == report_of(tmp_path / "one")
 
 
+@pytest.mark.parametrize(
+    ("option", "warm_up"), [("", [(4, {})]), (",dense_quantization=int8", [(0, {"early step, in int8": 4}), (4, {})])]
+)
+def test_the_first_video_follows_after_a_step_of_each_kind(arguments, monkeypatch, option, warm_up):
+    ran, generate = [], run_videos.generate
+
+    def generate_and_count(pipe, *args):
+        made = generate(pipe, *args)
+        if pipe.is_sparse_attention_enabled:
+            (counted,) = pipe.sparse_attention_report().transformers
+            ran.append((counted.sparse_calls, counted.dense_reasons))
+        return made
+
+    monkeypatch.setattr(run_videos, "generate", generate_and_count)
+    one = "--num-prompts", 1, "--config", f"{CONFIGS[0]},dense_steps=0.5{option}"
+    assert run_command("eval", "run", *arguments("one", *one)) == 0
+    assert ran[:-1] == warm_up
+
+
 def test_who_is_left_makes_the_rest_when_the_other_is_killed(arguments, tmp_path, monkeypatch):
     fork = multiprocessing.get_context("fork")
     reached = fork.Event()
