@@ -110,6 +110,23 @@ def test_where_it_is_hardly_faster_the_model_computes(model, call, monkeypatch, 
     assert [why in record.getMessage() for record in caplog.records] == ([] if is_used else [True])
 
 
+def test_dense_and_sparse_calls_are_timed_apart(monkeypatch):
+    monkeypatch.setattr(speed_check, "_SPEED_UPS", {})
+    monkeypatch.setattr(speed_check, "LEAST_SPEED_UP", 1.2)
+    monkeypatch.setattr(speed_check, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(speed_check, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(diffsparse.config, "MIN_TOKENS", 0)
+    timed = iter([1.0, 0.9, 0.0, 1.0, 0.5, 0.0])
+    monkeypatch.setattr(speed_check, "seconds_of", lambda compute, device: next(timed))
+    session = session_of(dense_steps=0.5, min_tokens=None, quantization="int8")
+    for index in range(2):
+        begin(session, index, of=2)
+        session.attend(0, *qkv(), None, None, dense=lambda: None)
+    why = "dense attention in int8 is 1.11x as fast as dense attention here"
+    assert session.tallies[0].dense_reasons == {f"early step, and {why}": 1}
+    assert session.tallies[0].sparse_calls == 1
+
+
 def test_a_precision_that_the_backend_lacks_is_an_error_at_the_first_call(model, call, monkeypatch):
     def why_not(query, query_block_size, key_block_size, precision="native"):
         return "no FP8 here" if precision == "fp8" else None
@@ -142,12 +159,14 @@ def test_a_slower_backend_that_takes_larger_blocks_does_not_take_the_place_of_a_
     assert AllBlocks(precision="int8").plan(*qkv(), None).mask.query_block_size == 64
 
 
-def test_the_size_of_blocks_is_asked_of_the_backend_that_computes_in_its_precision(monkeypatch):
+def test_the_size_of_blocks_is_asked_once_of_the_backend_that_computes_in_its_precision(monkeypatch):
     asked = []
     monkeypatch.setattr(all_blocks, "pick_backend", lambda *of: asked.append(of) or block_sparse_eager)
-    begin(session := session_of(dense_steps=1.0, backend="eager"), 0)
-    session.attend(0, *qkv(), None, None)
-    assert {(backend, precision) for backend, *_, precision in asked} == {("eager", "int8")}
+    session = session_of(dense_steps=1.0, backend="eager", replan_every=1)
+    for index in range(3):
+        begin(session, index)
+        session.attend(0, *qkv(), None, None)
+    assert [(backend, precision) for backend, *_, precision in asked] == [("eager", "int8")] * 2
 
 
 class Family:
