@@ -257,6 +257,9 @@ def predict_sparse_attention(
             f"what {type(strategy).__name__} computes depends on the video: say `density`, as a report of it shows."
         )
     speed = _kernel_speed(gpu, chosen.quantization, efficiency)
+    source = speed.source
+    if chosen.dense_quantization is not None:
+        source += f"; dense steps and layers as the model computes them, not in {chosen.dense_quantization}"
     attention_flops = sum(each for _, each in flops.attention)
     sparse = SparseAttentionPrediction(
         transformer=type(transformer).__name__,
@@ -277,7 +280,7 @@ def predict_sparse_attention(
         dense_call_seconds=attention_flops / len(names) / speed.dense_flops_per_second,
         planning_seconds=between(speed.planning_seconds, num_tokens * num_heads * head_dim),
         permuting_seconds=between(speed.permuting_seconds, num_tokens * num_heads * head_dim),
-        source=speed.source,
+        source=source,
         why_dense=None,
     )
     if grid.num_tokens < chosen.fewest_tokens:

@@ -46,6 +46,12 @@ def test_wan_720p_by_hand():
     assert found.attention_share == pytest.approx(1 / (1 + linear / found.attention_flops), abs=0.005)
 
 
+def test_dense_steps_in_8_bits_are_not_foreseen_which_is_said(wan):
+    plain, quantized = (predict(wan, config=SparseAttentionConfig(dense_quantization=p)) for p in (None, "int8"))
+    assert quantized.source == f"{plain.source}; dense steps and layers as the model computes them, not in int8"
+    assert replace(quantized, source=plain.source) == plain
+
+
 @pytest.mark.parametrize(
     ("size", "num_tokens", "listed", "of_key_blocks", "part"),
     [
