@@ -38,8 +38,9 @@ class SparseAttentionConfig:
             (docs/quantization.md); None for the dtype of the model. Where the backend cannot, the first attention call
             raises ValueError.
         dense_quantization: what early steps and dense layers compute in, one of the same, by the same kernel; None
-            leaves them to the model's own attention. Where that is hardly faster here it stays, as sparse attention
-            does by `min_tokens`.
+            leaves them to the model's own attention. That also computes, even where `strict`, what the kernel cannot
+            take or is hardly faster at, which is timed as sparse calls are by `min_tokens`. Where the backend cannot
+            compute in it, the first attention call raises ValueError.
 
     Raises:
         TypeError, ValueError: a wrong type or range, with what was expected.

@@ -21,7 +21,7 @@ class TransformerReport:
         family: the model family; None for a transformer that no family describes.
         num_layers, num_heads: of self-attention.
         sparse_calls, dense_calls: attention calls, one for each layer and call of the transformer.
-        dense_reasons: dense calls by reason.
+        dense_reasons: dense calls by reason; of those that `dense_quantization` computed it ends in what they were in.
         density: share of key blocks computed exactly, mean over the sparse calls; None before the first.
         overall_density: the same with every dense call counted as 1; None before the first call.
         head_classes: name of the class of every head, [layer][head], as last planned; "dense" where none is.
