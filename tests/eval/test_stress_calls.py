@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from diffsparse.eval import stress_calls
 from diffsparse.eval.stress_calls import calls_of
 from diffsparse.eval.stress_trial import DENSE, SIZES, Subject
 from diffsparse.kernels import block_sparse_eager
@@ -37,8 +38,9 @@ def test_what_eager_and_pytorch_compute_is_right_the_same_each_time_and_not_if_a
 
 
 def test_the_full_size_is_that_of_a_model_in_both_key_blocks_with_and_without_tail(monkeypatch):
-    seen = []
-    attend = block_sparse_eager.attend
+    seen, drawn = [], []
+    attend, random_lists = block_sparse_eager.attend, stress_calls.random_lists
+    monkeypatch.setattr(stress_calls, "random_lists", lambda *of: drawn.append(of[-1]) or random_lists(*of))
 
     def look(query, key, value, key_blocks, counts, **options):
         assert (query.shape, counts.shape) == ((1, 2, 384, 64), (1, 2, 3))
@@ -49,6 +51,7 @@ def test_the_full_size_is_that_of_a_model_in_both_key_blocks_with_and_without_ta
     for call in calls(FULL):
         call.call()
     assert seen == [(128, False), (128, True), (64, True)]
+    assert drawn == [(128, key_block_size) for key_block_size, _ in seen]
 
 
 def small_cases(monkeypatch, **changes):
