@@ -223,7 +223,7 @@ def _take_tile(
 ):
     """Take the last tile's weights [ROWS, TILE] into the numerator, this tile's into the total.
 
-    The tile's own scale of `key_scales`, None if nothing is quantized, comes to `scale`.
+    The scale of each of the tile's blocks in `key_scales`, None if nothing is quantized, comes to `scale`.
 
     `sizes` is how many keys of each of the tile's blocks exist, None if all do. At `logs_ptr` is the log2 of how many
     tokens each key is the mean of, None if none is one.

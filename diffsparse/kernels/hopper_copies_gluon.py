@@ -17,7 +17,7 @@ from diffsparse.kernels.hopper_tiles_gluon import load_tile
 def copy_tiles(keys, values, means, lists, scales, num_tail_tiles, place, descs, KEY_BLOCK: gl.constexpr):
     """Copy tile after tile of keys and values as they become free. Runs in one warp.
 
-    A quantized tile's scale goes beside it.
+    The scale of each quantized block goes beside its tile.
     """
     key_scales, key_scale_ptr = scales
     num_tiles = lists[2]
