@@ -13,7 +13,7 @@ from peer_standins import install_flash_attn
 
 from diffsparse import Adaptive, SparseAttentionConfig
 from diffsparse.call_flops import CallFlops
-from diffsparse.eval import bench, bench_suite, bench_transformer
+from diffsparse.eval import bench, bench_suite, bench_transformer, random_attention
 from diffsparse.eval.bench_suite import SUITES, Geometry, measure
 from diffsparse.eval.bench_table import as_markdown
 from diffsparse.eval.bench_transformer import SUBJECTS, with_few_layers
@@ -44,8 +44,16 @@ def run(output, *arguments):
     return run_command("bench", "--suite", "tiny", "--output", output, "--repeats", 1, *arguments)
 
 
-def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, capsys):
+def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, capsys, monkeypatch):
     output = tmp_path / "speed.json"
+    counts_of = {}
+
+    def random_lists(*of):
+        lists, counts = random_attention.random_lists(*of)
+        counts_of.setdefault(of[4:], counts)
+        return lists, counts
+
+    monkeypatch.setattr(bench_suite, "random_lists", random_lists)
     assert run(output) == 0
     result = json.loads(output.read_text())["attention"]["small"]
     assert result["tokens"] == 144
@@ -67,6 +75,9 @@ def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, cap
         assert call["error"] < 1e-6
         share = ours["native 1"]["seconds"] / call["seconds"] * call["density"]
         assert call["share_of_linear"] == pytest.approx(share)
+    # 144 tokens are three blocks of 64, of which each query block lists so many.
+    listed = counts_of[(128, 64),].float().mean()
+    assert ours["native, 64 keys a block 0.5"]["density"] == pytest.approx(float(listed) / 3)
 
     assert run_command("bench", "--table", output) == 0
     table = capsys.readouterr().out
