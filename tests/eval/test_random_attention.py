@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffsparse.eval.random_attention import random_lists
+from diffsparse.eval.random_attention import error_of_sampled_rows, random_inputs, random_lists, sparse_call
 from diffsparse.kernels.block_sparse import check_lists
 
 CPU = torch.device("cpu")
@@ -28,3 +28,14 @@ def test_lists_ascend():
     key_blocks, counts = random_lists(2560, 2, 0.5, CPU)
     for blocks, count in zip(key_blocks.flatten(0, 2).tolist(), counts.flatten().tolist()):
         assert blocks[:count] == sorted(set(blocks[:count]))
+
+
+@pytest.mark.parametrize("key_block_size", [64, 128])
+@pytest.mark.parametrize("tail", [False, True])
+def test_nothing_is_off_in_blocks_of_either_size(key_block_size, tail):
+    # The last block is not whole, and smaller than half of 128.
+    inputs = random_inputs(144, 2, 16, CPU)
+    blocks = 128, key_block_size
+    lists = random_lists(144, 2, 0.5, CPU, blocks)
+    output = sparse_call(*inputs, *lists, blocks, tail=tail)()
+    assert error_of_sampled_rows(*inputs, *lists, output, tail, key_block_size) < 1e-6
