@@ -46,20 +46,26 @@ def run(output, *arguments):
 
 def test_every_precision_and_density_is_compared_with_dense(suite, tmp_path, capsys, monkeypatch):
     output = tmp_path / "speed.json"
-    counts_of = {}
+    counts_of, asked = {}, []
 
     def random_lists(*of):
         lists, counts = random_attention.random_lists(*of)
         counts_of.setdefault(of[4:], counts)
         return lists, counts
 
+    def sparse_call(*of, tail, **options):
+        asked.append((of[5], tail))
+        return random_attention.sparse_call(*of, tail=tail, **options)
+
     monkeypatch.setattr(bench_suite, "random_lists", random_lists)
+    monkeypatch.setattr(bench_suite, "sparse_call", sparse_call)
     assert run(output) == 0
     result = json.loads(output.read_text())["attention"]["small"]
     assert result["tokens"] == 144
     ours = {name: call for name, call in result["calls"].items() if "error" in call}
     kinds = (" 1", " 0.5", " + tail 0.5", ", 64 keys a block 0.5")
     assert list(ours) == [f"{precision}{kind}" for precision in bench_suite.PRECISIONS for kind in kinds]
+    assert asked[: len(kinds)] == [((128, 128), False), ((128, 128), False), ((128, 128), True), ((128, 64), False)]
     dense = result["calls"][result["best_dense"]]["seconds"]
     assert dense == min(call["seconds"] for name, call in result["calls"].items() if name not in ours)
     for call in result["calls"].values():
