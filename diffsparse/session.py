@@ -119,7 +119,7 @@ class Session:
         """That of calls which policy wants dense; None where the model computes them."""
         if (precision := config.dense_quantization) is not None:
             dense = replace(config, strategy=AllBlocks(config.backend, precision), quantization=precision)
-            self._way_of_dense = _Way(dense, SpeedCheck(model_name, dense, f"dense attention in {precision}"))
+            self._way_of_dense = _Way(dense, SpeedCheck(model_name, dense, f"the kernel in {precision}"))
         self._checked: set[tuple[torch.device, torch.dtype]] = set()
 
     def begin(self, step: Step, layout: tuple[int | None, ...] | None) -> None:
@@ -216,8 +216,8 @@ class Session:
         if way is None:
             self.count_dense(layer, str(policy))
             return None
-        if (reason := way.check.why_slow(query, mask)) is not None:
-            self._leave_to_model(layer, policy, reason, is_policy=True)
+        if (slow := way.check.why_slow(query, mask)) is not None:
+            self.count_dense(layer, _after(policy, slow))
             return None
         hiding = None if self.mask_hides_nothing else mask
         if (reason := self._obstacle(query, key, value, hiding, ranks)) is None:
@@ -235,8 +235,8 @@ class Session:
                     # Once before it is timed, and not kept: dense attention may need the memory.
                     sparse(plan)
                     way.check.time(query, mask, dense, sparse, make_plan, self._num_served(plan))
-                    if (reason := way.check.why_slow(query, mask)) is not None:
-                        self._leave_to_model(layer, policy, reason, is_policy=True)
+                    if (slow := way.check.why_slow(query, mask)) is not None:
+                        self.count_dense(layer, _after(policy, slow))
                         return None
                 output = sparse(plan)
                 # Not before it has run: memory may run out.
@@ -246,7 +246,10 @@ class Session:
                     self.count_dense(layer, f"{policy}, in {plan.precision}")
                 return order.apply(output)
             reason = plan
-        self._leave_to_model(layer, policy, reason)
+        if policy is None:
+            self.fall_back(layer, reason)
+        else:
+            self.count_dense(layer, _after(policy, reason))
         return None
 
     def _way(self, policy: str | None, query: Tensor) -> _Way | None:
@@ -254,15 +257,6 @@ class Session:
         if policy is None:
             return _Way(self.config, self._speed_check)
         return self._way_of_dense if query.shape[2] >= self.config.fewest_tokens else None
-
-    def _leave_to_model(self, layer: int, policy: str | None, reason: str, is_policy: bool = False) -> None:
-        """Count a call that the kernel could not compute, or should not, as `policy` wants it or against it."""
-        if policy is not None:
-            self.count_dense(layer, f"{policy}, and {reason}")
-        elif is_policy:
-            self.count_dense(layer, reason)
-        else:
-            self.fall_back(layer, reason)
 
     def _check_backend(self, query: Tensor) -> None:
         kind, precisions = (query.device, query.dtype), self.config.precisions
@@ -422,6 +416,11 @@ class Session:
 
 
 _STRATEGY_SAYS_DENSE = "the strategy keeps it dense"
+
+
+def _after(policy: str | None, reason: str) -> str:
+    """Why the model computes a call: what policy says first, where it wants the call dense anyway."""
+    return reason if policy is None else f"{policy}, and {reason}"
 
 
 def _is_finite(*tensors: Tensor) -> bool:

@@ -6,6 +6,7 @@ The one way in: it checks, picks the backend, and calls it as one operator that 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
@@ -154,8 +155,8 @@ def pick_backend(
 ) -> ModuleType:
     """The module of the named backend, or of the fastest one that can run. ValueError if it cannot.
 
-    A precision changes nothing about which one that is: where it cannot compute in that precision, a slower one that
-    could would be no gain, and nobody would know why.
+    A precision that this one does not compute in is an error: a slower one that does would be no gain, and nobody would
+    know why. One that fails its self-test in the precision is left out like any that fails, with a warning.
     """
     if name is not None and name not in BACKENDS:
         raise ValueError(
@@ -166,14 +167,15 @@ def pick_backend(
         reasons[candidate] = _why_not_right(candidate, query, query_block_size, key_block_size, "native")
         if reasons[candidate] is not None:
             continue
-        reason = None
         if precision != "native":
-            reason = _why_not_right(candidate, query, query_block_size, key_block_size, precision)
-        if reason is not None:
-            raise ValueError(
-                f"`precision` {precision!r} cannot run here: {candidate}: {reason}. "
-                f"Take another one of {', '.join(PRECISIONS)}, or name another backend."
-            )
+            if (reason := why_not(candidate, query, query_block_size, key_block_size, precision)) is not None:
+                raise ValueError(
+                    f"`precision` {precision!r} cannot run here: {candidate}: {reason}. "
+                    f"Take another one of {', '.join(PRECISIONS)}, or name another backend."
+                )
+            reasons[candidate] = _why_not_right(candidate, query, query_block_size, key_block_size, precision)
+            if reasons[candidate] is not None:
+                continue
         return import_module(BACKENDS[candidate])
     raise ValueError(f"`backend` {name!r} cannot run here: {_joined(reasons)}. Leave it out for the fastest that can.")
 
@@ -210,17 +212,27 @@ def _why_not_right(name: str, query: Tensor, query_block_size: int, key_block_si
 
 @functools.cache
 def _why_not_trusted(name: str, device: torch.device, dtype: torch.dtype, precision: str) -> str | None:
-    """What the backend's self-test found before its first use on this device and dtype, None if it is right."""
+    """What the backend's self-test found before its first use on this device and dtype, None if it is right.
+
+    Warns once where it is not: what takes its place is slower.
+    """
     refuse_first_use_in_graph(device)
+    why = None
     try:
         error = self_test(name, device, dtype, precision)
     except torch.OutOfMemoryError:  # another call, with more of it, shall not go without the backend
         raise
     except Exception as failure:  # a compiler or a driver may raise anything; there is another backend
-        return f"its self-test failed ({type(failure).__name__}: {failure})"
-    allowed = largest_error(dtype, precision)
-    # Not `error > allowed`, which is false for an error that is not a number.
-    return None if error <= allowed else f"its self-test is off by {error:.1e}, {allowed:.1e} is allowed"
+        why = f"its self-test failed ({type(failure).__name__}: {failure})"
+    else:
+        allowed = largest_error(dtype, precision)
+        # Not `error > allowed`, which is false for an error that is not a number.
+        if not error <= allowed:
+            why = f"its self-test is off by {error:.1e}, {allowed:.1e} is allowed"
+    if why is not None:
+        kind = dtype if precision == "native" else f"{dtype}, {precision}"
+        warnings.warn(f"diffsparse: the backend {name} is left out for {kind}: {why}", stacklevel=2)
+    return why
 
 
 @torch.library.custom_op(

@@ -98,7 +98,7 @@ def test_where_it_is_hardly_faster_the_model_computes(model, call, monkeypatch, 
     monkeypatch.setattr(speed_check, "seconds_of", lambda compute, device: compute() is None or next(timed))
     monkeypatch.setattr(speed_check, "ENOUGH_SECONDS", 0.0)
     quantized = config(min_tokens=None, dense_steps=1.0, dense_quantization="int8")
-    why = "dense attention in int8 is 1.11x as fast as dense attention here"
+    why = "the kernel in int8 is 1.11x as fast as dense attention here"
     with caplog.at_level(logging.WARNING, logger="diffsparse"):
         if is_used:
             model.enable_sparse_attention(quantized)
@@ -122,7 +122,7 @@ def test_dense_and_sparse_calls_are_timed_apart(monkeypatch):
     for index in range(2):
         begin(session, index, of=2)
         session.attend(0, *qkv(), None, None, dense=lambda: None)
-    why = "dense attention in int8 is 1.11x as fast as dense attention here"
+    why = "the kernel in int8 is 1.11x as fast as dense attention here"
     assert session.tallies[0].dense_reasons == {f"early step, and {why}": 1}
     assert session.tallies[0].sparse_calls == 1
 

@@ -73,8 +73,26 @@ def test_a_backend_that_fails_its_self_test_is_not_used(monkeypatch, error):
     monkeypatch.setattr(block_sparse, "why_not", lambda *args: None)
     block_sparse._why_not_trusted.cache_clear()
     query = torch.empty((1, 1, 64, 64), device="meta")
-    with pytest.raises(ValueError, match="triton: its self-test"):
+    with (
+        pytest.warns(UserWarning, match=r"backend triton is left out for torch\.float32: its self-test"),
+        pytest.raises(ValueError, match="triton: its self-test"),
+    ):
         block_sparse.pick_backend("triton", query, 64, 64)
+    block_sparse._why_not_trusted.cache_clear()
+
+
+def test_a_backend_that_is_wrong_in_a_precision_alone_leaves_it_to_the_next(monkeypatch):
+    def self_test(name, device, dtype, precision):
+        return 1.0 if (name, precision) == ("gluon", "int8") else 0.0
+
+    monkeypatch.setattr(block_sparse, "self_test", self_test)
+    monkeypatch.setattr(block_sparse, "why_not", lambda *args: None)
+    block_sparse._why_not_trusted.cache_clear()
+    query = torch.empty((1, 1, 64, 64), device="meta")
+    with pytest.warns(UserWarning, match=r"gluon is left out for torch\.float32, int8: its self-test is off by 1"):
+        taken = block_sparse.pick_backend(None, query, 64, 64, "int8")
+    assert taken.__name__.endswith("block_sparse_triton")
+    assert block_sparse.pick_backend(None, query, 64, 64, "int8_fp8").__name__.endswith("block_sparse_gluon")
     block_sparse._why_not_trusted.cache_clear()
 
 
