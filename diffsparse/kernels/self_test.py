@@ -20,12 +20,12 @@ LARGEST_ERROR = 1e-4
 LARGEST_QUANTIZED_ERROR = {"native": 5e-3, "int8": 2e-2, "fp8": 5e-2}
 
 # The second batch entry is shorter where there are key lengths.
-NUM_TOKENS, SHORTER = 300, 77
+SHORTER = 77
 
 
 @dataclass(frozen=True)
 class SmallCase:
-    """What is asked of a backend in a call of batch 2, 2 heads and 300 tokens."""
+    """What is asked of a backend in a call of batch 2 and 2 heads."""
 
     head_dim: int
     query_block_size: int
@@ -33,29 +33,31 @@ class SmallCase:
     has_tail: bool
     has_length: bool
     has_orders: bool = False
+    num_tokens: int = 300
 
     def why_not(self, backend: str, device: torch.device | str, dtype: torch.dtype, precision: str) -> str | None:
         """Why a backend cannot take it; None if it can."""
-        query = torch.empty((2, 2, NUM_TOKENS, self.head_dim), dtype=dtype, device=device)
+        query = torch.empty((2, 2, self.num_tokens, self.head_dim), dtype=dtype, device=device)
         return why_not(backend, query, self.query_block_size, self.key_block_size, precision)
 
     def draw(self, dtype: torch.dtype, precision: str, generator: torch.Generator) -> SmallCall:
         """Random inputs on the CPU, and what they give."""
+        tokens = self.num_tokens
         query, key, value = (
-            torch.randn((2, 2, NUM_TOKENS, self.head_dim), generator=generator).to(dtype) for _ in range(3)
+            torch.randn((2, 2, tokens, self.head_dim), generator=generator).to(dtype) for _ in range(3)
         )
-        rows, columns = (-(-NUM_TOKENS // size) for size in (self.query_block_size, self.key_block_size))
+        rows, columns = (-(-tokens // size) for size in (self.query_block_size, self.key_block_size))
         visible = torch.rand((2, 2, rows, columns), generator=generator) < 0.5
         visible[..., 0] = True
         key_blocks = visible.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
         counts = visible.sum(dim=-1, dtype=torch.int32)
         tail = torch.tensor([[True, False]]) if self.has_tail else None
-        key_length = torch.tensor([NUM_TOKENS, SHORTER], dtype=torch.int32) if self.has_length else None
+        key_length = torch.tensor([tokens, SHORTER], dtype=torch.int32) if self.has_length else None
         query_order = key_order = None
         if self.has_orders:
-            query_order = torch.rand((2, NUM_TOKENS), generator=generator).argsort(-1)
+            query_order = torch.rand((2, tokens), generator=generator).argsort(-1)
             # What does not exist stays last.
-            first, last = (torch.rand((2, n), generator=generator).argsort(-1) for n in (SHORTER, NUM_TOKENS - SHORTER))
+            first, last = (torch.rand((2, n), generator=generator).argsort(-1) for n in (SHORTER, tokens - SHORTER))
             key_order = torch.cat([first, SHORTER + last], dim=1)
         sides = {"tail": tail, "key_length": key_length, "query_order": query_order, "key_order": key_order}
         call = SmallCall(self, precision, (query, key, value, key_blocks, counts), sides)
@@ -78,9 +80,9 @@ class SmallCall:
     """A case with inputs, as `attend` takes them.
 
     Attributes:
-        inputs: query, key and value [2, 2, 300, D], key blocks and counts.
+        inputs: query, key and value [2, 2, S, D], key blocks and counts.
         sides: "tail", "key_length", "query_order" and "key_order", None where the case has none.
-        expected: output [2, 2, 300, D] and logsumexp [2, 2, 300], on the CPU: in float64, or in a precision other than
+        expected: output [2, 2, S, D] and logsumexp [2, 2, S], on the CPU: in float64, or in a precision other than
             "native" the eager backend's in that precision.
     """
 
@@ -123,16 +125,18 @@ class SmallCall:
         return _largest(errors)
 
 
-# Every option, at every size that a backend may refuse.
+# Every option, at every size that a backend may refuse; in the long ones lists have more tiles than fit a GPU's memory
+# at a time, so that each place in it is used anew.
+LONG = 2200
 _SELF_TEST_CASES = (
     SmallCase(64, 64, 64, has_tail=False, has_length=False),
     SmallCase(40, 64, 64, has_tail=True, has_length=False),
     SmallCase(128, 64, 64, has_tail=False, has_length=True),
     SmallCase(64, 64, 64, has_tail=True, has_length=True, has_orders=True),
-    SmallCase(128, 128, 64, has_tail=True, has_length=False, has_orders=True),
+    SmallCase(128, 128, 64, has_tail=True, has_length=False, has_orders=True, num_tokens=LONG),
     SmallCase(128, 128, 128, has_tail=False, has_length=False, has_orders=True),
     SmallCase(64, 128, 64, has_tail=False, has_length=True),
-    SmallCase(64, 128, 128, has_tail=True, has_length=True),
+    SmallCase(64, 128, 128, has_tail=True, has_length=True, num_tokens=LONG),
 )
 
 

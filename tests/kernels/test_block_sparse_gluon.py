@@ -110,6 +110,9 @@ def test_the_self_test_has_every_option(gluon, key_block_size):
     assert {case.head_dim for case in cases} == set(gluon.HEAD_DIMS)
     for option in ("has_tail", "has_length", "has_orders"):
         assert any(getattr(case, option) for case in cases)
+    # Half of the blocks are listed: more tiles than a ring has.
+    longest = max(cases, key=lambda case: case.num_tokens)
+    assert longest.num_tokens / 2 / 128 > gluon.STAGES[longest.head_dim, 1, 1]
 
 
 def test_values_beyond_the_length_are_zeros_to_the_kernel(gluon, monkeypatch):
