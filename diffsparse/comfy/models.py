@@ -201,7 +201,7 @@ MODELS: tuple[ComfyModel, ...] = (
     ComfyModel("wan_scail", ("SCAILWanModel", "SCAIL2WanModel"), ("blocks",), "dim", _wan_scail),
     ComfyModel("hunyuan_video", ("HunyuanVideo",), ("double_blocks", "single_blocks"), "hidden_size", _hunyuan_video),
     ComfyModel("flux", ("Flux",), ("double_blocks", "single_blocks"), "hidden_size", _flux),
-    ComfyModel("chroma", ("Chroma",), ("double_blocks", "single_blocks"), "hidden_size", _chroma),
+    ComfyModel("chroma", ("Chroma", "ChromaRadiance"), ("double_blocks", "single_blocks"), "hidden_size", _chroma),
     ComfyModel("qwen_image", ("QwenImageTransformer2DModel",), ("transformer_blocks",), "inner_dim", _flux),
     ComfyModel("cogvideox", ("CogVideoXTransformer3DModel",), ("blocks",), "dim", _cogvideox),
     ComfyModel("ltx", ("LTXVModel", "LTXAVModel"), ("transformer_blocks",), "inner_dim", _ltx),

@@ -67,6 +67,7 @@ def layout(class_name, module, **call):
             (2, 7, 10, None, 21),
         ),
         ("Chroma", {"patch_size": 2}, {"x": IMAGE, "context": TEXT, "ref_latents": [IMAGE]}, (1, 7, 10, None, 0)),
+        ("ChromaRadiance", {"patch_size": 16}, {"x": IMAGE, "context": TEXT}, (1, 1, 2, None, 0)),
         (
             "QwenImageTransformer2DModel",
             {"patch_size": 2},
