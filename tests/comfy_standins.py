@@ -1,8 +1,9 @@
 """Small stand-ins for what ComfyUI 0.3.64 and 0.33 do around a model, written from what the two were seen to do.
 
 They stand for: `folder_paths` (folders by kind, in the order they are searched), `comfy.patcher_extension` (wrappers in
-order, each given an executor), ModelPatcher's clone, wrappers, attachments and model_options, the attention functions'
-override, and a sampler that gives each call of the model its sigmas, conditions and uuids in `transformer_options`.
+order, each given an executor), `comfy.sample` (empty latents in the model's size), ModelPatcher's clone, wrappers,
+attachments and model_options, the attention functions' override, and a sampler that gives each call of the model its
+sigmas, conditions and uuids in `transformer_options`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ WRAPPERS = {"OUTER_SAMPLE": "outer_sample", "APPLY_MODEL": "apply_model", "DIFFU
 
 
 def install(monkeypatch, models_dir: Path) -> None:
-    """Make `from comfy.patcher_extension import WrappersMP` and `sys.modules["folder_paths"]` find a stand-in."""
+    """Make what the nodes import of ComfyUI, and `sys.modules["folder_paths"]`, find a stand-in."""
+    sample = types.ModuleType("comfy.sample")
+    sample.fix_empty_latent_channels = fix_empty_latent_channels
+    monkeypatch.setitem(sys.modules, "comfy.sample", sample)
     extension = types.ModuleType("comfy.patcher_extension")
     extension.WrappersMP = types.SimpleNamespace(**WRAPPERS)
     monkeypatch.setitem(sys.modules, "comfy", types.ModuleType("comfy"))
@@ -54,6 +58,15 @@ class FolderPaths(types.ModuleType):
 
     def get_full_path(self, kind, name):
         return next((str(Path(path, name)) for path in self.get_folder_paths(kind) if Path(path, name).is_file()), None)
+
+
+def fix_empty_latent_channels(model, latents, downscale_ratio_spacial=None, downscale_ratio_temporal=None):
+    """Empty latents [B, C, frames, height, width] made for another VAE in the size of this model's, as in 0.33."""
+    if downscale_ratio_spacial is None or torch.count_nonzero(latents):
+        return latents
+    ratio = downscale_ratio_spacial / model.get_model_object("latent_format").spacial_downscale_ratio
+    height, width = (round(size * ratio) for size in latents.shape[-2:])
+    return F.interpolate(latents, (latents.shape[2], height, width))
 
 
 class Executor:
@@ -92,7 +105,8 @@ class Patcher:
         return other
 
     def get_model_object(self, name):
-        return {"diffusion_model": self.diffusion_model, "model_sampling": Flow()}[name]
+        latents = types.SimpleNamespace(spacial_downscale_ratio=16)
+        return {"diffusion_model": self.diffusion_model, "model_sampling": Flow(), "latent_format": latents}[name]
 
     def add_wrapper_with_key(self, kind, key, wrapper):
         self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)

@@ -52,11 +52,21 @@ class DiffSparseTokenCount:
         known = find_model(module)
         if known is None:
             raise ValueError(unknown_model(module))
-        count = count_tokens(module, known, _latents(samples["samples"]), density)
+        count = count_tokens(module, known, _as_sampled(model, samples), density)
         show_on_node(str(count), node_id)
         return {"ui": {"text": [str(count)]}, "result": (str(count), count.num_tokens)}
 
 
-def _latents(samples: Any) -> Any:
-    """The latents as the model gets them: those of video and audio together are a list."""
-    return samples.unbind() if getattr(samples, "is_nested", False) else samples
+def _as_sampled(model: Any, samples: Any) -> Any:
+    """The latents as the model gets them: those of video and audio together are a list.
+
+    The sampler gives empty ones, which may be made for another model, the size of this model's.
+    """
+    from comfy.sample import fix_empty_latent_channels
+
+    latents = samples["samples"]
+    if getattr(latents, "is_nested", False):
+        return latents.unbind()
+    # ComfyUI 0.3.64 knows neither, and gives latents neither.
+    names = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+    return fix_empty_latent_channels(model, latents, **{name: samples[name] for name in names if name in samples})
