@@ -14,7 +14,7 @@ from diffsparse.comfy import compiled
 from diffsparse.comfy.models import ComfyModel, uncompiled
 from diffsparse.comfy.node_text import show_on_node
 from diffsparse.comfy.plan_output import PlanOutput
-from diffsparse.comfy.schedule import Branches, Window, has_few_steps, step_of
+from diffsparse.comfy.schedule import Branches, Window, has_few_steps, step_of, whole_schedule
 from diffsparse.comfy.summary import RunClock, summarize
 from diffsparse.comfy.transformer import OPTIONS, OUT_OF_MEMORY, OVERRIDE, UNREACHED, SampledTransformer
 from diffsparse.config import SparseAttentionConfig
@@ -62,6 +62,8 @@ class SparsePatch:
         self._transformers: dict[int, SampledTransformer] = {}
         self._clock = RunClock()
         self._branches = Branches()
+        self._schedule: list[float] = []
+        """The sigmas of the run under way, of which another node may sample a part at a time."""
         self._percent_to_sigma: Callable[[float], float] | None = None
         """Of the run under way; None where nobody samples."""
         self._recorder: PlanRecorder | None = None
@@ -115,6 +117,8 @@ class SparsePatch:
         self._percent_to_sigma = patcher.get_model_object("model_sampling").percent_to_sigma
         self._transformers.clear()
         self._clock, self._branches = RunClock(), Branches()
+        sigmas = _named(executor.original, args, kwargs).get("sigmas")
+        self._schedule = [] if sigmas is None else sigmas.tolist()
         output = self._settings.output
         self._recorder = None if output is None else PlanRecorder(self._settings.config.strategy)
         finished = False
@@ -175,7 +179,7 @@ class SparsePatch:
                 config = replace(config, strategy=self._recorder, min_tokens=config.fewest_tokens)
             transformer = SampledTransformer(module, self._model, config)
             self._transformers[id(module)] = transformer
-        sigmas = options["sample_sigmas"].tolist()
+        sigmas = whole_schedule(options["sample_sigmas"].tolist(), self._schedule)
         sigma = options["sigmas"].max().item()
         index, total = step_of(sigma, sigmas), len(sigmas) - 1
         self._clock.tick(index, total)

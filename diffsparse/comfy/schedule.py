@@ -52,6 +52,12 @@ def has_few_steps(sigmas: Sequence[float], percent_to_sigma: Callable[[float], f
     return total <= FEW_STEPS and sigmas[-1] <= percent_to_sigma((total - 0.5) / FEW_STEPS)
 
 
+def whole_schedule(sigmas: Sequence[float], of_run: Sequence[float]) -> Sequence[float]:
+    """The schedule of the run where `sigmas` are a part of it, which another node may sample one by one."""
+    starts = range(len(of_run) - len(sigmas) + 1)
+    return of_run if any(of_run[start : start + len(sigmas)] == sigmas for start in starts) else sigmas
+
+
 def step_of(sigma: float, sigmas: Sequence[float]) -> int:
     """The step of a schedule `sigmas`, up to the end of the last step, that `sigma` belongs to.
 

@@ -109,6 +109,21 @@ def test_a_strategy_is_told_how_far_the_window_is_done(monkeypatch):
     assert told == pytest.approx([2 / 7, 5.5 / 7])
 
 
+def test_parts_of_a_schedule_that_another_node_samples_one_by_one_are_one_run(caplog):
+    def in_parts(executor, latents, sigmas, *others):
+        for first in range(0, len(sigmas) - 1, 2):
+            latents = executor(latents, sigmas[first : first + 3], *others)
+        return latents
+
+    sparse = standins.patched(standins.patcher(), preset="auto", start_percent=0.4)
+    whole = {steps: standins.sample(sparse, steps=steps) for steps in (8, 10)}
+    sparse.add_wrapper_with_key("outer_sample", "parts", in_parts)
+    with caplog.at_level(logging.INFO):
+        assert all(torch.equal(standins.sample(sparse, steps=steps), latents) for steps, latents in whole.items())
+    assert "DiffSparse: 7 of 8 steps sparse" in caplog.text
+    assert "DiffSparse: 6 of 10 steps sparse" in caplog.text
+
+
 def test_a_mask_keeps_attention_dense_and_is_counted():
     report = run(standins.patched(standins.patcher(mask=torch.zeros(400, 400))))
     assert report.dense_reasons == {"attention mask": 8, "early step": 2}

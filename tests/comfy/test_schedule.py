@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffsparse.comfy.schedule import Branches, Window, has_few_steps, step_of
+from diffsparse.comfy.schedule import Branches, Window, has_few_steps, step_of, whole_schedule
 
 SIGMAS = [1.0, 0.75, 0.5, 0.25, 0.0]
 
@@ -19,6 +19,16 @@ def test_a_sigma_belongs_to_the_step_that_it_lies_in(sigma, step):
 @pytest.mark.parametrize(("sigma", "step"), [(0.0, 0), (0.25, 1), (0.24999999, 1), (0.6, 2), (0.75, 3), (1.0, 3)])
 def test_a_schedule_may_rise(sigma, step):
     assert step_of(sigma, SIGMAS[::-1]) == step
+
+
+@pytest.mark.parametrize("part", [SIGMAS, SIGMAS[:2], SIGMAS[1:3], SIGMAS[3:]])
+def test_a_part_of_a_schedule_is_known(part):
+    assert whole_schedule(part, SIGMAS) is SIGMAS
+
+
+@pytest.mark.parametrize("other", [[1.0, 0.5, 0.0], [0.5, 0.75], [0.9], [1.0, *SIGMAS]])
+def test_another_schedule_than_that_of_the_run_is_its_own(other):
+    assert whole_schedule(other, SIGMAS) is other
 
 
 def test_a_window_is_dense_before_and_after_it():
