@@ -54,7 +54,12 @@ class RunClock:
     def describe(self, finished: bool) -> str:
         """Steps and seconds, as in "14 of 20 steps sparse; 3.20 s a sparse step, 5.10 s a dense one"."""
         if not self._seconds:
-            return "the model was not called"
+            why = (
+                ": there was no step to run, or another node calls the model in a way of its own, and it ran in full"
+                if finished
+                else ""
+            )
+            return f"no call of the model came to this node{why}"
         sparse = [seconds for step, seconds in self._seconds.items() if self._sparse[step]]
         dense = [seconds for step, seconds in self._seconds.items() if not self._sparse[step]]
         ran = len(self._seconds)

@@ -336,6 +336,18 @@ def test_the_model_may_be_called_outside_a_sampler():
     assert model.get_attachment("diffsparse").report().transformers[0] == before
 
 
+def test_a_model_that_another_node_calls_without_its_options_is_not_said_to_be_uncalled(caplog):
+    def of_its_own(executor, *args):
+        return executor(*args[:-1], {})
+
+    model = standins.patcher()
+    model.add_wrapper_with_key("apply_model", "other", of_its_own)
+    dense = standins.sample(model)
+    with caplog.at_level(logging.INFO):
+        assert torch.equal(standins.sample(standins.patched(model)), dense)
+    assert "another node calls the model in a way of its own" in caplog.text
+
+
 @pytest.mark.parametrize("kind", [standins.WanModel, standins.WanModel_S2V])
 def test_what_calls_the_model_while_it_is_sampled_and_says_no_step_stays_dense(kind, caplog):
     model = standins.patcher(kind)

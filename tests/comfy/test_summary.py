@@ -74,8 +74,9 @@ def test_a_step_of_two_calls_is_one_step(monkeypatch):
     assert clock.describe(finished=True) == "1 of 1 steps sparse; 2.00 s a sparse step"
 
 
-def test_a_run_that_called_no_model_has_a_line():
-    assert RunClock().describe(finished=True) == "the model was not called"
+def test_a_run_of_no_call_has_a_line():
+    assert RunClock().describe(finished=False) == "no call of the model came to this node"
+    assert RunClock().describe(finished=True).startswith("no call of the model came to this node: there was no step")
 
 
 def test_two_threads_may_begin_a_step_at_once(monkeypatch):
