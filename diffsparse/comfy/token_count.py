@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffsparse.comfy.models import ComfyModel
+from diffsparse.comfy.models import ComfyModel, uncompiled
+
+_ELSEWHERE = re.compile(r"txt|add_|_y\b|audio|mod|adaln|norm\d\.linear|(cross_att\w*|attn2)\.(to_)?[kv]", re.IGNORECASE)
+"""Names of weights of a block that no token of the grid meets: of text and sound, and of the step's embedding."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class TokenCount:
 
     Attributes:
         frames, height, width: in tokens.
-        attention_share: of the operations of all blocks, 0 to 1. Text is not counted.
+        attention_share: of the operations of all blocks, 0 to 1. Text and sound are not counted.
         density: share of the attention that would be computed.
     """
 
@@ -54,7 +58,12 @@ def count_tokens(module: nn.Module, model: ComfyModel, latents: Any, density: fl
     tokens = layout.frames * layout.height * layout.width
     blocks = model.named_blocks(module).values()
     # By their shapes: of those that a GGUF file holds in 4 bits, `numel` counts the bytes.
-    shapes = [weight.shape for block in blocks for weight in block.parameters()]
+    shapes = [
+        weight.shape
+        for block in blocks
+        for name, weight in uncompiled(block).named_parameters()
+        if _ELSEWHERE.search(name) is None
+    ]
     weights = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
     # Two operations a weight and token; of attention, query times key and weights times value.
     attention = len(blocks) * 4 * tokens**2 * attrgetter(model.width)(module)

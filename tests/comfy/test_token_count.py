@@ -14,10 +14,48 @@ def test_operations_are_counted():
     count = count_tokens(model, find_model(model), torch.zeros(1, 4, 5, 20, 16), 0.25)
     tokens = 5 * 10 * 8
     attention = 2 * 4 * tokens * tokens * 32
-    # Eight projections of 32 by 32 in each of two blocks.
-    other = 2 * tokens * 2 * 8 * 32 * 32
+    # Six projections of 32 by 32 in each of two blocks: keys and values of cross-attention are of text.
+    other = 2 * tokens * 2 * 6 * 32 * 32
     assert count.num_tokens == tokens
     assert count.attention_share == pytest.approx(attention / (attention + other))
+
+
+def test_weights_of_text_and_sound_and_of_the_step_are_not_counted():
+    def count(names):
+        block = nn.Module()
+        block.named_parameters = lambda **kwargs: ((f"{name}.weight", torch.empty(32, 32)) for name in names)
+        model = type("Flux", (nn.Module,), {"hidden_size": 32, "patch_size": 2})()
+        model.double_blocks = nn.ModuleList([block])
+        return count_tokens(model, find_model(model), torch.zeros(1, 16, 20, 16), 0.25)
+
+    # As they are called in ComfyUI's models.
+    met = ["img_attn.qkv", "img_mlp.0", "linear1", "attn.to_k", "self_attn.k", "cross_attn.q", "cross_attn.o", "ffn.0"]
+    met += ["attn1.to_v", "attn2.to_q", "cross_attention.to_query", "cross_attn.output_proj", "attn.qkv_x", "mlp_x.w1"]
+    met += ["attention.qkv", "feed_forward.w1", "attn_out", "ff_proj"]
+    others = ["txt_attn.qkv", "txt_mlp.0", "img_mod.lin", "txt_mod.1", "modulation.lin", "visual_modulation.out_layer"]
+    others += ["adaLN_modulation.1", "adaln_proj.linear", "norm1.linear", "mod_x", "attn.qkv_y", "mlp_y.w1"]
+    others += [
+        "audio_ff.net.2",
+        "video_to_audio_attn.to_q",
+        "attn.add_k_proj",
+        "attn.to_add_out",
+        "cross_attn.k",
+        "cross_attn.v_img",
+    ]
+    others += ["cross_attn.k_proj", "cross_attention.to_value", "attn2.to_v"]
+    attention, projection = 4 * 80 * 80 * 32, 2 * 80 * 32 * 32
+    for name in met:
+        assert count([name]).attention_share == pytest.approx(attention / (attention + projection)), name
+    assert count(others).attention_share == 1
+
+
+def test_compiled_blocks_are_counted_as_they_were():
+    model = standins.WanModel(layers=2, width=32)
+    latents = torch.zeros(1, 4, 5, 20, 16)
+    expected = count_tokens(model, find_model(model), latents, 0.25)
+    for layer, block in enumerate(model.blocks):
+        model.blocks[layer] = torch.compile(block, backend="eager")
+    assert count_tokens(model, find_model(model), latents, 0.25) == expected
 
 
 def test_heads_that_are_wider_than_the_model_are_counted_as_they_are():
