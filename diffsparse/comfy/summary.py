@@ -24,6 +24,8 @@ class RunClock:
         self._seconds: dict[int, float] = {}
         self._sparse: dict[int, bool] = {}
         """By step in which the model ran."""
+        self._runs: Counter[int] = Counter()
+        """How often it did."""
         self._current: int | None = None
         self._last = 0
         # ComfyUI has a thread for each of several GPUs, which begin a step at once.
@@ -40,8 +42,10 @@ class RunClock:
 
     def mark_run(self, sparse: bool) -> None:
         """In the step that is under way the model runs, with sparse attention or not."""
-        if self._current is not None:
-            self._sparse[self._current] = sparse or self._sparse.get(self._current, False)
+        with self._lock:
+            if self._current is not None:
+                self._sparse[self._current] = sparse or self._sparse.get(self._current, False)
+                self._runs[self._current] += 1
 
     def stop(self) -> None:
         """The step that is under way is over."""
@@ -60,19 +64,25 @@ class RunClock:
                 else ""
             )
             return f"no call of the model came to this node{why}"
-        sparse = [seconds for step, seconds in self._seconds.items() if self._sparse[step]]
-        dense = [seconds for step, seconds in self._seconds.items() if not self._sparse[step]]
+        sparse = {step: seconds for step, seconds in self._seconds.items() if self._sparse[step]}
+        dense = {step: seconds for step, seconds in self._seconds.items() if not self._sparse[step]}
         ran = len(self._seconds)
         stopped = "" if finished else f"stopped in step {self._last + 1} of {self.total}: "
         times = [
-            f"{mean(seconds):.2f} s a {name} step"
-            for name, seconds in (("sparse", sparse), ("dense", dense))
-            if seconds
+            f"{mean(steps.values()):.2f} s a {name} step"
+            for name, steps in (("sparse", sparse), ("dense", dense))
+            if steps
         ]
-        # The fastest of each, since the first of its kind also loads, compiles, plans or tests: one alone is no sign.
-        slower = bool(len(sparse) > 1 and dense) and min(sparse) > min(dense)
+        slower = bool(len(sparse) > 1 and dense) and self._fastest(sparse) > self._fastest(dense)
         hint = " (sparse is slower here: raise min_tokens)" if slower else ""
         return f"{stopped}{len(sparse)} of {ran} steps sparse; {', '.join(times)}{hint}"
+
+    def _fastest(self, steps: dict[int, float]) -> float:
+        """Seconds of one run of the model, of which some samplers make fewer in their first step or their last.
+
+        The least, since the first step of its kind also loads, compiles, plans or tests: one alone is no sign.
+        """
+        return min(seconds / self._runs[step] for step, seconds in steps.items())
 
 
 def summarize(clock: RunClock, sessions: Iterable[Session], finished: bool) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from diffsparse.comfy import summary
@@ -49,6 +50,19 @@ def test_sparse_steps_that_are_slower_are_said_so(monkeypatch):
         clock.mark_run(sparse=step > 0)
     clock.stop()
     assert clock.describe(finished=True).endswith("1.00 s a dense step (sparse is slower here: raise min_tokens)")
+
+
+@pytest.mark.parametrize(("seconds", "is_slow"), [(1.5, False), (2.5, True)])
+def test_steps_of_more_calls_are_judged_by_one_call(monkeypatch, seconds, is_slow):
+    # As Heun's: the second call of a step is of the sigma that the next one begins with.
+    ends = iter([0.0, 1.0, 1.0, 1.0 + seconds, 1.0 + seconds, 1.0 + 2 * seconds])
+    monkeypatch.setattr(summary.time, "perf_counter", lambda: next(ends))
+    clock = RunClock()
+    for step in (0, 1, 1, 2, 2):
+        clock.tick(step, 3)
+        clock.mark_run(sparse=step > 0)
+    clock.stop()
+    assert ("sparse is slower here" in clock.describe(finished=True)) is is_slow
 
 
 def test_the_only_sparse_step_is_not_called_slow(monkeypatch):
