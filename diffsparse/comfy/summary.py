@@ -74,7 +74,7 @@ class RunClock:
             if steps
         ]
         slower = bool(len(sparse) > 1 and dense) and self._fastest(sparse) > self._fastest(dense)
-        hint = " (sparse is slower here: raise min_tokens)" if slower else ""
+        hint = " (at their fastest, sparse steps are slower here: raise min_tokens)" if slower else ""
         return f"{stopped}{len(sparse)} of {ran} steps sparse; {', '.join(times)}{hint}"
 
     def _fastest(self, steps: dict[int, float]) -> float:
