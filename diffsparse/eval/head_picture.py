@@ -87,7 +87,9 @@ def _draw_panel(panel: Any, report: TransformerReport) -> None:
     panel.add_collection(PatchCollection(backgrounds, facecolors=colours, alpha=0.22, linewidths=0))
     panel.add_collection(PatchCollection(bars, facecolors=colours, linewidths=0))
     mean = "" if report.density is None else f", density {100 * report.density:.0f} % in sparse calls"
-    panel.set_title(f"{report.name} ({report.family}){mean}", fontsize=10)
+    title = f"{report.name} ({report.family}){mean}"
+    # Half a character, as a damaged record may have, is drawn as JSON's own \u: matplotlib has no glyph for it.
+    panel.set_title(title.encode("utf-8", "backslashreplace").decode(), fontsize=10)
     panel.set_xlim(0, report.num_heads)
     # Layer 0 on top, where the video enters.
     panel.set_ylim(report.num_layers, 0)

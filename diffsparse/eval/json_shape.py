@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 SHOWN_CHARACTERS = 80
+LARGEST = 1e100
+"""No number of a file is larger: sums, squares and ratios of what is in it stay finite."""
 
 
 def check_shape(value: Any, shape: Any, name: str) -> None:
     """Raise unless a value out of JSON, whose errors call it `name`, has a shape.
 
-    A shape is a type, where `float` is any finite number; None for null; [shape] for a list of such; {"key": shape}
-    for an object that has this key and may have others; {str: shape} for one whose every value is such; a tuple of
-    shapes for any one of them.
+    A shape is a type, where `float` is any number up to `LARGEST`, of either sign; None for null; [shape] for a list of
+    such; {"key": shape} for an object that has this key and may have others; {str: shape} for one whose every value is
+    such; a tuple of shapes for any one of them.
 
     Raises:
         TypeError: it is something else.
@@ -25,7 +26,7 @@ def check_shape(value: Any, shape: Any, name: str) -> None:
     elif shape is float:
         # A bool is an int; a number of 400 digits is one too, and no float.
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        _expect(is_number and abs(value) <= sys.float_info.max, name, value)
+        _expect(is_number and abs(value) <= LARGEST, name, value)
     else:
         _expect(isinstance(value, _type_of(shape)) and not (shape is int and isinstance(value, bool)), name, value)
     if isinstance(shape, list):

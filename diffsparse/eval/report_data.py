@@ -74,6 +74,8 @@ DENSE_RECORD = {
 }
 RECORD = DENSE_RECORD | {"attention": _DENSITIES | {"transformers": [_TRANSFORMER]}}
 """What a report needs of the record of a video."""
+FEWEST_SECONDS = 1e-9
+"""No clock measures less: what a record has below it would make speed-ups that no float holds."""
 
 
 def collect(runs: list[Path], lpips: Lpips | NoLpips) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def _why_damaged(folder: RunFolder, name: str, pair: Pair, record: dict[str, Any
         found = {"attention_seconds": None} | record
         check_shape(found, {"attention_seconds": (float, None)} | (DENSE_RECORD if name == DENSE else RECORD), "it")
         for key in ("total_seconds", "seconds_per_step"):
-            if record[key] <= 0:
+            if record[key] < FEWEST_SECONDS:
                 raise TypeError(f"it.{key} is {record[key]}")
         for index, each in enumerate([] if name == DENSE else record["attention"]["transformers"]):
             layers, heads = each["num_layers"], each["num_heads"]

@@ -55,6 +55,11 @@ def test_an_unknown_class_is_drawn_too(tmp_path):
     assert pixels_of(OTHER_COLOUR, image) > 1000
 
 
+def test_a_name_with_half_a_character_is_drawn_all_the_same(tmp_path):
+    report = transformer([["spatial"] * 4] * 3, [[0.5] * 4] * 3, name="\ud800")
+    assert pixels_of(COLOURS["spatial"], picture(SparseAttentionReport((report,)), tmp_path)) > 1000
+
+
 def test_bars_are_as_high_as_the_density(tmp_path):
     def inked(density):
         # Heads so many that no number covers the bars.

@@ -46,6 +46,7 @@ def test_what_has_the_shape_may_have_more(change):
         ({"density": "x"}, "it.density is 'x'"),
         ({"density": math.nan}, "it.density is nan"),
         ({"density": math.inf}, "it.density is inf"),
+        ({"density": -1e308}, "it.density is -1e+308"),
         ({"density": 10**400}, f"it.density is 1{'0' * (SHOWN_CHARACTERS - 1)}…"),
         ({"score": None}, "it.score is None"),
         ({"found": {}}, "it.found has no mean"),

@@ -121,6 +121,8 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path):
         ("fast", {"total_seconds": "5"}, "it.total_seconds is '5'"),
         ("fast", {"total_seconds": 0}, "it.total_seconds is 0"),
         ("fast", {"seconds_per_step": 0.0}, "it.seconds_per_step is 0.0"),
+        ("fast", {"total_seconds": 1e-308}, "it.total_seconds is 1e-308"),
+        ("dense", {"total_seconds": 1e308}, "it.total_seconds is 1e+308"),
         ("dense", {"process": ...}, "it has no process"),
         ("fast", {"process": ...}, "it has no process"),
         ("dense", {"attention_seconds": "4"}, "it.attention_seconds is '4'"),
