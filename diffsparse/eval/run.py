@@ -193,6 +193,6 @@ def _check_room(folder: Path, num_videos: int, bytes_a_video: int) -> None:
     """Find out now whether the disk can hold all the videos."""
     if (needed := num_videos * bytes_a_video) > (free := shutil.disk_usage(folder).free):
         raise ValueError(
-            f"--output {folder}: {num_videos} videos may need {needed / 1e9:.1f} GB, the disk has "
-            f"{free / 1e9:.1f} GB free. Make room, or name another folder."
+            f"--output {folder}: {num_videos} videos may need {needed / 1e6:,.1f} MB, the disk has "
+            f"{free / 1e6:,.1f} MB free. Make room, or name another folder."
         )

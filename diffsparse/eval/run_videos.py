@@ -178,4 +178,4 @@ def _make_pair(
 def _check_room(job: Job, folder: RunFolder) -> None:
     """Find out before a video is made whether the disk can hold it: others write to it as well."""
     if (needed := job.model.sampling.largest_video_bytes) > (free := shutil.disk_usage(folder.path).free):
-        raise OSError(f"the video may need {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free")
+        raise OSError(f"the video may need {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free")

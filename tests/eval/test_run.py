@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from commands import run_command
@@ -87,6 +88,18 @@ def test_a_video_that_fails_leaves_the_rest_to_be_made(tiny_model, prompts, tmp_
     assert "failed: RuntimeError: out of memory" in shown
     assert "1 of 4 videos could not be made" in shown
     assert start(tiny_model, prompts, tmp_path / "run", "--config", CONFIGS[0]) == 0
+
+
+def test_a_disk_that_cannot_hold_all_videos_is_told_by_numbers_before_the_first(
+    tiny_model, prompts, tmp_path, monkeypatch
+):
+    made = fake_videos(monkeypatch)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage._replace(free=200_000))
+    # 9 frames of 64 x 64 x 3 bytes a video.
+    with pytest.raises(ValueError, match=r"4 videos may need 0\.4 MB, the disk has 0\.2 MB free\. Make room"):
+        start(tiny_model, prompts, tmp_path / "run", "--config", CONFIGS[0])
+    assert made == []
 
 
 def test_baselines_stand_beside_the_configs(tiny_model, prompts, tmp_path):

@@ -207,7 +207,7 @@ def test_no_hour_is_spent_on_a_video_that_the_disk_cannot_hold(arguments, monkey
     assert run_command("eval", "run", *arguments("run")) == 1
     assert made == []
     # 9 frames of 64 x 64 x 3 bytes.
-    assert "failed: OSError: the video may need 0.000111 GB, the disk has 1e-06 GB free" in capsys.readouterr().out
+    assert "failed: OSError: the video may need 0.1 MB, the disk has 0.0 MB free" in capsys.readouterr().out
 
 
 def test_a_config_that_the_model_cannot_have_is_found_before_the_first_video(arguments, tmp_path, monkeypatch):
