@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +123,9 @@ def _small(cls: Any) -> nn.Module | None:
     few = {n: 1 for n, p in parameters.items() if "layers" in n and type(p.default) is int}
     required = {n: size for n, size in REQUIRED.items() if n in parameters and parameters[n].default is None}
     for config in (few, {}, few | required, required):
-        with contextlib.suppress(Exception), torch.device("meta"):
+        with contextlib.suppress(Exception), warnings.catch_warnings(), torch.device("meta"):
+            # What diffusers' own models still use of diffusers is nothing that who reads the page could mend.
+            warnings.simplefilter("ignore", FutureWarning)
             model: nn.Module = cls(**config)
             return model
     return None
