@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 # Each names a module with add_arguments(parser) and run(args) -> exit code, which imports what is heavy only in run.
 COMMANDS = {
@@ -36,15 +39,18 @@ EVAL_COMMANDS = {
 MODULES = {"inspect": "inspect_command"}
 
 USER_ERROR = 2
-INTERRUPTED = 130
+BY_SIGNAL = 128
 STOPPED_READING = 1
+
+# Of `kill`, `timeout` or a job's time that is up, and of a terminal that closes. Windows has only the first.
+ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in argv (default: of the process) and return its exit code.
 
-    0 is success, 2 something that the user can mend, told in one line, 130 Ctrl-C, 1 also an output that
-    nobody reads to its end.
+    0 is success, 2 something that the user can mend, told in one line, 130 Ctrl-C, 143 SIGTERM, 1 also an output
+    that nobody reads to its end.
     """
     argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -52,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         # Here too: the modules of a command take seconds to load.
-        return _run_command(make_parser(argv).parse_args(argv))
-    except KeyboardInterrupt:
+        with _ending_as_by_ctrl_c():
+            return _run_command(make_parser(argv).parse_args(argv))
+    except KeyboardInterrupt as interrupt:
         print("diffsparse: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return BY_SIGNAL + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def make_parser(words: Collection[str] | None = None) -> argparse.ArgumentParser:
@@ -73,6 +80,27 @@ def make_parser(words: Collection[str] | None = None) -> argparse.ArgumentParser
     evaluation = commands.add_parser("eval", help="quality of videos", description="Quality of videos.")
     _add(evaluation.add_subparsers(required=True, metavar="COMMAND"), EVAL_COMMANDS, words)
     return parser
+
+
+@contextlib.contextmanager
+def _ending_as_by_ctrl_c() -> Iterator[None]:
+    """Let each of `ENDINGS` end the block as Ctrl-C does, so that what is written by half goes away.
+
+    What is ignored, as under `nohup`, stays so. Only the main thread may ask for this.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    taken = [number for number in ENDINGS if is_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _run_command(args: argparse.Namespace) -> int:

@@ -3,8 +3,11 @@ from __future__ import annotations
 import argparse
 import os
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -102,6 +105,43 @@ def test_ctrl_c_while_a_command_loads_ends_in_one_line_too(monkeypatch, capsys):
     monkeypatch.setattr(cli.importlib, "import_module", load)
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "diffsparse: interrupted\n"
+
+
+def run_ended_by(number, folder, prefix=()):
+    """A process that gets a signal while its command writes a file into this folder."""
+    code = (
+        "import os, pathlib, sys\n"
+        "from diffsparse.eval import cli, doctor\n"
+        "from diffsparse.whole_file import whole_file\n"
+        "def run(args):\n"
+        f"    with whole_file(pathlib.Path({str(folder)!r}) / 'file.txt') as unfinished:\n"
+        f"        unfinished.write_text('all'); os.kill(os.getpid(), {int(number)})\n"
+        "    return 0\n"
+        "doctor.run = run; sys.exit(cli.main(['doctor']))"
+    )
+    return subprocess.run([*prefix, sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("number", cli.ENDINGS)
+def test_who_is_told_to_end_leaves_no_half_of_a_file(number, tmp_path):
+    done = run_ended_by(number, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert (done.returncode, done.stderr) == (128 + number, "diffsparse: interrupted\n")
+
+
+@pytest.mark.skipif(shutil.which("nohup") is None, reason="no nohup here")
+def test_under_nohup_a_terminal_that_closes_ends_nothing(tmp_path):
+    done = run_ended_by(signal.SIGHUP, tmp_path, ["nohup"])
+    assert ([file.name for file in tmp_path.iterdir()], done.returncode) == (["file.txt"], 0)
+
+
+def test_other_threads_may_run_commands_and_signals_are_as_before(monkeypatch):
+    monkeypatch.setattr(doctor, "run", lambda args: 7)
+    before = [signal.getsignal(number) for number in cli.ENDINGS]
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(cli.main, ["doctor"]).result() == 7
+    assert cli.main(["doctor"]) == 7
+    assert [signal.getsignal(number) for number in cli.ENDINGS] == before
 
 
 def run_printing(text, stdout, **environment):
