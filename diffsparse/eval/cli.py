@@ -116,9 +116,23 @@ def _run_command(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         if args.traceback:
             raise
-        print(f"diffsparse: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
+        return _tell(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if args.traceback or not _is_out_of_memory(error):
+            raise
+        return _tell(f"out of memory: ask for something smaller, or let other processes end first. {error}")
     return exit_code
+
+
+def _tell(error: str) -> int:
+    print(f"diffsparse: error: {' '.join(error.split())}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # Of a GPU torch has an error of its own, which is not loaded for this; of the CPU it has none.
+    of_gpu = type(error).__name__ == "OutOfMemoryError"
+    return of_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _add(

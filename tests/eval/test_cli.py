@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from diffsparse.eval import cli, doctor
 
@@ -80,6 +81,24 @@ def test_what_the_user_can_mend_is_told_in_one_line(monkeypatch, capsys, error):
     assert capsys.readouterr().err == "diffsparse: error: `x` is wrong. Say y.\n"
 
 
+def of_the_cpu():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [of_the_cpu(), torch.OutOfMemoryError("CUDA out of memory.\nTried."), MemoryError()])
+def test_too_little_memory_is_told_in_one_line(monkeypatch, capsys, error):
+    fail_with(error, monkeypatch)
+    assert cli.main(["doctor"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("diffsparse: error: out of memory: ask for something smaller")
+    assert told.endswith(f"{' '.join(str(error).split())}\n")
+    assert told.count("\n") == 1
+    with pytest.raises(type(error)):
+        cli.main(["--traceback", "doctor"])
+
+
 def test_traceback_shows_where_it_comes_from(monkeypatch):
     fail_with(ValueError("wrong"), monkeypatch)
     with pytest.raises(ValueError, match="wrong"):
@@ -87,9 +106,10 @@ def test_traceback_shows_where_it_comes_from(monkeypatch):
 
 
 def test_our_own_mistakes_are_not_hidden(monkeypatch):
-    fail_with(AttributeError("a mistake of ours"), monkeypatch)
-    with pytest.raises(AttributeError):
-        cli.main(["doctor"])
+    for error in (AttributeError("a mistake of ours"), RuntimeError("another")):
+        fail_with(error, monkeypatch)
+        with pytest.raises(type(error)):
+            cli.main(["doctor"])
 
 
 def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
