@@ -186,7 +186,8 @@ def _write(data: dict[str, Any], watch: Watch, folder: Path) -> None:
         draw_heads(data, folder / HEADS)
     write_json(folder / NUMBERS, data)
     with whole_file(folder / PAGE) as unfinished:
-        unfinished.write_text(as_page(data, pictures), encoding="utf-8")
+        # A plan file's name may have bytes that are no UTF-8.
+        unfinished.write_text(as_page(data, pictures), "utf-8", "backslashreplace")
 
 
 def _print(data: dict[str, Any], folder: Path, console: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 from page_reader import HOSTILE, Page
@@ -82,6 +84,19 @@ def test_nothing_is_timed_or_left_dense_for_being_slow_here(tiny_model, tmp_path
     monkeypatch.setattr(diffsparse.config, "MIN_TOKENS", 0)
     assert run(tiny_model, tmp_path, config=CONFIG.replace("min_tokens=0,", "")) == 0
     assert json.loads((tmp_path / "inspect.json").read_text())["summary"]["density"] < 1
+
+
+def test_plans_from_a_file_with_an_umlaut_have_a_page_in_the_locale_c(tiny_model, tmp_path):
+    plans = str(tmp_path / "plän.safetensors")
+    made_by = ["--strategy", CONFIG, "--prompts", "1", "--device", "cpu", "--output", plans]
+    assert cli.main(["calibrate", "--model", str(tiny_model), *made_by]) == 0
+    words = ["inspect", "--model", tiny_model, "--config", plans, "--device", "cpu", "--output", tmp_path / "out"]
+    # There Python makes no letter of its two bytes.
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-m", "diffsparse.eval", *words], env=os.environ | locale, check=False)
+    assert done.returncode == 0
+    for name in ("inspect.html", "inspect.json"):
+        assert r"pl\udcc3\udca4n" in (tmp_path / "out" / name).read_text("utf-8")
 
 
 def test_the_page_stands_alone_and_a_hostile_prompt_is_only_text(written):
