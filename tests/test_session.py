@@ -165,6 +165,14 @@ def test_another_mask_is_an_obstacle(mask):
     assert session.tallies[0].dense_reasons == {"attention mask": 1}
 
 
+def test_a_mask_of_keys_is_an_obstacle_where_the_family_says_nothing_of_padding(monkeypatch):
+    monkeypatch.setattr(PaddedText, "padding_mask", False)
+    session = session_of(Recorded())
+    begin(session, 0)
+    assert session.attend(0, *qkv(), torch.ones(1, 1, 1, 30, dtype=torch.bool), None) is None
+    assert session.tallies[0].dense_reasons == {"attention mask": 1}
+
+
 def test_a_call_outside_of_the_transformer_is_dense():
     session = session_of(Recorded())
     assert session.attend(0, *qkv(), None, None) is None
