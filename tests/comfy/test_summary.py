@@ -15,14 +15,20 @@ from diffsparse.session import Session
 FAMILY = MODELS[0]
 
 
-def test_a_line_has_steps_and_seconds(monkeypatch):
-    seconds = iter([0.0, 2.0, 2.0, 3.0, 3.0, 4.5])
+def clock_of(monkeypatch, seconds, steps, total, sparse_from=1):
+    """The clock of a run of the model at each of `steps`, read at these seconds."""
+    seconds = iter(seconds)
     monkeypatch.setattr(summary.time, "perf_counter", lambda: next(seconds))
     clock = RunClock()
-    for step in range(3):
-        clock.tick(step, 4)
-        clock.mark_run(sparse=step > 0)
+    for step in steps:
+        clock.tick(step, total)
+        clock.mark_run(sparse=step >= sparse_from)
     clock.stop()
+    return clock
+
+
+def test_a_line_has_steps_and_seconds(monkeypatch):
+    clock = clock_of(monkeypatch, [0.0, 2.0, 2.0, 3.0, 3.0, 4.5], range(3), 4)
     steps = "2 of 3 steps sparse; 1.25 s a sparse step, 2.00 s a dense step"
     assert summarize(clock, [], finished=True) == f"DiffSparse: {steps}"
     assert summarize(clock, [], finished=False) == f"DiffSparse: stopped in step 3 of 4: {steps}"
@@ -42,51 +48,27 @@ def test_calls_and_reasons_are_summed_over_the_layers():
 
 
 def test_sparse_steps_that_are_slower_are_said_so(monkeypatch):
-    seconds = iter([0.0, 1.0, 1.0, 9.0, 9.0, 10.5])
-    monkeypatch.setattr(summary.time, "perf_counter", lambda: next(seconds))
-    clock = RunClock()
-    for step in range(3):
-        clock.tick(step, 3)
-        clock.mark_run(sparse=step > 0)
-    clock.stop()
+    clock = clock_of(monkeypatch, [0.0, 1.0, 1.0, 9.0, 9.0, 10.5], range(3), 3)
     slower = "(at their fastest, sparse steps are slower here: raise min_tokens)"
     assert clock.describe(finished=True).endswith(f"1.00 s a dense step {slower}")
 
 
 def test_a_hint_does_not_gainsay_the_seconds_before_it(monkeypatch):
     # The first dense step also loads the model.
-    seconds = iter([0.0, 5.0, 5.0, 6.0, 6.0, 7.5, 7.5, 9.0])
-    monkeypatch.setattr(summary.time, "perf_counter", lambda: next(seconds))
-    clock = RunClock()
-    for step in range(4):
-        clock.tick(step, 4)
-        clock.mark_run(sparse=step > 1)
-    clock.stop()
+    clock = clock_of(monkeypatch, [0.0, 5.0, 5.0, 6.0, 6.0, 7.5, 7.5, 9.0], range(4), 4, sparse_from=2)
     assert "1.50 s a sparse step, 3.00 s a dense step (at their fastest, sparse" in clock.describe(finished=True)
 
 
 @pytest.mark.parametrize(("seconds", "is_slow"), [(1.5, False), (2.5, True)])
 def test_steps_of_more_calls_are_judged_by_one_call(monkeypatch, seconds, is_slow):
     # As Heun's: the second call of a step is of the sigma that the next one begins with.
-    ends = iter([0.0, 1.0, 1.0, 1.0 + seconds, 1.0 + seconds, 1.0 + 2 * seconds])
-    monkeypatch.setattr(summary.time, "perf_counter", lambda: next(ends))
-    clock = RunClock()
-    for step in (0, 1, 1, 2, 2):
-        clock.tick(step, 3)
-        clock.mark_run(sparse=step > 0)
-    clock.stop()
+    ends = [0.0, 1.0, 1.0, 1.0 + seconds, 1.0 + seconds, 1.0 + 2 * seconds]
+    clock = clock_of(monkeypatch, ends, (0, 1, 1, 2, 2), 3)
     assert ("sparse steps are slower" in clock.describe(finished=True)) is is_slow
 
 
 def test_the_only_sparse_step_is_not_called_slow(monkeypatch):
-    seconds = iter([0.0, 1.0, 1.0, 9.0])
-    monkeypatch.setattr(summary.time, "perf_counter", lambda: next(seconds))
-    clock = RunClock()
-    clock.tick(0, 2)
-    clock.mark_run(sparse=False)
-    clock.tick(1, 2)
-    clock.mark_run(sparse=True)
-    clock.stop()
+    clock = clock_of(monkeypatch, [0.0, 1.0, 1.0, 9.0], range(2), 2)
     assert clock.describe(finished=True) == "1 of 2 steps sparse; 8.00 s a sparse step, 1.00 s a dense step"
 
 
