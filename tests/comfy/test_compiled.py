@@ -32,6 +32,14 @@ def resets(monkeypatch):
     return seen
 
 
+def sampled_once(monkeypatch, kind=standins.WanModel):
+    """A model that is said to be compiled, the same sparse after a run, and `resets`."""
+    seen, model = resets(monkeypatch), said_to_be_compiled(kind)
+    sparse = standins.patched(model)
+    standins.sample(sparse)
+    return model, sparse, seen
+
+
 @pytest.mark.parametrize("kind", [standins.WanModel, standins.AsymmDiTJoint])
 @pytest.mark.parametrize("whole", [False, True])
 def test_what_was_compiled_before_does_not_run_in_the_place_of_sparse_attention(whole, kind):
@@ -54,10 +62,7 @@ def test_a_model_is_compiled_anew_once(monkeypatch):
 
 
 def test_blocks_that_no_longer_come_have_it_compiled_anew_and_this_is_said(monkeypatch, caplog):
-    seen = resets(monkeypatch)
-    model = said_to_be_compiled()
-    sparse = standins.patched(model)
-    standins.sample(sparse)
+    model, sparse, seen = sampled_once(monkeypatch)
     # As code does that was compiled for another size without DiffSparse.
     model.diffusion_model.blocks[1].self_attn.forward = lambda x, *args, **kwargs: x
     standins.sample(sparse)
@@ -73,10 +78,7 @@ def test_blocks_that_no_longer_come_have_it_compiled_anew_and_this_is_said(monke
 
 
 def test_a_model_whose_calls_are_seen_but_none_of_its_blocks_is_compiled_anew_too(monkeypatch, caplog):
-    seen = resets(monkeypatch)
-    model = said_to_be_compiled(standins.AsymmDiTJoint)
-    sparse = standins.patched(model)
-    standins.sample(sparse)
+    model, sparse, seen = sampled_once(monkeypatch, standins.AsymmDiTJoint)
     # Compiled code calls no hooks that it did not see.
     monkeypatch.setattr(model.diffusion_model, "run_block", lambda block, *args: block.forward(*args))
     standins.sample(sparse)
@@ -86,10 +88,7 @@ def test_a_model_whose_calls_are_seen_but_none_of_its_blocks_is_compiled_anew_to
 
 
 def test_a_run_that_ends_before_any_block_has_nothing_compiled_again(monkeypatch, caplog):
-    seen = resets(monkeypatch)
-    model = said_to_be_compiled()
-    sparse = standins.patched(model)
-    standins.sample(sparse)
+    model, sparse, seen = sampled_once(monkeypatch)
     with monkeypatch.context() as until:
         until.setattr(model.diffusion_model, "run_block", stop)
         with pytest.raises(RuntimeError, match="stopped"):
