@@ -113,7 +113,7 @@ def run_suite(name: str, output: Path, device: torch.device, say: Callable[[str]
 
 
 def _configs() -> dict[str, Any]:
-    """What transformers are timed with: the preset, the same in 8 bits, and dense in them."""
+    """What transformers are timed with: the preset, the same in 8 bits, and dense attention in 8 bits."""
     from diffsparse.config import as_config
     from diffsparse.strategies.all_blocks import AllBlocks
 
