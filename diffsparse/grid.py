@@ -43,6 +43,10 @@ class TokenGrid:
         """All tokens of the sequence: the S of its tensors."""
         return self.text_before + self.num_video_tokens + self.text_after
 
+    def with_text_last(self) -> TokenGrid:
+        """The same with all text after the video."""
+        return replace(self, text_before=0, text_after=self.text_before + self.text_after)
+
     def __str__(self) -> str:
         text = self.text_before + self.text_after
         video = f"{self.frames} x {self.height} x {self.width}"

@@ -15,6 +15,7 @@ from diffsparse.autocast import as_autocast, with_autocast_as_now, without_autoc
 from diffsparse.config import SparseAttentionConfig, resolve_dense_layers
 from diffsparse.grid import TokenGrid, grid_of
 from diffsparse.kernels.block_sparse import DTYPES, MAX_HEAD_DIM, pick_backend, why_none
+from diffsparse.padded_order import PaddedOrder
 from diffsparse.pipelines.padding import hides_keys_only, key_length_of
 from diffsparse.plan import AttentionPlan
 from diffsparse.rank_order import RankOrder
@@ -108,6 +109,8 @@ class Session:
         self.why_no_layout = "the call does not say the size of the grid"
         self.mask_hides_nothing = False
         """Whether a mask that comes with this call is to be taken for none."""
+        self.padded_within = False
+        """Whether a mask that comes with this call hides text elsewhere than at the end of the sequence."""
         self.unreached: dict[int, str] = {}
         """Layers of which nothing came here in the last call of the transformer, and why."""
         self._rows: Counter[int] = Counter()
@@ -222,7 +225,7 @@ class Session:
         hiding = None if self.mask_hides_nothing else mask
         if (reason := self._obstacle(query, key, value, hiding, ranks)) is None:
             key_length = key_length_of(hiding, query.shape[0])
-            order = RankOrder(self._parts(query.shape[2]), ranks)
+            order = self._order(query, hiding, ranks)
             query, key, value = (order.undo(x) for x in (query, key, value))
 
             def sparse(plan: AttentionPlan) -> Tensor:
@@ -295,8 +298,18 @@ class Session:
         )
 
     def _grid(self, num_tokens: int) -> TokenGrid | None:
-        """Where the tokens of a sequence of this length sit, by the layout of the call."""
-        return None if self.layout is None else grid_of(self.layout, num_tokens)
+        """Where the tokens of a sequence of this length sit, by the layout of the call, once `_order` is undone."""
+        if self.layout is None:
+            return None
+        grid = grid_of(self.layout, num_tokens)
+        return grid.with_text_last() if self.padded_within else grid
+
+    def _order(self, query: Tensor, mask: Tensor | None, ranks: int) -> RankOrder | PaddedOrder:
+        """The order in which the tokens of a call come."""
+        if self.padded_within:
+            assert self.layout is not None
+            return PaddedOrder.of(mask, grid_of(self.layout, query.shape[2]), query.device)
+        return RankOrder(self._parts(query.shape[2]), ranks)
 
     def _policy(self, layer: int, query: Tensor) -> str | None:
         """Why the user's own settings want this call dense."""
@@ -323,8 +336,10 @@ class Session:
             return f"head dim {query.shape[3]} above {MAX_HEAD_DIM}"
         if query.dtype not in DTYPES:
             return f"{query.dtype}, which no backend computes in"
-        if mask is not None and not (self.family.padding_mask and hides_keys_only(mask)):
+        if mask is not None and not (self.family.padding_mask and hides_keys_only(mask, query.shape[2])):
             return "attention mask"
+        if self.padded_within and ranks > 1:
+            return "text padded elsewhere than at its end, under context parallelism"
         if ranks > 1 and self.family.text_apart is None and grid.num_video_tokens < grid.num_tokens:
             return "nobody has said how context parallelism cuts the text of this family"
         return self._why_no_backend(query)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffsparse.config import SparseAttentionConfig
 from diffsparse.grid import grid_of
 from diffsparse.pipelines.family import Family
-from diffsparse.pipelines.padding import hides_nothing
+from diffsparse.pipelines.padding import hides_a_tail, hides_nothing
 from diffsparse.session import Session
 from diffsparse.steps import StepClock
 
@@ -64,8 +64,7 @@ class TransformerSession(Session):
         with self._lock:
             step = self.clock.tick(call.get(self.family.timestep))
             layout = self._read_layout(transformer, call)
-            text_mask = self.family.text_mask
-            self.mask_hides_nothing = text_mask is not None and hides_nothing(call.get(text_mask))
+            self._read_text_mask(call, layout)
             # Branches may differ in their text, but never in the size of the video.
             if _video_size(layout) != _video_size(self.layout) or self._thread != threading.get_ident():
                 self.forget_plans()
@@ -106,6 +105,14 @@ class TransformerSession(Session):
             self.why_no_layout = f"the layout of its family raises {type(error).__name__}: {error}"
             return None
         return sizes
+
+    def _read_text_mask(self, call: Mapping[str, Any], layout: tuple[int | None, ...] | None) -> None:
+        """See what the call's mask of text hides, if anything, and where."""
+        mask = self.family.text_mask_of(call)
+        self.mask_hides_nothing = hides_nothing(mask)
+        self.padded_within = False
+        if mask is not None and layout is not None and not self.mask_hides_nothing:
+            self.padded_within = layout[3] != 0 or not hides_a_tail(mask)
 
     def end_call(self) -> None:
         """Let the plans go with the last call of a generation, so that what decodes its latents has their memory."""

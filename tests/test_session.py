@@ -165,6 +165,22 @@ def test_another_mask_is_an_obstacle(mask):
     assert session.tallies[0].dense_reasons == {"attention mask": 1}
 
 
+def test_a_mask_of_another_number_of_tokens_is_an_obstacle():
+    session = session_of(Recorded())
+    begin(session, 0)
+    assert session.attend(0, *qkv(), torch.ones(1, 1, 1, 15, dtype=torch.bool), None) is None
+    assert session.tallies[0].dense_reasons == {"attention mask": 1}
+
+
+def test_text_padded_within_a_sequence_that_ranks_share_is_an_obstacle():
+    session = session_of(Recorded())
+    begin(session, 0)
+    session.padded_within = True
+    assert session.attend(0, *qkv(), torch.ones(1, 1, 1, 30, dtype=torch.bool), None, ranks=2) is None
+    reason = "text padded elsewhere than at its end, under context parallelism"
+    assert session.tallies[0].dense_reasons == {reason: 1}
+
+
 def test_a_mask_of_keys_is_an_obstacle_where_the_family_says_nothing_of_padding(monkeypatch):
     monkeypatch.setattr(PaddedText, "padding_mask", False)
     session = session_of(Recorded())

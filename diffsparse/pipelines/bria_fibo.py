@@ -10,10 +10,7 @@ from diffsparse.pipelines.family import Family, Layout
 
 
 def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
-    """Text, image, images to edit; dense with its pipeline's mask, where prompt and negative prompt differ in length.
-
-    The mask hides padded text before the image, so it cannot become a key length.
-    """
+    """The text tokens, the image, then images to edit. Where prompts differ in length a mask hides padded text."""
     return flux.layout(transformer, call)
 
 
@@ -22,5 +19,7 @@ BRIA_FIBO = Family(
     transformers=("BriaFiboTransformer2DModel",),
     layers=flux.FLUX.layers,
     layout=layout,
+    padding_mask=True,
+    text_mask="joint_attention_kwargs.attention_mask",
     text_apart=flux.FLUX.text_apart,
 )

@@ -45,11 +45,14 @@ class Family:
             self-attention; None when the call does not say, or when they do not form a grid. It runs once
             for each call, so it goes by shapes and plain numbers: reading a tensor's values waits for the
             device.
-        padding_mask: the mask that reaches self-attention is a bool [B, 1, 1, S] that hides nothing but a
-            tail of padded text, so that it can become a key length. Any other mask keeps a layer dense.
+        padding_mask: the mask that reaches self-attention is a bool [B, 1, 1, S] that hides nothing but padded text,
+            so that it can become a key length. Any other mask keeps a layer dense. The text it hides is a tail of the
+            sequence, but where `text_mask` shows otherwise.
         text_mask: the argument that holds a mask [B, text tokens] which self-attention is given in every call, for the
-            text alone. Where it hides no token, as for a single prompt, self-attention is taken to have no mask. It is
-            read off the device once.
+            text alone; "a.b" is the entry "b" of the argument "a". Where it hides no token, as for a single prompt,
+            self-attention is taken to have no mask. Where text stands before the grid, or the mask hides other text
+            than a tail, attention is computed with all text behind the grid and what is hidden last, at the cost of a
+            copy. It is read off the device once.
         timestep: the argument that holds the timestep. It tells the steps of a transformer that is enabled on its
             own.
         spreads_mask: the processor is given such a mask as [B, text tokens] and makes a mask of all pairs of tokens
@@ -96,6 +99,16 @@ class Family:
                 f"`layout` of a family must be a function of the transformer and its call's arguments that returns a "
                 f"Layout or None, got {self.layout!r}."
             )
+
+    def text_mask_of(self, call: Mapping[str, Any]) -> Any:
+        """What a call holds where `text_mask` says, None if nothing."""
+        if self.text_mask is None:
+            return None
+        argument, *entries = self.text_mask.split(".")
+        mask = call.get(argument)
+        for entry in entries:
+            mask = mask.get(entry) if isinstance(mask, Mapping) else None
+        return mask
 
     def class_name(self, transformer: nn.Module) -> str:
         """The transformer's class or, for a subclass (as FSDP makes one), the nearest base that is named here."""

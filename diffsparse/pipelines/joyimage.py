@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,16 +21,19 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
 
 
 def plus_layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
-    """The image, its references, then the text; dense with the mask that its pipeline passes.
+    """The image, its references, then the text, which its pipeline pads in a batch and for guidance.
 
-    The latents are packed into patches [B, S, C, …]; their sizes are in `shape_list`, the generated image's first.
-    Nothing says at which end the text is padded, so the mask cannot become a key length.
+    The latents are packed into patches [B, S, C, …]; their sizes are in `shape_list`, the generated image's first. The
+    mask that comes with the text hides what is left of S in a row with fewer patches, too: such calls have no layout.
     """
     latents, text, rows = (call.get(name) for name in ("hidden_states", "encoder_hidden_states", "shape_list"))
     if latents is None or latents.ndim != 6 or text is None or not rows:
         return None
     frames, height, width = rows[0][0]
     if any(tuple(row[0]) != (frames, height, width) for row in rows):
+        return None
+    masked = call.get("encoder_hidden_states_mask") is not None
+    if masked and any(sum(map(math.prod, row)) != latents.shape[1] for row in rows):
         return None
     references = latents.shape[1] - frames * height * width
     return Layout(frames, height, width, text_after=references + text.shape[1])
@@ -46,4 +50,6 @@ JOYIMAGE_PLUS = Family(
     transformers=("JoyImageEditPlusTransformer3DModel",),
     layers=JOYIMAGE.layers,
     layout=plus_layout,
+    padding_mask=True,
+    text_mask="encoder_hidden_states_mask",
 )

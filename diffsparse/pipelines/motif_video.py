@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffsparse.pipelines.family import Family, Layout
-from diffsparse.pipelines.padding import check_padding_is_last
 
 
 def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
@@ -14,14 +13,10 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
 
     In decoder layers, the last ones, what the encoder made of the video stands there instead, as many tokens as the
     grid has. Being no part of it they are seen by all and see all, so there is less to gain in these layers.
-
-    Raises:
-        ValueError: the text is padded elsewhere than at its end.
     """
     latents, text, image = (call.get(name) for name in ("hidden_states", "encoder_hidden_states", "image_embeds"))
     if latents is None or latents.ndim != 5 or text is None:
         return None
-    check_padding_is_last(call.get("encoder_attention_mask"))
     frames, height, width = latents.shape[2:]
     patch, frame_patch = transformer.config.patch_size, transformer.config.patch_size_t
     num_others = text.shape[1] + (image.shape[1] if image is not None else 0)
@@ -35,4 +30,5 @@ MOTIF_VIDEO = Family(
     layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     layout=layout,
     padding_mask=True,
+    text_mask="encoder_attention_mask",
 )

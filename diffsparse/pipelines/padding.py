@@ -14,7 +14,7 @@ def check_padding_is_last(mask: Tensor | None) -> None:
 
     Read from the device once for each mask. Some tokenizers pad on the left, Gemma's among them.
     """
-    if mask is not None and _has_values(mask) and not read_once(mask, _hides_a_tail):
+    if mask is not None and not hides_a_tail(mask):
         raise ValueError("text is padded before its end, which no key length can stand for")
 
 
@@ -23,9 +23,15 @@ def hides_nothing(mask: Tensor | None) -> bool:
     return mask is not None and _has_values(mask) and read_once(mask, _hides_no_token)
 
 
-def hides_keys_only(mask: Tensor) -> bool:
-    """Whether a mask is [B|1, 1, 1, S] or [B, S] bool: the same keys for every query."""
-    return mask.dtype == torch.bool and (mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
+def hides_a_tail(mask: Tensor) -> bool:
+    """Whether each row of a mask [B, text tokens] hides a tail or nothing. Read from the device once for each mask."""
+    return not _has_values(mask) or read_once(mask, _hides_a_tail)
+
+
+def hides_keys_only(mask: Tensor, num_tokens: int) -> bool:
+    """Whether a mask is [B|1, 1, 1, S] or [B, S] bool, with S the tokens: the same keys for every query."""
+    by_keys = mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:3] == (1, 1))
+    return mask.dtype == torch.bool and by_keys and mask.shape[-1] == num_tokens
 
 
 def key_length_of(mask: Tensor | None, batch: int) -> Tensor | None:

@@ -11,9 +11,8 @@ from diffsparse.pipelines.family import Family, Layout, num_alike
 def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     """The text tokens, the image that comes first in `img_shapes`, others as large as further frames, then the rest.
 
-    These are layers, or what the image is made from. Padded text stands before the image, so that no key length can
-    hide it: in a batch of prompts of different lengths the mask keeps every layer dense. Modular pipelines pass one
-    that hides nothing as well.
+    These are layers, or what the image is made from. A mask hides padded text before the image in a batch of prompts of
+    different lengths. Modular pipelines pass one that hides nothing as well.
     """
     latents, text, rows = (call.get(name) for name in ("hidden_states", "encoder_hidden_states", "img_shapes"))
     if latents is None or latents.ndim != 3 or text is None or not rows:
@@ -36,6 +35,7 @@ QWEN_IMAGE = Family(
     transformers=("QwenImageTransformer2DModel",),
     layers=("transformer_blocks.*.attn",),
     layout=layout,
+    padding_mask=True,
     text_mask="encoder_hidden_states_mask",
     text_apart=True,
 )

@@ -1,0 +1,41 @@
+"""The order of a sequence whose text is padded elsewhere than at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffsparse.grid import TokenGrid
+from diffsparse.kernels.reorder import gather_tokens, scatter_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedOrder:
+    """The order of a sequence in which a mask hides text before the grid, or before the end of the text.
+
+    Its own order, for which a key length can stand, is `[grid | text | what the mask hides]`.
+
+    Attributes:
+        places: [B|1, S] int64, the token of the sequence at each place of its own order.
+    """
+
+    places: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor | None, grid: TokenGrid, device: torch.device) -> PaddedOrder:
+        """The order of a sequence laid out as `grid`, whose text a mask [B|1, (1, 1,) S] bool leaves or hides."""
+        behind = torch.ones(1, grid.num_tokens, dtype=torch.int8, device=device)
+        behind[:, grid.text_before : grid.text_before + grid.num_video_tokens] = 0
+        if mask is not None:
+            behind = behind + ~mask.reshape(mask.shape[0], -1)
+        return cls(behind.argsort(dim=1, stable=True))
+
+    def undo(self, x: Tensor) -> Tensor:
+        """The tokens of x [B, H, S, D], which come in this order, in their own."""
+        return gather_tokens(x.transpose(0, 1), self.places).transpose(0, 1)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The tokens of x [B, H, S, D], which come in their own order, in this one."""
+        return scatter_tokens(x.transpose(0, 1), self.places).transpose(0, 1)
