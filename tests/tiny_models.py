@@ -30,6 +30,7 @@ from tiny.hunyuan_video15 import HUNYUAN_VIDEO_15
 from tiny.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from tiny.kandinsky5 import KANDINSKY5
 from tiny.kandinsky6 import KANDINSKY6
+from tiny.krea2 import KREA2
 from tiny.ltx import LTX
 from tiny.ltx2 import LTX2
 from tiny.lumina2 import LUMINA2
@@ -95,6 +96,7 @@ TINY: dict[str, TinyModel] = {
     "hunyuan_dit": HUNYUAN_DIT,
     "joyimage_edit": JOYIMAGE_EDIT,
     "joyimage_edit_plus": JOYIMAGE_EDIT_PLUS,
+    "krea2": KREA2,
     "mochi": MOCHI,
     "minimax_h3": MINIMAX_H3,
 }

@@ -28,6 +28,7 @@ from diffsparse.pipelines.hunyuan_video15 import HUNYUAN_VIDEO_15
 from diffsparse.pipelines.joyimage import JOYIMAGE, JOYIMAGE_PLUS
 from diffsparse.pipelines.kandinsky5 import KANDINSKY5
 from diffsparse.pipelines.kandinsky6 import KANDINSKY6
+from diffsparse.pipelines.krea2 import KREA2
 from diffsparse.pipelines.ltx import LTX
 from diffsparse.pipelines.ltx2 import LTX2
 from diffsparse.pipelines.lumina2 import LUMINA2
@@ -77,6 +78,7 @@ FAMILIES: tuple[Family, ...] = (
     HUNYUAN_DIT,
     JOYIMAGE,
     JOYIMAGE_PLUS,
+    KREA2,
 )
 
 

@@ -7,7 +7,6 @@ LEFT_ALONE: dict[str, str] = {
     "DreamLiteTransformer2DModel": "it is a part of a UNet, whose attention diffsparse does not take over",
     "Ideogram4Transformer2DModel": "it passes a mask over pairs of tokens, in every call",
     "Kandinsky6SRTransformer3DModel": "it brings a block mask of its own",
-    "Krea2Transformer2DModel": "its pipeline hides padded text before the image by a mask, in every call",
     "LatteTransformer3DModel": "it attends within frames and through time in turn, over short sequences",
     "LongCatAudioDiTTransformer": "it makes audio, whose tokens form a line and no grid",
     "LuminaNextDiT2DModel": "it passes a mask of the size of all pairs of tokens, in every call",

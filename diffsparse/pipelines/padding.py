@@ -14,7 +14,7 @@ def check_padding_is_last(mask: Tensor | None) -> None:
 
     Read from the device once for each mask. Some tokenizers pad on the left, Gemma's among them.
     """
-    if mask is not None and not hides_a_tail(mask):
+    if mask is not None and _has_values(mask) and not hides_a_tail(mask):
         raise ValueError("text is padded before its end, which no key length can stand for")
 
 
@@ -25,7 +25,7 @@ def hides_nothing(mask: Tensor | None) -> bool:
 
 def hides_a_tail(mask: Tensor) -> bool:
     """Whether each row of a mask [B, text tokens] hides a tail or nothing. Read from the device once for each mask."""
-    return not _has_values(mask) or read_once(mask, _hides_a_tail)
+    return _has_values(mask) and read_once(mask, _hides_a_tail)
 
 
 def hides_keys_only(mask: Tensor, num_tokens: int) -> bool:

@@ -24,11 +24,15 @@ def joyimage_edit_plus(mask):
     return {"encoder_hidden_states_mask": mask, "hidden_states": Random(0)(2, 35 + 12, CHANNELS, 1, 2, 2)}
 
 
+def krea2(mask):
+    return {"encoder_attention_mask": mask}
+
+
 def motif_video(mask):
     return {"encoder_attention_mask": mask}
 
 
-MASKED = {each.__name__: each for each in (qwen_image, bria_fibo, joyimage_edit_plus, motif_video)}
+MASKED = {each.__name__: each for each in (qwen_image, bria_fibo, joyimage_edit_plus, krea2, motif_video)}
 HIDDEN = {"tail": [5, 6], "head": [0, 1], "within": [2, 4]}
 
 
@@ -75,7 +79,7 @@ def test_what_is_hidden_changes_nothing(name, hidden):
     assert not torch.allclose(run(model, call)[1], sparse[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "bria_fibo"])
+@pytest.mark.parametrize("name", ["qwen_image", "bria_fibo", "krea2"])
 def test_a_row_with_a_hidden_tail_is_what_it_is_alone_and_without_it(name):
     model, call = masked_call(name, HIDDEN["tail"])
     alone = TINY[name].call(model, TINY[name].grid, batch=2)
@@ -84,6 +88,8 @@ def test_a_row_with_a_hidden_tail_is_what_it_is_alone_and_without_it(name):
     if name == "bria_fibo":
         alone["text_encoder_layers"] = [layer[1:, :5] for layer in alone["text_encoder_layers"]]
         alone["txt_ids"] = alone["txt_ids"][:5]
+    if name == "krea2":
+        alone["position_ids"] = alone["position_ids"][2:]
     model.enable_sparse_attention(STATIC)
     torch.testing.assert_close(run(model, call)[1:], run(model, alone))
     assert_all_sparse(model, name, 2)

@@ -6,7 +6,7 @@ from enabled import FULL, SPARSE, report_of, run
 from tiny_models import TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffsparse.pipelines.padding import check_padding_is_last, hides_nothing
+from diffsparse.pipelines.padding import check_padding_is_last, hides_a_tail, hides_nothing
 
 REASON = "the layout of its family raises ValueError: text is padded before its end, which no key length can stand for"
 
@@ -17,6 +17,10 @@ def test_a_padded_tail_is_fine(hidden):
     mask[1, hidden] = 0
     for each in (mask, mask.bool(), mask.float(), None, mask.to("meta"), FakeTensorMode().from_tensor(mask)):
         check_padding_is_last(each)
+    assert hides_a_tail(mask)
+    # Without values nothing is known of them.
+    assert not hides_a_tail(mask.to("meta"))
+    assert not hides_a_tail(FakeTensorMode().from_tensor(mask))
 
 
 @pytest.mark.parametrize("hidden", [[0], [0, 1, 2], [3], [2, 6]], ids=str)
@@ -26,6 +30,7 @@ def test_padding_before_the_end_is_none(hidden):
     for each in (mask, mask.bool(), mask.float()):
         with pytest.raises(ValueError, match="padded before its end"):
             check_padding_is_last(each)
+        assert not hides_a_tail(each)
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float])

@@ -1,5 +1,7 @@
 """diffusers' own pipelines around tiny transformers: what they really pass is enough to run every layer sparse."""
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
@@ -122,6 +124,49 @@ def qwen_image():
     return pipeline, call, TokenGrid(1, 7, 5, text_before=TEXT_TOKENS)
 
 
+def qwen_image_prompts_of_different_length():
+    pipeline, call, _ = qwen_image()
+    mask = torch.arange(TEXT_TOKENS) < torch.tensor([[TEXT_TOKENS], [4]])
+    call |= prompts(prompt_embeds=text().expand(2, -1, -1), prompt_embeds_mask=mask)
+    return pipeline, call, TokenGrid(1, 7, 5, text_after=TEXT_TOKENS)
+
+
+def krea2():
+    pipeline = flow_pipeline(diffusers.Krea2Pipeline, "krea2")
+    # A prompt, its padding, and what the template says behind it.
+    mask = torch.tensor([[True, True, False, False, False, True, True]])
+    call = IMAGE | prompts(prompt_embeds=text()[:, :, None].expand(-1, -1, 3, -1), prompt_embeds_mask=mask)
+    return pipeline, call, TokenGrid(1, 7, 5, text_after=TEXT_TOKENS)
+
+
+def bria_fibo():
+    pipeline = flow_pipeline(diffusers.BriaFiboPipeline, "bria_fibo")
+
+    def get_prompt_embeds(prompt, **_):
+        embeddings = text(len(prompt[0]))
+        return embeddings, [embeddings] * 4, torch.ones(embeddings.shape[:2])
+
+    pipeline.get_prompt_embeds, pipeline.text_encoder = get_prompt_embeds, SimpleNamespace(dtype=torch.float32)
+    call = {"prompt": "p" * TEXT_TOKENS, "negative_prompt": "n" * 4}
+    return pipeline, IMAGE | call, TokenGrid(1, 7, 5, text_after=TEXT_TOKENS)
+
+
+def joyimage_edit_plus():
+    pipeline = without_encoders(
+        diffusers.JoyImageEditPlusPipeline,
+        transformer=TINY["joyimage_edit_plus"].make(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        processor=None,
+    )
+
+    def encode_prompt(prompt, **_):
+        tokens = TEXT_TOKENS if "a cat" in prompt[0] else 4
+        return text(tokens), torch.ones(1, tokens, dtype=torch.long)
+
+    pipeline.encode_prompt_multiple_images = encode_prompt
+    return pipeline, IMAGE | {"prompt": "a cat"}, TokenGrid(1, 7, 5, text_after=TEXT_TOKENS)
+
+
 def z_image():
     pipeline = flow_pipeline(diffusers.ZImagePipeline, "z_image", n_refiner_layers=1)
     call = IMAGE | prompts(prompt_embeds=[text()[0]])
@@ -164,6 +209,10 @@ PIPELINES = [
     flux_kontext,
     sd3,
     qwen_image,
+    qwen_image_prompts_of_different_length,
+    krea2,
+    bria_fibo,
+    joyimage_edit_plus,
     z_image,
     flux2,
     cogview4,
