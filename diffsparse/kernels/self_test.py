@@ -25,7 +25,7 @@ SHORTER = 77
 
 @dataclass(frozen=True)
 class SmallCase:
-    """What is asked of a backend in a call of batch 2 and 2 heads."""
+    """What is asked of a backend in a call of batch 2 and 2 heads. There are as many queries as tokens if None."""
 
     head_dim: int
     query_block_size: int
@@ -34,6 +34,7 @@ class SmallCase:
     has_length: bool
     has_orders: bool = False
     num_tokens: int = 300
+    num_queries: int | None = None
 
     def why_not(self, backend: str, device: torch.device | str, dtype: torch.dtype, precision: str) -> str | None:
         """Why a backend cannot take it; None if it can."""
@@ -42,11 +43,11 @@ class SmallCase:
 
     def draw(self, dtype: torch.dtype, precision: str, generator: torch.Generator) -> SmallCall:
         """Random inputs on the CPU, and what they give."""
-        tokens = self.num_tokens
+        tokens, queries = self.num_tokens, self.num_queries or self.num_tokens
         query, key, value = (
-            torch.randn((2, 2, tokens, self.head_dim), generator=generator).to(dtype) for _ in range(3)
+            torch.randn((2, 2, num, self.head_dim), generator=generator).to(dtype) for num in (queries, tokens, tokens)
         )
-        rows, columns = (-(-tokens // size) for size in (self.query_block_size, self.key_block_size))
+        rows, columns = -(-queries // self.query_block_size), -(-tokens // self.key_block_size)
         visible = torch.rand((2, 2, rows, columns), generator=generator) < 0.5
         visible[..., 0] = True
         key_blocks = visible.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
@@ -55,7 +56,7 @@ class SmallCase:
         key_length = torch.tensor([tokens, SHORTER], dtype=torch.int32) if self.has_length else None
         query_order = key_order = None
         if self.has_orders:
-            query_order = torch.rand((2, tokens), generator=generator).argsort(-1)
+            query_order = torch.rand((2, queries), generator=generator).argsort(-1)
             # What does not exist stays last.
             first, last = (torch.rand((2, n), generator=generator).argsort(-1) for n in (SHORTER, tokens - SHORTER))
             key_order = torch.cat([first, SHORTER + last], dim=1)
@@ -80,7 +81,7 @@ class SmallCall:
     """A case with inputs, as `attend` takes them.
 
     Attributes:
-        inputs: query, key and value [2, 2, S, D], key blocks and counts.
+        inputs: query [2, 2, S, D], key and value [2, 2, S_k, D], key blocks and counts.
         sides: "tail", "key_length", "query_order" and "key_order", None where the case has none.
         expected: output [2, 2, S, D] and logsumexp [2, 2, S], on the CPU: in float64, or in a precision other than
             "native" the eager backend's in that precision.
@@ -132,9 +133,9 @@ _SELF_TEST_CASES = (
     SmallCase(64, 64, 64, has_tail=False, has_length=False),
     SmallCase(40, 64, 64, has_tail=True, has_length=False),
     SmallCase(128, 64, 64, has_tail=False, has_length=True),
-    SmallCase(64, 64, 64, has_tail=True, has_length=True, has_orders=True),
+    SmallCase(64, 64, 64, has_tail=True, has_length=True, has_orders=True, num_queries=200),
     SmallCase(128, 128, 64, has_tail=True, has_length=False, has_orders=True, num_tokens=LONG),
-    SmallCase(128, 128, 128, has_tail=False, has_length=False, has_orders=True),
+    SmallCase(128, 128, 128, has_tail=False, has_length=False, has_orders=True, num_queries=200),
     SmallCase(64, 128, 64, has_tail=False, has_length=True),
     SmallCase(64, 128, 128, has_tail=True, has_length=True, num_tokens=LONG),
 )
@@ -193,14 +194,14 @@ def _float64_attention(
     tail: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp with every logit written out, for the block map `visible` [B, H, Q, K]."""
-    num_tokens, head_dim = query.shape[2:]
+    num_tokens, head_dim = key.shape[2:]
     query, key, value = query.double(), key.double(), value.double()
-    visible = visible[:, :, torch.arange(num_tokens) // query_block_size]  # [B, H, S, K]
+    visible = visible[:, :, torch.arange(query.shape[2]) // query_block_size]  # [B, H, S, K]
     block_of = torch.arange(num_tokens) // key_block_size
     exists = torch.arange(num_tokens) < (torch.tensor([num_tokens]) if key_length is None else key_length)[:, None]
-    seen = visible[..., block_of] & exists[:, None, None]  # [B, H, S, S]
+    seen = visible[..., block_of] & exists[:, None, None]  # [B, H, S, S_k]
     logits = (query @ key.mT).masked_fill(~seen, -torch.inf) * head_dim**-0.5
-    # [K, S] marks the tokens of each block.
+    # [K, S_k] marks the tokens of each block.
     members = (block_of == torch.arange(visible.shape[-1])[:, None]) & exists[:, None]
     sizes = members.sum(dim=-1).double()  # [B, K]
     means = [members[:, None].double() @ x / sizes.clamp(min=1)[:, None, :, None] for x in (key, value)]

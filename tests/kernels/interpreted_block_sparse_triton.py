@@ -32,15 +32,18 @@ def make_inputs(
     tail=None,
     dtype=torch.float32,
     shared_lists=False,
+    queries=None,
 ):
     """Random, laid out as projections leave them, lists of random length with nonsense after their counts."""
     generator = torch.Generator().manual_seed(0)
-    shape = batch, tokens, heads, head_dim
-    query, key, value = (torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for _ in range(3))
+    query, key, value = (
+        torch.randn((batch, num, heads, head_dim), generator=generator).to(dtype).transpose(1, 2)
+        for num in (queries or tokens, tokens, tokens)
+    )
     if lengths is not None:
         for b, length in enumerate(lengths):
             key[b, :, length:] = value[b, :, length:] = math.nan
-    rows, columns = -(-tokens // query_block_size), -(-tokens // key_block_size)
+    rows, columns = -(-(queries or tokens) // query_block_size), -(-tokens // key_block_size)
     leading = (1, 1) if shared_lists else (batch, heads)
     counts = torch.randint(1, columns + 1, (*leading, rows), generator=generator, dtype=torch.int32)
     key_blocks = torch.rand((*leading, rows, columns), generator=generator).argsort(-1).to(torch.int32)
@@ -78,6 +81,11 @@ def check(inputs):
 @pytest.mark.parametrize("lengths", [None, [105, 50], [16, 0]])
 def test_it_keeps_to_the_specification(dtype, tail, lengths):
     check(make_inputs(batch=2, tail=tail, lengths=lengths, dtype=dtype))
+
+
+@pytest.mark.parametrize("queries", [41, 300])
+def test_fewer_or_more_queries_than_keys(queries):
+    check(make_inputs(batch=2, queries=queries, tail=[[True, False]], lengths=[105, 50]))
 
 
 @pytest.mark.parametrize("head_dim", [32, 40, 80, 96, 112, 128, 256])
@@ -160,13 +168,17 @@ def check_precision(inputs, precision, allowed=None):
     assert (lse - expected_lse)[seen].norm() <= 1e-4 * expected_lse[seen].norm()
 
 
-@pytest.mark.parametrize("precision", ["native", "int8", "int8_int8", "int4", "int8_fp8", "fp8"])
-def test_it_takes_tokens_in_their_orders(precision):
-    inputs = make_inputs(tokens=70, lengths=[50], tail=[[True, False]], key_block_size=32, dtype=torch.float16)
+@pytest.mark.parametrize(
+    ("precision", "queries"),
+    [("native", 70), *((precision, 41) for precision in ("native", "int8", "int8_int8", "int4", "int8_fp8", "fp8"))],
+)
+def test_it_takes_tokens_in_their_orders(precision, queries):
+    sizes = {"tokens": 70, "queries": queries, "key_block_size": 32, "dtype": torch.float16}
+    inputs = make_inputs(lengths=[50], tail=[[True, False]], **sizes)
     # What the batch entry lacks stays last.
     places = torch.rand((2, 50), generator=torch.Generator().manual_seed(1)).argsort(-1)
     key_order = torch.cat([places, torch.arange(50, 70).expand(2, -1)], 1)
-    query_order = torch.stack([torch.arange(70).flip(0), torch.arange(70).roll(7)])
+    query_order = torch.stack([torch.arange(queries).flip(0), torch.arange(queries).roll(7)])
     orders = {"query_order": query_order, "key_order": key_order}
     out, lse = block_sparse_triton.attend(**inputs, precision=precision, **orders)
     for name, order in (("query", query_order), ("key", key_order), ("value", key_order)):

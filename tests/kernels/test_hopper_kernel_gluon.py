@@ -51,15 +51,19 @@ def quantizes(monkeypatch):
     monkeypatch.setattr(operands_triton, "quantize_values", quantize_values)
 
 
-def make_inputs(*, dtype=torch.bfloat16, head_dim=64, key_block_size=128, lengths=None, tail=None, tokens=450):
+def make_inputs(
+    *, dtype=torch.bfloat16, head_dim=64, key_block_size=128, lengths=None, tail=None, tokens=450, queries=None
+):
     """Random, laid out as projections leave them, lists of random length with nonsense after their counts."""
     generator = torch.Generator().manual_seed(0)
-    shape = 2, tokens, 2, head_dim
-    query, key, value = (torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for _ in range(3))
+    query, key, value = (
+        torch.randn((2, num, 2, head_dim), generator=generator).to(dtype).transpose(1, 2)
+        for num in (queries or tokens, tokens, tokens)
+    )
     if lengths is not None:
         for b, length in enumerate(lengths):
             key[b, :, length:] = value[b, :, length:] = math.nan
-    rows, columns = -(-tokens // 128), -(-tokens // key_block_size)
+    rows, columns = -(-(queries or tokens) // 128), -(-tokens // key_block_size)
     counts = torch.randint(1, columns + 1, (2, 2, rows), generator=generator, dtype=torch.int32)
     key_blocks = torch.rand((2, 2, rows, columns), generator=generator).argsort(-1).to(torch.int32)
     key_blocks[torch.arange(columns) >= counts[..., None]] = -(2**30)
@@ -147,12 +151,13 @@ def test_what_is_not_a_number_stays_so(gluon, precision, key_block_size, name):
 
 @pytest.mark.usefixtures("quantizes")
 @pytest.mark.parametrize("precision", ["native", "int8", "int8_fp8"])
-def test_tokens_are_taken_in_their_orders(gluon, precision):
+@pytest.mark.parametrize("queries", [450, 333])
+def test_tokens_are_taken_in_their_orders(gluon, precision, queries):
     # What the second batch entry lacks stays last.
     places = torch.rand((2, 300), generator=torch.Generator().manual_seed(1)).argsort(-1)
     key_order = torch.cat([places, torch.arange(300, 450).expand(2, -1)], 1)
-    inputs = make_inputs(lengths=[450, 300], tail=[[True, False]])
-    query_order = torch.stack([torch.arange(450).flip(0), torch.arange(450).roll(7)])
+    inputs = make_inputs(lengths=[450, 300], tail=[[True, False]], queries=queries)
+    query_order = torch.stack([torch.arange(queries).flip(0), torch.arange(queries).roll(7)])
     check(gluon, inputs, precision, query_order=query_order, key_order=key_order)
 
 
