@@ -181,11 +181,12 @@ class StepClock:
         """The place in `timesteps` of the first `timestep` since they were made; 0 where it is not among them.
 
         Some pipelines begin in the middle of the schedule and do not tell the scheduler, which says so after its
-        first step.
+        first step. Some hand over a share of 1000: 1 is then the first timestep, and may be the last by the schedule.
         """
         if self._begun[0] is not timesteps:
             values, value = torch.as_tensor(timesteps).tolist(), _value(timestep)
-            self._begun = timesteps, values.index(value) if value in values else 0
+            is_share = value == 1 and values[0] > 1
+            self._begun = timesteps, values.index(value) if value in values and not is_share else 0
         return self._begun[1]
 
     def _by_timestep(self, timestep: Any, timesteps: Any) -> tuple[int, int | None]:

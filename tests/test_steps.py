@@ -335,6 +335,17 @@ def test_a_scheduler_that_is_not_told_where_the_loop_begins_is_asked_for_the_fir
         assert firsts(seen) == [0]
 
 
+def test_a_timestep_that_is_a_share_is_not_taken_for_the_last_one():
+    # As PRX's pipeline has it: the schedule ends at 1, and its first timestep is handed over as 1.
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps[-1] == 1
+    pipeline = Pipeline(scheduler=scheduler)
+    clock = StepClock(pipeline)
+    seen = [clock.tick(timestep / 1000) for timestep in denoising(scheduler)]
+    assert [(step.index, step.sparse_from) for step in seen] == [(index, 0) for index in range(5)]
+
+
 def test_new_timesteps_are_a_new_generation_wherever_it_begins():
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipeline = Pipeline(scheduler=scheduler)
