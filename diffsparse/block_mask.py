@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
@@ -27,6 +27,7 @@ class BlockMask:
         counts: [B|1, H|1, Q] int32, how many key blocks each query block sees, at least 1.
         num_tokens: S, the tokens of the sequence; the last block of either kind may be ragged.
         query_block_size, key_block_size: tokens a block.
+        num_queries: how many of the sequence's tokens are queries, the first ones; None for all.
     """
 
     bits: Tensor
@@ -34,14 +35,16 @@ class BlockMask:
     num_tokens: int
     query_block_size: int
     key_block_size: int
+    num_queries: int | None = None
     _schedules: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        expected = num_blocks(self.num_tokens, self.query_block_size), num_blocks(self.num_key_blocks, 8)
+        num_queries = self.num_tokens if self.num_queries is None else self.num_queries
+        expected = num_blocks(num_queries, self.query_block_size), num_blocks(self.num_key_blocks, 8)
         if self.bits.ndim != 4 or self.bits.shape[2:] != expected:
             raise ValueError(
-                f"`bits` must have the shape [B|1, H|1, {expected[0]}, {expected[1]}] for {self.num_tokens} tokens in "
-                f"query blocks of {self.query_block_size} and key blocks of {self.key_block_size}, got "
+                f"`bits` must have the shape [B|1, H|1, {expected[0]}, {expected[1]}] for {num_queries} queries in "
+                f"blocks of {self.query_block_size} and {self.num_tokens} keys in blocks of {self.key_block_size}, got "
                 f"{tuple(self.bits.shape)}."
             )
         if self.counts.shape != self.bits.shape[:3]:
@@ -60,6 +63,12 @@ class BlockMask:
         bits = pack_bits(visible)
         bits[..., 0] |= counts == 0
         return cls(bits, counts.clamp_(min=1), num_tokens, query_block_size, key_block_size)
+
+    def of_first_queries(self, num_queries: int) -> BlockMask:
+        """The rows of so many queries, the first ones."""
+        rows = slice(num_blocks(num_queries, self.query_block_size))
+        bits, counts = self.bits[:, :, rows].contiguous(), self.counts[:, :, rows].contiguous()
+        return replace(self, bits=bits, counts=counts, num_queries=num_queries)
 
     @property
     def num_key_blocks(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -118,6 +118,10 @@ class Permutation:
     def order(self) -> Tensor:
         """The order of each head, [H|1, S] int64."""
         return self.orders if self.choice is None else self.orders.index_select(0, self.choice)
+
+    def of_first(self, num_tokens: int) -> Permutation:
+        """The order of so many tokens, the first ones, which come first in this order as well."""
+        return replace(self, orders=self.orders[:, :num_tokens].contiguous())
 
     def apply(self, x: Tensor) -> Tensor:
         """The tokens of x [B, H, S, D] in this order, [B, H, S, D] contiguous."""

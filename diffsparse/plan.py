@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -36,6 +36,18 @@ class AttentionPlan:
     precision: str = "native"
     lasts: bool = False
 
+    def of_first_queries(self, num_queries: int) -> AttentionPlan:
+        """The plan of a sequence of which the first tokens alone are queries: those of the video, with the text last.
+
+        Every order has the text last, so these are the first in it.
+        """
+        return replace(
+            self,
+            permutation=None if self.permutation is None else self.permutation.of_first(num_queries),
+            key_permutation=self.permutation if self.key_permutation is None else self.key_permutation,
+            mask=self.mask.of_first_queries(num_queries),
+        )
+
     def attend(
         self,
         query: Tensor,
@@ -47,6 +59,8 @@ class AttentionPlan:
         backend: str | None = None,
     ) -> Tensor:
         """Sparse attention of query, key, value, each [B, H, S, D] in the tokens' own order: [B, H, S, D].
+
+        Query has fewer tokens than key and value where the plan is `of_first_queries`.
 
         Args:
             key_length: [B] int32, keys at or beyond it do not exist (padded text at the end of the sequence).

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.autocast import as_autocast, with_autocast_as_now, without_autocast
+from diffsparse.call_tokens import CallTokens
 from diffsparse.config import SparseAttentionConfig, resolve_dense_layers
-from diffsparse.grid import TokenGrid, grid_of
+from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import DTYPES, MAX_HEAD_DIM, pick_backend, why_none
-from diffsparse.padded_order import PaddedOrder
 from diffsparse.pipelines.padding import hides_keys_only, key_length_of
 from diffsparse.plan import AttentionPlan
-from diffsparse.rank_order import RankOrder
 from diffsparse.speed_check import SpeedCheck
 from diffsparse.steps import Step
 from diffsparse.strategies.all_blocks import AllBlocks
@@ -156,7 +156,7 @@ class Session:
 
         Args:
             layer: index into `layer_names`.
-            query, key, value: [B, H, S, D] after norms and rotary embedding.
+            query, key, value: [B, H, S, D] after norms and rotary embedding. Query may be of the grid's tokens alone.
             mask: what the model passes to its own attention.
             scale: factor on the scores, D ** -0.5 if None.
             ranks: how many ranks the sequence was put together from, see `RankOrder`.
@@ -191,14 +191,14 @@ class Session:
         if self.config.strict and reason != _STRATEGY_SAYS_DENSE:
             raise self.refusal(layer, reason)
 
-    def check_call(self, layer: int, query: Tensor) -> None:
-        """Raise now what would otherwise be raised after the dense steps, minutes later; query is [B, H, S, D].
+    def check_call(self, layer: int, query: Tensor, key: Tensor) -> None:
+        """Raise now what would otherwise be raised after the dense steps, minutes later; both are [B, H, S, D].
 
         Raises:
             ValueError: as `attend` does.
         """
         self._check_backend(query)
-        self._check_calibration(layer, query)
+        self._check_calibration(layer, query, key)
 
     def _attend(
         self,
@@ -211,7 +211,7 @@ class Session:
         ranks: int,
         dense: Callable[[], Tensor] | None,
     ) -> Tensor | None:
-        self.check_call(layer, query)
+        self.check_call(layer, query, key)
         self.num_heads = query.shape[1]
         self._rows[layer] += 1
         policy = self._policy(layer, query)
@@ -219,26 +219,30 @@ class Session:
         if way is None:
             self.count_dense(layer, str(policy))
             return None
-        if (slow := way.check.why_slow(query, mask)) is not None:
+        if (slow := way.check.why_slow(key, mask)) is not None:
             self.count_dense(layer, _after(policy, slow))
             return None
         hiding = None if self.mask_hides_nothing else mask
         if (reason := self._obstacle(query, key, value, hiding, ranks)) is None:
             key_length = key_length_of(hiding, query.shape[0])
-            order = self._order(query, hiding, ranks)
-            query, key, value = (order.undo(x) for x in (query, key, value))
+            tokens, is_joint = self._tokens(query, key), query.shape == key.shape
+            assert tokens is not None
+            order = tokens.order(hiding, ranks, self.family.text_apart, query.device)
+            key, value = order.undo(key), order.undo(value)
+            query = order.undo(query) if is_joint else query
 
             def sparse(plan: AttentionPlan) -> Tensor:
                 return plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
 
-            make_plan = functools.partial(self._make_plan, way.config, layer, query, key, value, key_length, scale)
-            plan = self._plan(layer, policy, query, key, value, key_length, make_plan)
+            inputs = query, key, value, tokens.grid, key_length
+            make_plan = functools.partial(self._make_plan, way.config, layer, *inputs, scale)
+            plan = self._plan(layer, policy, *inputs, make_plan)
             if isinstance(plan, AttentionPlan):
-                if dense is not None and not way.check.knows(query, mask):
+                if dense is not None and not way.check.knows(key, mask):
                     # Once before it is timed, and not kept: dense attention may need the memory.
                     sparse(plan)
-                    way.check.time(query, mask, dense, sparse, make_plan, self._num_served(plan))
-                    if (slow := way.check.why_slow(query, mask)) is not None:
+                    way.check.time(key, mask, dense, sparse, make_plan, self._num_served(plan))
+                    if (slow := way.check.why_slow(key, mask)) is not None:
                         self.count_dense(layer, _after(policy, slow))
                         return None
                 output = sparse(plan)
@@ -247,7 +251,7 @@ class Session:
                     self.tallies[layer].count_sparse(plan)
                 else:
                     self.count_dense(layer, f"{policy}, in {plan.precision}")
-                return order.apply(output)
+                return order.apply(output) if is_joint else output
             reason = plan
         if policy is None:
             self.fall_back(layer, reason)
@@ -284,11 +288,11 @@ class Session:
             # Hopper's kernel takes 128 queries and no fewer; in float32, large heads leave room for no more than 64.
             pick_backend(self.config.backend, query, 128, 64, precision)
 
-    def _check_calibration(self, layer: int, query: Tensor) -> None:
+    def _check_calibration(self, layer: int, query: Tensor, key: Tensor) -> None:
         if isinstance(self.config.strategy, Calibrated) and layer not in self._dense_layers and self.step is not None:
-            grid = self._grid(query.shape[2])
-            if grid is not None:
-                self.config.strategy.check_call(grid, query.shape[1])
+            tokens = self._tokens(query, key)
+            if tokens is not None:
+                self.config.strategy.check_call(tokens.grid, query.shape[1])
 
     def refusal(self, layer: int, reason: str) -> DenseFallback:
         """What a strict config raises."""
@@ -297,19 +301,11 @@ class Session:
             f"With strict=False it runs dense and the report counts it."
         )
 
-    def _grid(self, num_tokens: int) -> TokenGrid | None:
-        """Where the tokens of a sequence of this length sit, by the layout of the call, once `_order` is undone."""
+    def _tokens(self, query: Tensor, key: Tensor) -> CallTokens | None:
+        """The tokens of a call, by the layout of that of the transformer."""
         if self.layout is None:
             return None
-        grid = grid_of(self.layout, num_tokens)
-        return grid.with_text_last() if self.padded_within else grid
-
-    def _order(self, query: Tensor, mask: Tensor | None, ranks: int) -> RankOrder | PaddedOrder:
-        """The order in which the tokens of a call come."""
-        if self.padded_within:
-            assert self.layout is not None
-            return PaddedOrder.of(mask, grid_of(self.layout, query.shape[2]), query.device)
-        return RankOrder(self._parts(query.shape[2]), ranks)
+        return CallTokens.of(self.layout, query.shape[2], key.shape[2], self.padded_within)
 
     def _policy(self, layer: int, query: Tensor) -> str | None:
         """Why the user's own settings want this call dense."""
@@ -325,18 +321,20 @@ class Session:
         """Why this call cannot run sparse."""
         if self.step is None:
             return "called outside its transformer"
-        grid = self._grid(query.shape[2])
-        if grid is None:
+        tokens = self._tokens(query, key)
+        if tokens is None:
             return self.why_no_layout
-        if query.shape != key.shape or key.shape != value.shape:
+        grid = tokens.grid
+        num_queries = grid.num_video_tokens if query.shape[2] < key.shape[2] and ranks == 1 else key.shape[2]
+        if key.shape != value.shape or query.shape != (*key.shape[:2], num_queries, key.shape[3]):
             return "query, key and value differ in shape"
-        if query.shape[2] != grid.num_tokens:
-            return f"{query.shape[2]} tokens where the layout says {grid.num_tokens}"
+        if key.shape[2] != grid.num_tokens:
+            return f"{key.shape[2]} tokens where the layout says {grid.num_tokens}"
         if query.shape[3] > MAX_HEAD_DIM:
             return f"head dim {query.shape[3]} above {MAX_HEAD_DIM}"
         if query.dtype not in DTYPES:
             return f"{query.dtype}, which no backend computes in"
-        if mask is not None and not (self.family.padding_mask and hides_keys_only(mask, query.shape[2])):
+        if mask is not None and not (self.family.padding_mask and hides_keys_only(mask, key.shape[2])):
             return "attention mask"
         if self.padded_within and ranks > 1:
             return "text padded elsewhere than at its end, under context parallelism"
@@ -353,15 +351,6 @@ class Session:
             self._checked.add(kind)
         return None
 
-    def _parts(self, num_tokens: int) -> tuple[int, ...]:
-        """The lengths of the model's tensors that make up a sequence and that context parallelism cuts one by one."""
-        grid = self._grid(num_tokens)
-        assert grid is not None
-        if not self.family.text_apart or grid.num_video_tokens == num_tokens:
-            return (num_tokens,)
-        first = grid.text_before or grid.num_video_tokens
-        return first, num_tokens - first
-
     def _plan(
         self,
         layer: int,
@@ -369,12 +358,13 @@ class Session:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        grid: TokenGrid,
         key_length: Tensor | None,
         make: Callable[[], AttentionPlan | None],
     ) -> AttentionPlan | str:
         """The layer's plan, kept or made, or why there is none."""
         assert self.step is not None
-        made_for = (self._grid(query.shape[2]), query.shape, query.dtype, query.device, key_length is None)
+        made_for = (grid, query.shape, query.dtype, query.device, key_length is None)
         # Guidance branches share a plan: their errors then point the same way, and guidance does not amplify them.
         # A model that attends row by row of the batch calls a layer several times; each row is a video of its own.
         slot = (layer, policy, self._rows[layer], made_for, None if self.step.branch_is_named else self.step.branch)
@@ -398,14 +388,13 @@ class Session:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        grid: TokenGrid,
         key_length: Tensor | None,
         scale: float | None,
         progress: float | None = None,
     ) -> AttentionPlan | None:
         """A new plan of the layer by `config`, for this step or one as far on as `progress`; None to be dense."""
-        grid = self._grid(query.shape[2])
         assert self.step is not None
-        assert grid is not None
         if progress is None:
             progress = self.step.progress_beyond(config.dense_steps, config.replan_every)
         call = AttentionCall(
@@ -419,7 +408,12 @@ class Session:
             scale=scale,
             model=self.model_name,
         )
-        plan = make_plan(config.strategy, query, key, value, call)
+        if (missing := key.shape[2] - query.shape[2]) > 0:
+            joint = F.pad(query, (0, 0, 0, missing))
+            plan = make_plan(config.strategy, joint, key, value, call)
+            plan = None if plan is None else plan.of_first_queries(query.shape[2])
+        else:
+            plan = make_plan(config.strategy, query, key, value, call)
         if plan is not None and config.quantization is not None:
             plan = replace(plan, precision=config.quantization)
         return plan

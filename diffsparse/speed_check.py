@@ -36,7 +36,7 @@ _SPEED_UPS: dict[Hashable, float] = {}
 class SpeedCheck:
     """Finds out at the first sparse call of each kind how much faster it is than the dense one.
 
-    A kind is a shape, dtype and device of the query, with a mask or without, and what is computed by the config. Where
+    A kind is a shape, dtype and device of the keys, with a mask or without, and what is computed by the config. Where
     that says `min_tokens`, nothing is timed.
 
     Args:
@@ -52,20 +52,20 @@ class SpeedCheck:
         self._computes = _mark_of(config.strategy), config.replan_every, config.backend, config.quantization
         self._times = config.min_tokens is None
 
-    def knows(self, query: Tensor, mask: Tensor | None) -> bool:
+    def knows(self, key: Tensor, mask: Tensor | None) -> bool:
         """Whether this kind of call was timed already, or is not to be."""
-        return not self._times or self._kind(query, mask) in _SPEED_UPS or _cannot_wait(query)
+        return not self._times or self._kind(key, mask) in _SPEED_UPS or _cannot_wait(key)
 
-    def why_slow(self, query: Tensor, mask: Tensor | None) -> str | None:
+    def why_slow(self, key: Tensor, mask: Tensor | None) -> str | None:
         """Why this kind of call is not worth being sparse; None where it is, or where nobody knows."""
-        speed_up = _SPEED_UPS.get(self._kind(query, mask)) if self._times else None
+        speed_up = _SPEED_UPS.get(self._kind(key, mask)) if self._times else None
         if speed_up is None or speed_up >= LEAST_SPEED_UP:
             return None
         return f"{self._what} is {speed_up:.2f}x as fast as dense attention here"
 
     def time(
         self,
-        query: Tensor,
+        key: Tensor,
         mask: Tensor | None,
         dense: Callable[[], object],
         sparse: Callable[[AttentionPlan], object],
@@ -79,7 +79,7 @@ class SpeedCheck:
         strategy keeps the step in the middle dense, of which nothing can be timed.
 
         Args:
-            query, mask: of the call, [B, H, S, D].
+            key, mask: of the call, [B, H, S, D].
             dense: the attention of one layer.
             sparse: the same by a plan. It has run before, and so has `plan`.
             plan: makes one, for steps whose `progress` it is given. It is that of the middle: what strategies compute
@@ -94,20 +94,20 @@ class SpeedCheck:
                 while len(rounds) < LEAST_ROUNDS or (
                     len(rounds) < MOST_ROUNDS and sum(map(sum, rounds)) < ENOUGH_SECONDS
                 ):
-                    rounds.append([seconds_of(call, query.device) for call in calls])
+                    rounds.append([seconds_of(call, key.device) for call in calls])
                 dense_seconds, sparse_seconds, plan_seconds = (min(seconds) for seconds in zip(*rounds))
                 speed_up = dense_seconds / (sparse_seconds + plan_seconds / num_served)
-        _SPEED_UPS.setdefault(self._kind(query, mask), speed_up)
-        if (reason := self.why_slow(query, mask)) is not None:
+        _SPEED_UPS.setdefault(self._kind(key, mask), speed_up)
+        if (reason := self.why_slow(key, mask)) is not None:
             logger.warning(
                 "diffsparse: self-attention of %s over %d tokens is left to the model: %s. min_tokens=0 ends that.",
                 self._model_name,
-                query.shape[2],
+                key.shape[2],
                 reason,
             )
 
-    def _kind(self, query: Tensor, mask: Tensor | None) -> Hashable:
-        return query.device, query.dtype, query.shape, mask is None, self._computes
+    def _kind(self, key: Tensor, mask: Tensor | None) -> Hashable:
+        return key.device, key.dtype, key.shape, mask is None, self._computes
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
@@ -125,9 +125,9 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _cannot_wait(query: Tensor) -> bool:
+def _cannot_wait(x: Tensor) -> bool:
     """Whether a graph is being captured, or nothing is computed at all."""
-    return query.is_meta or is_captured(query.device)
+    return x.is_meta or is_captured(x.device)
 
 
 def _mark_of(strategy: Strategy) -> Hashable:

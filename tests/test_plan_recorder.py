@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from enabled import report_of, run
 from strategies.test_strategies import GRIDS, STRATEGIES, random_qkv
-from tiny_models import generate, tiny_wan_pipeline
+from tiny_models import TINY, generate, tiny_wan_pipeline
 
 from diffsparse import Adaptive, Calibrated, Dense, SparseAttentionConfig
 from diffsparse.block_mask import BlockMask, num_blocks
@@ -162,6 +163,22 @@ def test_the_experts_of_a_pipeline_share_a_file(tmp_path):
     reports = pipe.sparse_attention_report().transformers
     assert all(report.sparse_calls > 0 for report in reports)
     assert len(reports) == 2
+
+
+@pytest.mark.parametrize("name", ["prx", "nucleus_image"])
+def test_plans_of_the_queries_of_an_image_alone_come_back(name, tmp_path):
+    tiny = TINY[name]
+    model, settings = tiny.make(), {"dense_steps": 0.0, "min_tokens": 0}
+    call = tiny.call(model, tiny.grid)
+    strategy = Adaptive(density=0.3, query_block_size=16, key_block_size=16)
+    model.enable_sparse_attention(SparseAttentionConfig(recorder := PlanRecorder(strategy), **settings))
+    expected = run(model, call)
+    recorder.end_prompt()
+    recorder.save(tmp_path / "a.safetensors", SparseAttentionConfig(strategy, **settings))
+    model.disable_sparse_attention()
+    model.enable_sparse_attention(tmp_path / "a.safetensors")
+    torch.testing.assert_close(run(model, call), expected)
+    assert (report_of(model).sparse_calls, report_of(model).dense_calls) == (2, 0)
 
 
 def test_a_prompt_counts_when_it_has_ended():

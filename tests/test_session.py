@@ -12,6 +12,7 @@ from diffsparse.block_mask import BlockMask, num_blocks
 from diffsparse.plan import AttentionPlan
 from diffsparse.session import Session
 from diffsparse.steps import Step
+from diffsparse.strategies.dense import Dense
 
 GRID = (2, 3, 5)
 
@@ -179,6 +180,42 @@ def test_text_padded_within_a_sequence_that_ranks_share_is_an_obstacle():
     assert session.attend(0, *qkv(), torch.ones(1, 1, 1, 30, dtype=torch.bool), None, ranks=2) is None
     reason = "text padded elsewhere than at its end, under context parallelism"
     assert session.tallies[0].dense_reasons == {reason: 1}
+
+
+@pytest.mark.parametrize("text", [(0, 7), (7, 0), (3, 4)], ids=str)
+def test_the_grid_alone_may_have_queries(text):
+    session = session_of(Recorded(), strict=True)
+    session.begin(Step(0, 20, 0, True), (*GRID, *text))
+    query, (key, value) = qkv()[0], qkv(tokens=37)[1:]
+    expected = F.scaled_dot_product_attention(query, key, value)
+    assert torch.allclose(session.attend(0, query, key, value, None, None), expected, atol=1e-5)
+    assert session.tallies[0].density == 1
+
+
+def test_a_strategy_may_keep_the_queries_of_the_grid_alone_dense():
+    session = session_of(Dense())
+    begin(session, 0)
+    assert session.attend(0, qkv()[0], *qkv(tokens=37)[1:], None, None) is None
+    assert session.tallies[0].dense_reasons == {"the strategy keeps it dense": 1}
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "values", "ranks"),
+    [
+        ((1, 2, 29, 8), (1, 2, 37, 8), (1, 2, 37, 8), 1),
+        ((1, 2, 37, 8), (1, 2, 30, 8), (1, 2, 30, 8), 1),
+        ((1, 2, 30, 8), (1, 1, 37, 8), (1, 1, 37, 8), 1),
+        ((1, 2, 30, 8), (1, 2, 37, 8), (1, 2, 30, 8), 1),
+        ((1, 2, 30, 8), (1, 2, 37, 8), (1, 2, 37, 8), 2),
+    ],
+    ids=["no grid", "fewer keys", "grouped", "values", "ranks"],
+)
+def test_other_queries_than_the_grids_are_an_obstacle(queries, keys, values, ranks):
+    session = session_of(Recorded())
+    begin(session, 0)
+    query, key, value = (torch.randn(shape) for shape in (queries, keys, values))
+    assert session.attend(0, query, key, value, None, None, ranks) is None
+    assert session.tallies[0].dense_reasons == {"query, key and value differ in shape": 1}
 
 
 def test_a_mask_of_keys_is_an_obstacle_where_the_family_says_nothing_of_padding(monkeypatch):

@@ -38,8 +38,11 @@ from tiny.minimax_h3 import MINIMAX_H3
 from tiny.mochi import MOCHI
 from tiny.model import TEXT_CHANNELS, Grid, TinyModel
 from tiny.motif_video import MOTIF_VIDEO
+from tiny.nucleus import NUCLEUS_IMAGE
 from tiny.pixart import DIT, HUNYUAN_DIT, PIXART
+from tiny.prx import PRX
 from tiny.qwen_image import QWEN_IMAGE
+from tiny.qwen_image21 import QWEN_IMAGE_21
 from tiny.sd3 import SD3
 from tiny.skyreels_v2 import SKYREELS_V2
 from tiny.wan import WAN
@@ -97,6 +100,9 @@ TINY: dict[str, TinyModel] = {
     "joyimage_edit": JOYIMAGE_EDIT,
     "joyimage_edit_plus": JOYIMAGE_EDIT_PLUS,
     "krea2": KREA2,
+    "nucleus_image": NUCLEUS_IMAGE,
+    "prx": PRX,
+    "qwen_image21": QWEN_IMAGE_21,
     "mochi": MOCHI,
     "minimax_h3": MINIMAX_H3,
 }

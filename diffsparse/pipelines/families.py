@@ -35,8 +35,11 @@ from diffsparse.pipelines.lumina2 import LUMINA2
 from diffsparse.pipelines.minimax_h3 import MINIMAX_H3
 from diffsparse.pipelines.mochi import MOCHI
 from diffsparse.pipelines.motif_video import MOTIF_VIDEO
+from diffsparse.pipelines.nucleus import NUCLEUS_IMAGE
 from diffsparse.pipelines.pixart import HUNYUAN_DIT, PIXART
+from diffsparse.pipelines.prx import PRX
 from diffsparse.pipelines.qwen_image import QWEN_IMAGE
+from diffsparse.pipelines.qwen_image21 import QWEN_IMAGE_21
 from diffsparse.pipelines.sd3 import SD3
 from diffsparse.pipelines.wan import WAN
 from diffsparse.pipelines.z_image import Z_IMAGE
@@ -66,6 +69,7 @@ FAMILIES: tuple[Family, ...] = (
     FLUX2,
     FLUX3,
     QWEN_IMAGE,
+    QWEN_IMAGE_21,
     SD3,
     COGVIEW,
     AURAFLOW,
@@ -79,6 +83,8 @@ FAMILIES: tuple[Family, ...] = (
     JOYIMAGE,
     JOYIMAGE_PLUS,
     KREA2,
+    NUCLEUS_IMAGE,
+    PRX,
 )
 
 

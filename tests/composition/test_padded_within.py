@@ -8,7 +8,7 @@ from tiny.model import CHANNELS, TEXT_TOKENS, Random
 from tiny_models import TINY
 
 from diffsparse.grid import TokenGrid
-from diffsparse.padded_order import PaddedOrder
+from diffsparse.text_order import TextOrder
 
 
 def qwen_image(mask):
@@ -28,11 +28,16 @@ def krea2(mask):
     return {"encoder_attention_mask": mask}
 
 
+def prx(mask):
+    return {"attention_mask": mask}
+
+
 def motif_video(mask):
     return {"encoder_attention_mask": mask}
 
 
-MASKED = {each.__name__: each for each in (qwen_image, bria_fibo, joyimage_edit_plus, krea2, motif_video)}
+MASKED = {each.__name__: each for each in (qwen_image, bria_fibo, joyimage_edit_plus, krea2, prx, motif_video)}
+MASKED["nucleus_image"] = qwen_image
 HIDDEN = {"tail": [5, 6], "head": [0, 1], "within": [2, 4]}
 
 
@@ -79,7 +84,7 @@ def test_what_is_hidden_changes_nothing(name, hidden):
     assert not torch.allclose(run(model, call)[1], sparse[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "bria_fibo", "krea2"])
+@pytest.mark.parametrize("name", ["qwen_image", "bria_fibo", "krea2", "nucleus_image", "prx"])
 def test_a_row_with_a_hidden_tail_is_what_it_is_alone_and_without_it(name):
     model, call = masked_call(name, HIDDEN["tail"])
     alone = TINY[name].call(model, TINY[name].grid, batch=2)
@@ -102,7 +107,7 @@ def test_no_token_moves_where_a_tail_or_nothing_is_hidden(name, hidden, monkeypa
     stock = run(model, call)
     model.enable_sparse_attention(FULL)
     run(model, within)
-    monkeypatch.setattr(PaddedOrder, "of", None)
+    monkeypatch.setattr(TextOrder, "of", None)
     torch.testing.assert_close(run(model, call), stock)
     assert_all_sparse(model, name, 2)
 
@@ -112,10 +117,10 @@ def test_its_own_order_has_the_grid_first_and_what_is_hidden_last():
     mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
     mask[0, 0, 0, [0, 7]] = False
     x = torch.arange(9.0)[None, None, :, None] + torch.tensor([0.0, 100.0])[:, None, None, None]
-    order = PaddedOrder.of(mask, grid, mask.device)
+    order = TextOrder.of(mask, grid, mask.device)
     own = order.undo(x.expand(2, 2, 9, 1))
     assert own[0, 1].flatten().tolist() == [3, 4, 5, 6, 1, 2, 8, 0, 7]
     assert own[1, 0].flatten().tolist() == [103, 104, 105, 106, 100, 101, 102, 107, 108]
     assert torch.equal(order.apply(own), x.expand(2, 2, 9, 1))
-    no_mask = PaddedOrder.of(None, grid, mask.device)
+    no_mask = TextOrder.of(None, grid, mask.device)
     assert no_mask.undo(x)[0].flatten().tolist() == [3, 4, 5, 6, 0, 1, 2, 7, 8]

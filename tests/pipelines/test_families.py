@@ -47,12 +47,12 @@ def case(request):
 
 @contextmanager
 def recorded_attention(model, monkeypatch):
-    """(module name, query [B, H, Sq, D], number of keys) of every softmax attention while the model runs."""
+    """(module name, query [B, H, Sq, D], key [B, H, Sk, D]) of every softmax attention while the model runs."""
     calls, running, hooks = [], [], []
     stock = F.scaled_dot_product_attention
 
     def record(query, key, *args, **kwargs):
-        calls.append((running[-1] if running else "", query.detach().clone(), key.shape[2]))
+        calls.append((running[-1] if running else "", query.detach().clone(), key.detach().clone()))
         return stock(query, key, *args, **kwargs)
 
     for name, module in model.named_modules():
@@ -72,11 +72,11 @@ def attention_of(case, monkeypatch, **changes):
     return calls
 
 
-def first_query(case, monkeypatch, least=0, **changes):
-    """What the first self-attention layer of at least so many tokens is given: [S, H * D] of the first batch row."""
+def first_key(case, monkeypatch, least=0, **changes):
+    """The keys of the first self-attention layer of at least so many tokens: [S, H * D] of the first batch row."""
     calls = attention_of(case, monkeypatch, **changes)
-    query = next(query for name, query, _ in calls if name in case.tiny.layers and query.shape[2] >= least)
-    return query[0].transpose(0, 1).flatten(1)
+    key = next(key for name, _, key in calls if name in case.tiny.layers and key.shape[2] >= least)
+    return key[0].transpose(0, 1).flatten(1)
 
 
 def changed_rows(before, after):
@@ -90,10 +90,11 @@ def test_layout_names_the_grid_and_the_text(case):
 def test_layout_counts_the_tokens_that_every_layer_attends_to(case, monkeypatch):
     frames, height, width, before, after = case.layout()
     calls = attention_of(case, monkeypatch)
-    lengths = {(q.shape[2], keys) for name, q, keys in calls if name in case.tiny.layers}
+    lengths = {(q.shape[2], k.shape[2]) for name, q, k in calls if name in case.tiny.layers}
     ends = (case.variant.ends or case.tiny.text_lengths) if after is None else (after,)
     video = frames * height * width
-    expected = {(video + before + end,) * 2 for end in ends}
+    keys = {video + before + end for end in ends}
+    expected = {(video if case.tiny.grid_queries else each, each) for each in keys}
     # Some layers see the grid without its text.
     assert expected <= lengths <= expected | {(video, video)}
 
@@ -106,8 +107,8 @@ def test_layers_are_the_self_attention_modules_in_the_order_they_run(case, monke
 
 def test_no_other_attention_sees_the_whole_sequence(case, monkeypatch):
     tokens = attention_of(case, monkeypatch)
-    lengths = {q.shape[2] for name, q, _ in tokens if name in case.tiny.layers}
-    others = [(q.shape[2], keys) for name, q, keys in tokens if name not in case.tiny.layers]
+    lengths = {k.shape[2] for name, _, k in tokens if name in case.tiny.layers}
+    others = [(q.shape[2], k.shape[2]) for name, q, k in tokens if name not in case.tiny.layers]
     assert all(queries not in lengths or keys not in lengths for queries, keys in others)
 
 
@@ -126,8 +127,8 @@ def test_a_change_in_one_patch_changes_the_token_the_layout_says(case, monkeypat
         patch = (full // tokens for full, tokens in zip(video.shape[2:], case.tiny.grid))
         place = (slice(i * p, (i + 1) * p) for i, p in zip((frame, row, column), patch))
         video[(slice(None), slice(None), *place)] += 1
-    before = first_query(case, monkeypatch)
-    after = first_query(case, monkeypatch, **{case.tiny.latents: latents})
+    before = first_key(case, monkeypatch)
+    after = first_key(case, monkeypatch, **{case.tiny.latents: latents})
     text_before = layout.text_before if len(before) > math.prod(case.tiny.grid) else 0
     assert changed_rows(before, after) == [text_before + place_in_grid]
 
@@ -138,8 +139,8 @@ def test_a_change_of_the_text_changes_the_tokens_of_the_prompt(case, monkeypatch
     text = case.call[case.tiny.text]
     other = torch.randn(text.shape, generator=torch.Generator().manual_seed(1))
     least = math.prod(case.tiny.grid) + bool(case.tiny.prompt)
-    before = first_query(case, monkeypatch, least)
-    after = first_query(case, monkeypatch, least, **{case.tiny.text: other})
+    before = first_key(case, monkeypatch, least)
+    after = first_key(case, monkeypatch, least, **{case.tiny.text: other})
     prompt = case.variant.prompt or case.tiny.prompt
     assert changed_rows(before, after) == sorted(place % len(before) for place in prompt)
 
@@ -149,8 +150,8 @@ def test_reference_images_stand_after_the_grid(monkeypatch):
     layout = case.layout()
     latents = case.call["hidden_states"].clone()
     latents[:, 35:] += 1
-    before = first_query(case, monkeypatch)
-    after = first_query(case, monkeypatch, hidden_states=latents)
+    before = first_key(case, monkeypatch)
+    after = first_key(case, monkeypatch, hidden_states=latents)
     assert changed_rows(before, after) == list(range(len(before) - layout.text_after, len(before)))
 
 

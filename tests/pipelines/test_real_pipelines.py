@@ -167,6 +167,25 @@ def joyimage_edit_plus():
     return pipeline, IMAGE | {"prompt": "a cat"}, TokenGrid(1, 7, 5, text_after=TEXT_TOKENS)
 
 
+def nucleus_image():
+    pipeline = without_encoders(
+        diffusers.NucleusMoEImagePipeline,
+        transformer=TINY["nucleus_image"].make(in_channels=16, out_channels=4, patch_size=2),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        processor=None,
+    )
+    mask = torch.arange(TEXT_TOKENS)[None] < 4
+    call = IMAGE | prompts(prompt_embeds=text(), prompt_embeds_mask=mask)
+    return pipeline, call, TokenGrid(1, 7, 5, text_after=TEXT_TOKENS)
+
+
+def prx():
+    pipeline = flow_pipeline(diffusers.PRXPipeline, "prx", in_channels=16)
+    mask = torch.arange(TEXT_TOKENS)[None] < 4
+    call = IMAGE | prompts(prompt_embeds=text(), prompt_attention_mask=mask) | {"use_resolution_binning": False}
+    return pipeline, call, TokenGrid(1, 7, 5, text_after=TEXT_TOKENS)
+
+
 def z_image():
     pipeline = flow_pipeline(diffusers.ZImagePipeline, "z_image", n_refiner_layers=1)
     call = IMAGE | prompts(prompt_embeds=[text()[0]])
@@ -213,6 +232,8 @@ PIPELINES = [
     krea2,
     bria_fibo,
     joyimage_edit_plus,
+    nucleus_image,
+    prx,
     z_image,
     flux2,
     cogview4,

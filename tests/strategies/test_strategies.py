@@ -147,6 +147,18 @@ def test_a_plan_is_one_whatever_the_grid(strategy, sizes, text, shape, block_siz
     assert plan.attend(query, key, value, key_length=length).isfinite().all()
 
 
+@pytest.mark.parametrize("num_padded", [0, 5])
+def test_the_video_alone_attends_as_it_does_among_the_text(strategy, num_padded):
+    grid = TokenGrid(3, 5, 7, text_after=11)
+    length = torch.full((2,), grid.num_tokens - num_padded, dtype=torch.int32) if num_padded else None
+    query, key, value = random_qkv(grid, batch=2)
+    plan = strategy.plan(query, key, value, AttentionCall(grid, 1, 3, 5, 20, key_length=length))
+    joint = plan.attend(query, key, value, key_length=length)
+    num = grid.num_video_tokens
+    alone = plan.of_first_queries(num).attend(query[:, :, :num], key, value, key_length=length)
+    torch.testing.assert_close(alone, joint[:, :, :num])
+
+
 def test_a_session_plans_whatever_the_default_device_is(strategy):
     # A grid of no other test, so that nothing of it is kept.
     qkv = random_qkv(TokenGrid(3, 4, 11))

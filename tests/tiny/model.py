@@ -54,6 +54,7 @@ class TinyModel:
         prompt: the tokens of it that another prompt changes; negative numbers count from its end.
         text_lengths: the tokens after the grid that are no padding, in each row of a batch of two; None where there
             is no padding.
+        grid_queries: its queries are the tokens of the grid alone, its keys all.
         row_by_row: attention is called once for each row of the batch.
         latents, text: the arguments that hold the latents and the prompt; None for a model without a prompt.
         latent_axes: axes of the latents, of "bcfhw"; "bsc" for latents that the pipeline packs.
@@ -73,6 +74,7 @@ class TinyModel:
     text_after: int | None = 0
     prompt: range = range(0)
     text_lengths: tuple[int, ...] | None = None
+    grid_queries: bool = False
     row_by_row: bool = False
     latents: str = "hidden_states"
     text: str | None = "encoder_hidden_states"

@@ -1,4 +1,4 @@
-"""The order of a sequence whose text is padded elsewhere than at its end."""
+"""The order of a sequence whose text does not stand where a plan needs it: behind the grid, padding last."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from diffsparse.kernels.reorder import gather_tokens, scatter_tokens
 
 
 @dataclass(frozen=True, eq=False)
-class PaddedOrder:
-    """The order of a sequence in which a mask hides text before the grid, or before the end of the text.
+class TextOrder:
+    """The order of a sequence with text before the grid, or with text that a mask hides before its end.
 
-    Its own order, for which a key length can stand, is `[grid | text | what the mask hides]`.
+    Its own order, in which a key length can stand for a mask, is `[grid | text | what the mask hides]`.
 
     Attributes:
         places: [B|1, S] int64, the token of the sequence at each place of its own order.
@@ -24,7 +24,7 @@ class PaddedOrder:
     places: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor | None, grid: TokenGrid, device: torch.device) -> PaddedOrder:
+    def of(cls, mask: Tensor | None, grid: TokenGrid, device: torch.device) -> TextOrder:
         """The order of a sequence laid out as `grid`, whose text a mask [B|1, (1, 1,) S] bool leaves or hides."""
         behind = torch.ones(1, grid.num_tokens, dtype=torch.int8, device=device)
         behind[:, grid.text_before : grid.text_before + grid.num_video_tokens] = 0
