@@ -17,8 +17,8 @@ class OverrideCall:
     """The arguments of one attention call, which ComfyUI 0.3.64 and 0.33 name alike.
 
     Attributes:
-        query, key, value: [B, H, S, D] if `skip_reshape`, else [B, S, H * D]. Key and value may have fewer heads if
-            `enable_gqa`.
+        query, key, value: [B, H, S, D] if `skip_reshape`, else [B, S, H * D]; Stable Diffusion 3 leaves its value
+            [B, S, H, D] then. Key and value may have fewer heads if `enable_gqa`.
         heads: H of the query.
         mask: what the model passes; it may come by position or by name.
         skip_output_reshape: whether the model awaits [B, H, S, D], not [B, S, H * D].
@@ -62,7 +62,7 @@ class OverrideCall:
         if self.skip_reshape:
             return x
         # Grouped keys have fewer heads, of the query's head dim.
-        return x.unflatten(-1, (-1, self.query.shape[-1] // self.heads)).transpose(1, 2)
+        return x.flatten(2).unflatten(-1, (-1, self.query.shape[-1] // self.heads)).transpose(1, 2)
 
 
 def read_call(

@@ -26,6 +26,14 @@ def test_every_layout_comes_back_as_the_model_awaits_it(skip_reshape, skip_outpu
     torch.testing.assert_close(exact(read_call(q, k, v, 4, **options)), standins.attention(q, k, v, 4, **options))
 
 
+def test_a_value_that_is_cut_into_heads_is_taken_as_it_is():
+    # As Stable Diffusion 3 passes it.
+    q, k = torch.randn(2, 2, 7, 32)
+    v = torch.randn(2, 7, 4, 8)
+    expected = standins.attention(q, k, v.flatten(2), 4)
+    torch.testing.assert_close(exact(read_call(q, k, v, 4)), expected)
+
+
 def test_mask_and_heads_are_found_by_position_and_by_name():
     x, mask = torch.randn(1, 5, 8), torch.zeros(5, 5)
     assert read_call(x, x, x, 2, mask).mask is mask
