@@ -1,7 +1,8 @@
 """Checks of the node in a real ComfyUI, with tiny random models on the CPU: `python check_comfyui.py PATH_OF_COMFYUI`.
 
-Run it by the Python of that ComfyUI, with diffsparse installed there. It needs no weights, takes a few minutes, and
-was written against 0.3.64 and 0.33. It prints a line for each model and exits with 1 if any check fails.
+Run it by the Python of that ComfyUI, with diffsparse installed there. It needs no weights, takes a few minutes, and was
+written against 0.3.64 and 0.33. It prints a line for each model and exits with 1 if any check fails. Names of models
+after the path check these alone.
 """
 
 from __future__ import annotations
@@ -12,26 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-
-HEADS = {"num_heads": 4, "mlp_ratio": 2.0, "qkv_bias": True, "axes_dim": [4, 6, 6], "hidden_size": 64, "depth": 2}
-HUNYUAN = {"vec_in_dim": 32, "context_in_dim": 32, "theta": 256, "depth_single_blocks": 2, "guidance_embed": False}
-HUNYUAN |= {"in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "byt5": False, "meanflow": False}
-MORE_OF_HUNYUAN = {"use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False}
-FLUX = HUNYUAN | {"theta": 10000, "patch_size": 2, "txt_ids_dims": []}
-WAN = {"model_type": "t2v", "dim": 64, "num_heads": 4, "ffn_dim": 128, "num_layers": 3, "freq_dim": 32, "text_dim": 32}
-LTX = {"cross_attention_dim": 64, "attention_head_dim": 16, "num_attention_heads": 4, "caption_channels": 32}
-
-# Name of the configuration in comfy.supported_models, arguments of the model, latents.
-MODELS = {
-    "Wan": ("WAN21_T2V", {"image_model": "wan2.1", **WAN}, (1, 16, 5, 24, 24)),
-    "HunyuanVideo": (
-        "HunyuanVideo",
-        {"image_model": "hunyuan_video", **HEADS, **HUNYUAN, **MORE_OF_HUNYUAN},
-        (1, 16, 5, 24, 24),
-    ),
-    "Flux": ("Flux", {"image_model": "flux", **HEADS, **FLUX}, (1, 16, 50, 60)),
-    "LTXV": ("LTXV", {"image_model": "ltxv", "in_channels": 128, "num_layers": 3, **LTX}, (1, 128, 6, 12, 12)),
-}
+from check_models import IMAGES, MODELS, PROMPTS
 
 
 def build(name, arguments):
@@ -49,7 +31,7 @@ def build(name, arguments):
             if weight.ndim >= 2:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * weight[0].numel() ** -0.5)
             else:
-                sharp = "query_norm" in key or "norm_q" in key or "q_norm" in key
+                sharp = any(part in key for part in ("query_norm", "norm_q", "q_norm", "qnorm", "ln_q", "q_rms_norm"))
                 weight.fill_(3.0 if sharp else float("norm" in key or key.endswith(".weight")))
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model.eval(), cpu, cpu)
@@ -64,22 +46,116 @@ def parameters_of(name):
     return {*inspect.signature(known[name]).parameters, "image_model"} if name in known else None
 
 
-def condition(name, seed):
-    """A random prompt."""
+def condition(name, seed, images=()):
+    """A random prompt, and images to edit."""
     generator = torch.Generator().manual_seed(seed)
-    mask = {"attention_mask": torch.ones(1, 16, dtype=torch.long)} if name == "LTXV" else {}
     text = torch.randn(1, 16, 32, generator=generator)
-    return [[text, {"pooled_output": torch.randn(1, 32, generator=generator), **mask}]]
+    more = dict(PROMPTS.get(name, {}))
+    if images:
+        more |= IMAGES[name].prompt(images)
+    return [[text, {"pooled_output": torch.randn(1, 32, generator=generator), **more}]]
 
 
-def sample(model, name, shape):
+def sample(model, name, shape, noise=None, images=()):
     """Six steps of Euler with guidance."""
     import comfy.sample
 
     latents = torch.zeros(shape)
-    noise = comfy.sample.prepare_noise(latents, 0)
-    positive, negative = condition(name, 1), condition(name, 2)
+    noise = comfy.sample.prepare_noise(latents, 0) if noise is None else noise
+    positive, negative = condition(name, 1, images), condition(name, 2, images)
     return comfy.sample.sample(model, noise, 6, 4.0, "euler", "simple", positive, negative, latents, seed=0)
+
+
+class Seen(Exception):
+    """Thrown where the first call of a model has reached its last attention."""
+
+
+def seen_by(model, name, inputs):
+    """Queries [B, H, S, D] of all layers that a node is given in its first call, and the grid that it takes them for.
+
+    Args:
+        model: with a node that is sparse from the first step on.
+        inputs: noise, then images to edit.
+    """
+    from diffsparse.session import Session
+
+    queries, grids = [], set()
+
+    def attend(session, layer, query, *args, **kwargs):
+        queries.append(query)
+        grids.add(session._grid(query.shape[2]))
+        if layer + 1 == len(session.layer_names):
+            raise Seen
+
+    original, Session.attend = Session.attend, attend
+    try:
+        sample(model, name, inputs[0].shape, inputs[0], inputs[1:])
+    except Seen:
+        (grid,) = grids
+        return queries, grid
+    finally:
+        Session.attend = original
+    raise AssertionError("the node was not given the attention of the last layer")
+
+
+def is_laid_out(model, name, shape, where):
+    """Whether pixels of the latent, and of images to edit, are in every query where the layout has them.
+
+    A pixel that is changed changes the query of its own token most.
+
+    Args:
+        where: where the images to edit are, None for none.
+    """
+    generator = torch.Generator().manual_seed(5)
+    inputs = [torch.randn(shape, generator=generator) for _ in range(2 if where else 1)]
+    if where in ("before", "behind"):
+        # Of another size, so that it has no place in the grid.
+        inputs.append(inputs[1][..., 8:, 4:])
+    queries, grid = seen_by(model, name, inputs)
+    patch, frames = -(-shape[-2] // grid.height), shape[2] if len(shape) == 5 else 1
+    width = -(-shape[-1] // patch)
+
+    def tokens(of, frame, y, x):
+        """Where in the grid a pixel is of the latent, 0, or of an image, by each layer; None if nowhere."""
+        changed = [latents.clone() for latents in inputs]
+        (changed[of][:, :, frame] if len(shape) == 5 else changed[of])[..., y, x] += 10
+        pairs = zip(seen_by(model, name, changed)[0], queries)
+        places = {int((now - before).abs().sum((0, 1, 3)).argmax()) - grid.text_before for now, before in pairs}
+        return {
+            (place // (grid.height * grid.width), place // grid.width % grid.height, place % grid.width)
+            if 0 <= place < grid.num_video_tokens
+            else None
+            for place in places
+        }
+
+    # Not the first pixel: some models pad the last patch with copies of what the first begins with.
+    for frame, y, x in (
+        (0, patch - 1, patch - 1),
+        (frames // 2, shape[-2] // 2, shape[-1] // 3),
+        (frames - 1, shape[-2] - 1, shape[-1] - 1),
+    ):
+        row, column = y // patch, x // patch
+        expected = [{(frame + (where == "before"), row, column)}]
+        if where:
+            expected.append({(int(where == "behind"), row, column + width * (where == "beside"))})
+        if [tokens(of, frame, y, x) for of in range(len(expected))] != expected:
+            return False
+    return len(inputs) < 3 or tokens(2, 0, 1, 1) == {None}
+
+
+def is_counted(model, name, shape):
+    """Whether DiffSparse Token Count finds the tokens and the width of attention."""
+    from operator import attrgetter
+
+    from diffsparse.comfy.models import diffusion_model, find_model
+    from diffsparse.comfy.token_count import count_tokens
+
+    (query, *_), grid = seen_by(model, name, [torch.zeros(shape)])
+    module = diffusion_model(model)
+    entry = find_model(module)
+    count = count_tokens(module, entry, torch.zeros(shape), 0.2)
+    width = query.shape[1] * query.shape[3]
+    return count.num_tokens == grid.num_video_tokens and attrgetter(entry.width)(module) == width
 
 
 def check(name, model, shape):
@@ -97,10 +173,18 @@ def check(name, model, shape):
         return function(*args, **kwargs)
 
     dense = sample(model, name, shape)
-    sparse = sample(patched(model, density=0.2), name, shape)
+    node = patched(model, density=0.2)
+    sparse = sample(node, name, shape)
+    (report,) = node.get_attachment("diffsparse").report().transformers
+    places = [None, IMAGES[name].where] if name in IMAGES else [None]
+    from_the_first = patched(model, start_percent=0.0)
     followed = patched(model, density=0.2)
     followed.model_options["transformer_options"]["optimized_attention_override"] = later
     return {
+        # Four of six steps.
+        "sparse": report.sparse_calls == 2 * report.dense_calls == 2 * report.dense_reasons["early step"],
+        "laid out": all(is_laid_out(from_the_first, name, shape, where) for where in places),
+        "counted": is_counted(from_the_first, name, shape),
         "finite": bool(torch.isfinite(sparse).all()),
         "deterministic": torch.equal(sparse, sample(patched(model, density=0.2), name, shape)),
         "closer with more": distance(sparse) > distance(sample(patched(model, density=0.6), name, shape)) > 1e-4,
@@ -111,16 +195,22 @@ def check(name, model, shape):
     }
 
 
-def main(path):
-    """Check every model; 1 if any check fails."""
+def main(path, *names):
+    """Check every model, or those of these names; 1 if any check fails."""
     sys.argv[1:] = ["--cpu", "--use-pytorch-cross-attention", "--force-fp32"]
     sys.path.insert(0, str(path))
     os.chdir(path)
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    import comfy.supported_models
+
     passed = True
-    for name, (config, arguments, shape) in MODELS.items():
+    for name in names or MODELS:
+        config, arguments, shape = MODELS[name]
+        if not hasattr(comfy.supported_models, config):
+            print(name, "is not in this ComfyUI")
+            continue
         known = parameters_of(name)
         arguments = {key: value for key, value in arguments.items() if known is None or key in known}
         results = check(name, build(config, arguments), shape)
@@ -130,6 +220,6 @@ def main(path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
-    sys.exit(main(Path(sys.argv[1]).resolve()))
+    sys.exit(main(Path(sys.argv[1]).resolve(), *sys.argv[2:]))
