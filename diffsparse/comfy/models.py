@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,14 @@ def _grid(latents: Tensor, patch: tuple[int, ...], *more_frames: Tensor | None) 
     return sum(-(-clip // patch[0]) for clip in clips), -(-height // patch[1]), -(-width // patch[2])
 
 
+def _frames(images: Sequence[Tensor], patch: tuple[int, ...]) -> tuple[tuple[int, int, int], int]:
+    """The grid of an image with those next to it that are as large as frames, and how many tokens the others have."""
+    sizes = [_grid(latents, patch) for latents in images]
+    alike = num_alike(sizes)
+    frames, height, width = sizes[0]
+    return (alike * frames, height, width), sum(map(math.prod, sizes[alike:]))
+
+
 def _wan(model: Any, call: Mapping[str, Any]) -> Layout:
     """[reference image | video, context as large | other context], each but the video only where there is any."""
     before = 0
@@ -123,16 +131,53 @@ def _hunyuan_video(model: Any, call: Mapping[str, Any]) -> Layout:
 
 def _flux(model: Any, call: Mapping[str, Any]) -> Layout:
     """[what a node puts before the text, text | image, references as large as frames | other references]."""
-    patch = (1, model.patch_size, model.patch_size)
-    sizes = [_grid(latents, patch) for latents in (call["x"], *(call.get("ref_latents") or ()))]
-    images = num_alike(sizes)
-    frames, height, width = sizes[0]
-    return Layout(images * frames, height, width, None, sum(map(math.prod, sizes[images:])))
+    images = (call["x"], *(call.get("ref_latents") or ()))
+    grid, others = _frames(images, (1, model.patch_size, model.patch_size))
+    return Layout(*grid, None, others)
 
 
 def _chroma(model: Any, call: Mapping[str, Any]) -> Layout:
     """[what a node puts before the text, text | image]. References are handed to the model, which leaves them out."""
     return _flux(model, {"x": call["x"]})
+
+
+def _sd3(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[registers, text | image]."""
+    return Layout(*_grid(call["x"], (1, model.patch_size, model.patch_size)), None, 0)
+
+
+def _ideogram4(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[text | image, a token for each latent pixel]; without a prompt the image alone."""
+    return Layout(*_grid(call["x"], (1, 1, 1)), None, 0)
+
+
+def _krea2(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[text | image, references as large as frames | other references], those only where something says how."""
+    method = call.get("ref_latents_method", model.default_ref_method)
+    references = () if method is None else call.get("ref_latents") or ()
+    grid, others = _frames((call["x"], *references), (1, model.patch, model.patch))
+    return Layout(*grid, None, others)
+
+
+def _omnigen2(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[text, other references | references as large as frames, image]."""
+    images = (call["x"], *reversed(call.get("ref_latents") or ()))
+    grid, _ = _frames(images, (1, model.patch_size, model.patch_size))
+    return Layout(*grid, None, 0)
+
+
+def _joyimage(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[image, references as large as frames | other references, text]."""
+    grid, _ = _frames((call["x"], *(call.get("ref_latents") or ())), model.patch_size)
+    return Layout(*grid, 0, None)
+
+
+def _hidream(model: Any, call: Mapping[str, Any]) -> Layout:
+    """[image, and what it is an edit of to its right | text]."""
+    height, width = call["x"].shape[2:]
+    if (source := call.get("image_cond")) is not None:
+        width += source.shape[-1]
+    return Layout(1, -(-height // model.patch_size), -(-width // model.patch_size), 0, None)
 
 
 def _cogvideox(model: Any, call: Mapping[str, Any]) -> Layout:
@@ -202,7 +247,56 @@ MODELS: tuple[ComfyModel, ...] = (
     ComfyModel("hunyuan_video", ("HunyuanVideo",), ("double_blocks", "single_blocks"), "hidden_size", _hunyuan_video),
     ComfyModel("flux", ("Flux",), ("double_blocks", "single_blocks"), "hidden_size", _flux),
     ComfyModel("chroma", ("Chroma", "ChromaRadiance"), ("double_blocks", "single_blocks"), "hidden_size", _chroma),
-    ComfyModel("qwen_image", ("QwenImageTransformer2DModel",), ("transformer_blocks",), "inner_dim", _flux),
+    ComfyModel(
+        name="qwen_image",
+        classes=("QwenImageTransformer2DModel", "MageFlowTransformer2DModel"),
+        blocks=("transformer_blocks",),
+        width="inner_dim",
+        layout=_flux,
+    ),
+    ComfyModel(
+        name="sd3",
+        classes=("OpenAISignatureMMDITWrapper",),
+        blocks=("joint_blocks",),
+        width="hidden_size",
+        layout=_sd3,
+        wrapper="apply_model",
+    ),
+    ComfyModel("auraflow", ("MMDiT",), ("double_layers", "single_layers"), "init_x_linear.out_features", _sd3),
+    ComfyModel("pixeldit", ("PixDiT_T2I", "PidNet"), ("patch_blocks",), "hidden_size", _sd3),
+    ComfyModel("ideogram4", ("Ideogram4Transformer2DModel",), ("layers",), "input_proj.out_features", _ideogram4),
+    ComfyModel("krea2", ("SingleStreamDiT",), ("blocks",), "first.out_features", _krea2),
+    ComfyModel(
+        name="omnigen2",
+        classes=("OmniGen2Transformer2DModel",),
+        blocks=("layers",),
+        width="hidden_size",
+        layout=_omnigen2,
+        wrapper="apply_model",
+    ),
+    ComfyModel(
+        name="boogu",
+        classes=("BooguTransformer2DModel",),
+        blocks=("double_stream_layers", "single_stream_layers"),
+        width="hidden_size",
+        layout=_omnigen2,
+        wrapper="apply_model",
+    ),
+    ComfyModel(
+        name="joyimage",
+        classes=("JoyImageTransformer3DModel",),
+        blocks=("double_blocks",),
+        width="img_in.out_channels",
+        layout=_joyimage,
+        wrapper="apply_model",
+    ),
+    ComfyModel(
+        name="hidream",
+        classes=("HiDreamImageTransformer2DModel",),
+        blocks=("double_stream_blocks", "single_stream_blocks"),
+        width="inner_dim",
+        layout=_hidream,
+    ),
     ComfyModel("cogvideox", ("CogVideoXTransformer3DModel",), ("blocks",), "dim", _cogvideox),
     ComfyModel("ltx", ("LTXVModel", "LTXAVModel"), ("transformer_blocks",), "inner_dim", _ltx),
     ComfyModel("cosmos", ("GeneralDIT", "MiniTrainDIT", "Anima"), ("blocks",), "model_channels", _cosmos),

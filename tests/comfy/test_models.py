@@ -75,6 +75,60 @@ def layout(class_name, module, **call):
             (1, 6, 11, None, 2 * 66),
         ),
         (
+            "MageFlowTransformer2DModel",
+            {"patch_size": 1},
+            {"x": IMAGE, "context": TEXT, "ref_latents": [IMAGE, IMAGE[..., :5]]},
+            (2, 13, 20, None, 65),
+        ),
+        ("OpenAISignatureMMDITWrapper", {"patch_size": 2}, {"x": IMAGE, "c_crossattn": TEXT}, (1, 7, 10, None, 0)),
+        ("MMDiT", {"patch_size": 2}, {"x": IMAGE, "context": TEXT}, (1, 7, 10, None, 0)),
+        ("PixDiT_T2I", {"patch_size": 4}, {"x": IMAGE, "context": TEXT}, (1, 4, 5, None, 0)),
+        ("PidNet", {"patch_size": 4}, {"x": IMAGE, "context": TEXT, "lq_latent": IMAGE}, (1, 4, 5, None, 0)),
+        ("Ideogram4Transformer2DModel", {"patch_size": 2}, {"x": IMAGE, "context": None}, (1, 13, 20, None, 0)),
+        ("SingleStreamDiT", {"patch": 2, "default_ref_method": None}, {"x": VIDEO[:, :, :1]}, (1, 6, 11, None, 0)),
+        # References that nothing says how to place are left out.
+        (
+            "SingleStreamDiT",
+            {"patch": 2, "default_ref_method": None},
+            {"x": IMAGE, "ref_latents": [IMAGE, IMAGE[..., :5]]},
+            (1, 7, 10, None, 0),
+        ),
+        (
+            "SingleStreamDiT",
+            {"patch": 2, "default_ref_method": None},
+            {"x": IMAGE, "ref_latents": [IMAGE, IMAGE[..., :5]], "ref_latents_method": "index"},
+            (2, 7, 10, None, 21),
+        ),
+        ("OmniGen2Transformer2DModel", {"patch_size": 2}, {"x": IMAGE, "ref_latents": None}, (1, 7, 10, None, 0)),
+        # The last reference is next to the image.
+        (
+            "OmniGen2Transformer2DModel",
+            {"patch_size": 2},
+            {"x": IMAGE, "ref_latents": [IMAGE[..., :5], IMAGE, IMAGE]},
+            (3, 7, 10, None, 0),
+        ),
+        (
+            "BooguTransformer2DModel",
+            {"patch_size": 2},
+            {"x": IMAGE, "ref_latents": [IMAGE, IMAGE[..., :5]]},
+            (1, 7, 10, None, 0),
+        ),
+        ("JoyImageTransformer3DModel", {"patch_size": [1, 2, 2]}, {"x": VIDEO}, (5, 6, 11, 0, None)),
+        (
+            "JoyImageTransformer3DModel",
+            {"patch_size": [1, 2, 2]},
+            {"x": VIDEO[:, :, :1], "ref_latents": [VIDEO[:, :, :1], VIDEO[:, :, :1, :5]]},
+            (2, 6, 11, 0, None),
+        ),
+        ("HiDreamImageTransformer2DModel", {"patch_size": 2}, {"x": IMAGE, "image_cond": None}, (1, 7, 10, 0, None)),
+        # Their widths are added before they are cut into patches.
+        (
+            "HiDreamImageTransformer2DModel",
+            {"patch_size": 2},
+            {"x": IMAGE[..., :19], "image_cond": IMAGE[..., :19]},
+            (1, 7, 19, 0, None),
+        ),
+        (
             "CogVideoXTransformer3DModel",
             {"patch_size": 2, "patch_size_t": 2},
             {"x": VIDEO, "context": TEXT},
