@@ -13,8 +13,15 @@ from torch import nn
 
 from diffsparse.comfy.models import ComfyModel, uncompiled
 
-_ELSEWHERE = re.compile(r"txt|add_|_y\b|audio|mod|adaln|norm\d\.linear|(cross_att\w*|attn2)\.(to_)?[kv]", re.IGNORECASE)
-"""Names of weights of a block that no token of the grid meets: of text and sound, and of the step's embedding."""
+_ELSEWHERE = re.compile(
+    r"txt|add_|_[ty]\b|context_|\binstruct_|mlpc|audio|mod|adaln|norm\d\.linear|experts\.[23]\b|"
+    r"(cross_att\w*|attn2)\.(to_)?[kv]",
+    re.IGNORECASE,
+)
+"""Names of weights of a block that no token of the grid meets: of text and sound, and of the step's embedding.
+
+And two of HiDream's four experts: a token goes to two.
+"""
 
 
 @dataclass(frozen=True)

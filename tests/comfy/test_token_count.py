@@ -31,7 +31,14 @@ def test_weights_of_text_and_sound_and_of_the_step_are_not_counted():
     # As they are called in ComfyUI's models.
     met = ["img_attn.qkv", "img_mlp.0", "linear1", "attn.to_k", "self_attn.k", "cross_attn.q", "cross_attn.o", "ffn.0"]
     met += ["attn1.to_v", "attn2.to_q", "cross_attention.to_query", "cross_attn.output_proj", "attn.qkv_x", "mlp_x.w1"]
-    met += ["attention.qkv", "feed_forward.w1", "attn_out", "ff_proj"]
+    met += ["attention.qkv", "feed_forward.w1", "attn_out", "ff_proj", "x_block.attn.qkv", "attn.w2q", "mlp.c_fc1"]
+    met += [
+        "block.attn1.to_out",
+        "block.ff_i.experts.1.w1",
+        "block.ff_i.shared_experts.w2",
+        "img_instruct_attn.to_out.0",
+    ]
+    met += ["img_instruct_attn.processor.img_to_q", "img_self_attn.to_k", "attn.wk", "mlp.down", "attn.img_attn_proj"]
     others = ["txt_attn.qkv", "txt_mlp.0", "img_mod.lin", "txt_mod.1", "modulation.lin", "visual_modulation.out_layer"]
     others += ["adaLN_modulation.1", "adaln_proj.linear", "norm1.linear", "mod_x", "attn.qkv_y", "mlp_y.w1"]
     others += [
@@ -42,7 +49,9 @@ def test_weights_of_text_and_sound_and_of_the_step_are_not_counted():
         "cross_attn.k",
         "cross_attn.v_img",
     ]
-    others += ["cross_attn.k_proj", "cross_attention.to_value", "attn2.to_v"]
+    others += ["cross_attn.k_proj", "cross_attention.to_value", "attn2.to_v", "context_block.attn.qkv", "mlpC.c_fc1"]
+    others += ["block.attn1.to_q_t", "block.attn1.to_out_t", "block.ff_t.w1", "block.ff_i.experts.2.w1"]
+    others += ["img_instruct_attn.processor.instruct_to_q", "instruct_feed_forward.linear_1"]
     attention, projection = 4 * 80 * 80 * 32, 2 * 80 * 32 * 32
     for name in met:
         assert count([name]).attention_share == pytest.approx(attention / (attention + projection)), name
