@@ -205,7 +205,7 @@ def test_it_compiles_without_spilling_and_overlaps_softmax_with_products(gluon, 
     assert touched_while_running(code) == []
     # Both warpgroups take the exponentials of a tile between the end of its first product and that of the others, of
     # which FP8 has two for two blocks: in the loop over listed tiles and in that over means that are not quantized.
-    _, (scores, values), key_block_size, options = configuration
+    head_dim, (scores, values), key_block_size, options = configuration
     num_others = 2 if values == "fp8e4nv" and key_block_size == 64 else 1
     between = re.findall(rf"DEPBAR.LE gsb0, 0x{num_others} ;.*?DEPBAR.LE gsb0, 0x0 ;", code, re.DOTALL)
     num_loops = 2 if "tail" in options and scores == values != "fp8e4nv" else 1
@@ -214,6 +214,12 @@ def test_it_compiles_without_spilling_and_overlaps_softmax_with_products(gluon, 
     assert compiled.asm["ttgir"].count("math.log2") == (2 if "lse" in options else 0)
     # A row of the output is written by 16 bytes.
     assert set(re.findall(r"STG\.E\.?(\w*)", code)) - {""} == {"128"}
+    # The products read tiles as the copy engine swizzles them: in the last two bits of a descriptor 1 is by 128 bytes,
+    # 2 by 64. NVIDIA, PTX ISA, matrix descriptors.
+    rows = {head_dim * (1 if scores in ("i8", "fp8e4nv") else 2), key_block_size if values == "fp8e4nv" else 128}
+    rows |= {128} if "tail" in options else set()
+    found = {int(number) >> 62 & 3 for number in re.findall(r"or\.b64[^;]*, (-?\d{15,});", compiled.asm["ptx"])}
+    assert found == {1 if row >= 128 else 2 for row in rows}
     if values == "fp8e4nv":
         # No byte goes to another place in the main loop, which is the only one of a kernel without an end to the list.
         assert "PRMT" not in code or "tail" in options
