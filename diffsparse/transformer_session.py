@@ -87,6 +87,8 @@ class TransformerSession(Session):
         dense: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
         """As that of any session, for the thread that called the transformer last."""
+        if self.family.masks_pairs and mask is not None and mask.ndim == 4:
+            mask = mask[:, :, -1:]
         with self._lock:
             if self._thread in (None, threading.get_ident()):
                 return super().attend(layer, query, key, value, mask, scale, ranks, dense)

@@ -206,6 +206,7 @@ def test_ones_own_family_goes_before_the_known_ones():
         ("timestep", ("t",), r"a string, got \('t',\)"),
         ("padding_mask", "no", "True or False, got 'no'"),
         ("spreads_mask", None, "True or False, got None"),
+        ("masks_pairs", 1, "True or False, got 1"),
         ("text_apart", "no", "True, False or None, got 'no'"),
         ("text_mask", True, "None or a string, got True"),
     ],

@@ -27,6 +27,7 @@ from tiny.hidream import HIDREAM
 from tiny.hunyuan_image import HUNYUAN_IMAGE
 from tiny.hunyuan_video import HUNYUAN_VIDEO
 from tiny.hunyuan_video15 import HUNYUAN_VIDEO_15
+from tiny.ideogram4 import IDEOGRAM4
 from tiny.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from tiny.kandinsky5 import KANDINSKY5
 from tiny.kandinsky6 import KANDINSKY6
@@ -99,6 +100,7 @@ TINY: dict[str, TinyModel] = {
     "hunyuan_dit": HUNYUAN_DIT,
     "joyimage_edit": JOYIMAGE_EDIT,
     "joyimage_edit_plus": JOYIMAGE_EDIT_PLUS,
+    "ideogram4": IDEOGRAM4,
     "krea2": KREA2,
     "nucleus_image": NUCLEUS_IMAGE,
     "prx": PRX,

@@ -25,6 +25,7 @@ from diffsparse.pipelines.hidream import HIDREAM
 from diffsparse.pipelines.hunyuan_image import HUNYUAN_IMAGE
 from diffsparse.pipelines.hunyuan_video import HUNYUAN_VIDEO
 from diffsparse.pipelines.hunyuan_video15 import HUNYUAN_VIDEO_15
+from diffsparse.pipelines.ideogram4 import IDEOGRAM4
 from diffsparse.pipelines.joyimage import JOYIMAGE, JOYIMAGE_PLUS
 from diffsparse.pipelines.kandinsky5 import KANDINSKY5
 from diffsparse.pipelines.kandinsky6 import KANDINSKY6
@@ -82,6 +83,7 @@ FAMILIES: tuple[Family, ...] = (
     HUNYUAN_DIT,
     JOYIMAGE,
     JOYIMAGE_PLUS,
+    IDEOGRAM4,
     KREA2,
     NUCLEUS_IMAGE,
     PRX,

@@ -53,6 +53,8 @@ class Family:
             self-attention is taken to have no mask. Where text stands before the grid, or the mask hides other text
             than a tail, attention is computed with all text behind the grid and what is hidden last, at the cost of a
             copy. It is read off the device once.
+        masks_pairs: that mask comes as one of all pairs of tokens, [B, 1, S, S], which shows the last token, one of the
+            grid, what it shows to each that is no padding. Padding then sees what they see: it is thrown away.
         timestep: the argument that holds the timestep. It tells the steps of a transformer that is enabled on its
             own.
         spreads_mask: the processor is given such a mask as [B, text tokens] and makes a mask of all pairs of tokens
@@ -72,6 +74,7 @@ class Family:
     padding_mask: bool = False
     text_mask: str | None = None
     spreads_mask: bool = False
+    masks_pairs: bool = False
     text_apart: bool | None = None
     timestep: str = "timestep"
 
@@ -89,7 +92,7 @@ class Family:
                 raise TypeError(f"`{field}` of a family must be a string, got {value!r}.")
         if not (self.text_mask is None or isinstance(self.text_mask, str)):
             raise TypeError(f"`text_mask` of a family must be None or a string, got {self.text_mask!r}.")
-        for field in ("padding_mask", "spreads_mask", "text_apart"):
+        for field in ("padding_mask", "spreads_mask", "masks_pairs", "text_apart"):
             value = getattr(self, field)
             if not (isinstance(value, bool) or (field == "text_apart" and value is None)):
                 choices = "True, False or None" if field == "text_apart" else "True or False"

@@ -5,7 +5,6 @@ LEFT_ALONE: dict[str, str] = {
     "AnyFlowFARTransformer3DModel": "it is causal, and brings a block mask and a key-value cache of its own",
     "Cosmos3OmniTransformer": "its queries are fewer than its keys, which several heads share",
     "DreamLiteTransformer2DModel": "it is a part of a UNet, whose attention diffsparse does not take over",
-    "Ideogram4Transformer2DModel": "it passes a mask over pairs of tokens, in every call",
     "Kandinsky6SRTransformer3DModel": "it brings a block mask of its own",
     "LatteTransformer3DModel": "it attends within frames and through time in turn, over short sequences",
     "LongCatAudioDiTTransformer": "it makes audio, whose tokens form a line and no grid",

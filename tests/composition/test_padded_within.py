@@ -3,7 +3,9 @@
 import pytest
 import torch
 from composition.test_batches import STATIC, row_of
-from enabled import FULL, report_of, run
+from enabled import FULL, report_of
+from enabled import run as run_whole
+from tiny.ideogram4 import call_with_text
 from tiny.model import CHANNELS, TEXT_TOKENS, Random
 from tiny_models import TINY
 
@@ -28,6 +30,15 @@ def krea2(mask):
     return {"encoder_attention_mask": mask}
 
 
+def ideogram4(mask):
+    visible = torch.cat([mask, torch.ones(2, 35, dtype=torch.bool)], dim=1)
+    call = call_with_text(None, TINY["ideogram4"].grid, batch=2)
+    return call | {
+        "segment_ids": torch.where(visible, call["segment_ids"], -1),
+        "indicator": torch.where(visible, call["indicator"], 0),
+    }
+
+
 def prx(mask):
     return {"attention_mask": mask}
 
@@ -36,7 +47,9 @@ def motif_video(mask):
     return {"encoder_attention_mask": mask}
 
 
-MASKED = {each.__name__: each for each in (qwen_image, bria_fibo, joyimage_edit_plus, krea2, prx, motif_video)}
+MASKED = {
+    each.__name__: each for each in (qwen_image, bria_fibo, joyimage_edit_plus, ideogram4, krea2, prx, motif_video)
+}
 MASKED["nucleus_image"] = qwen_image
 HIDDEN = {"tail": [5, 6], "head": [0, 1], "within": [2, 4]}
 
@@ -49,6 +62,12 @@ def masked_call(name, hidden):
     mask[1, hidden] = False
     call = tiny.call(model, tiny.grid, batch=2)
     return model, call | MASKED[name](mask)
+
+
+def run(model, call):
+    """The image that the model makes: Ideogram 4 has an output for its text as well, which its pipeline throws away."""
+    output = run_whole(model, call)
+    return output[:, -35:] if "indicator" in call else output
 
 
 def assert_all_sparse(model, name, calls):

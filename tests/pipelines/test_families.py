@@ -185,7 +185,8 @@ def test_the_mask_hides_padded_text_only_where_the_family_says(tiny, monkeypatch
     masked = tiny.text_lengths is not None and tiny.text_after is not None
     assert find_family(model).padding_mask or not masked
     if not masked:
-        assert masks == [None] * len(masks)
+        # One of all pairs comes in any case, and hides none here.
+        assert all(mask.all() if find_family(model).masks_pairs else mask is None for mask in masks)
         return
     before = tiny.text_before + video
     if find_family(model).spreads_mask:
