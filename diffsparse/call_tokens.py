@@ -14,7 +14,7 @@ from diffsparse.text_order import TextOrder
 
 @dataclass(frozen=True)
 class CallTokens:
-    """The keys of a call; its queries are as many, or those of the grid alone.
+    """The keys of a call; its queries are as many, or those of the grid, with the text behind it or without.
 
     Attributes:
         laid_out: where the keys sit, as the model lays them out.
@@ -30,6 +30,11 @@ class CallTokens:
         """By the layout of the transformer's call; `padded_within` is whether a mask hides text before its end."""
         laid_out = grid_of(layout, num_keys)
         return cls(laid_out, padded_within or (num_queries < num_keys and laid_out.text_before > 0))
+
+    @property
+    def may_have_no_queries(self) -> tuple[int, ...]:
+        """How many tokens may have none: none, those before the grid, or all but the grid."""
+        return 0, self.laid_out.text_before, self.laid_out.text_before + self.laid_out.text_after
 
     @property
     def grid(self) -> TokenGrid:

@@ -235,7 +235,9 @@ def dispatch_attention_fn(
     handle = _CURRENT.handle
     # Gives each rank the whole sequence of some of the heads, and the results back. Private to diffusers.
     exchange: Any = getattr(attention_dispatch, "_templated_context_parallel_attention", None)
-    obstacle = _obstacle((query, key, value), attn_mask, dropout_p, is_causal, enable_gqa, parallel_config)
+    obstacle = _obstacle((query, key, value), attn_mask, dropout_p, is_causal, parallel_config)
+    if enable_gqa and parallel_config is not None and obstacle is None:
+        obstacle = "grouped queries under context parallelism"
     if attention_kwargs and obstacle is None:
         obstacle = "attention_kwargs, which mean something to the model's own backend alone"
     if parallel_config is not None and obstacle is None and exchange is None:
@@ -245,7 +247,7 @@ def dispatch_attention_fn(
         attn_mask = None if attn_mask is None else as_autocast(attn_mask)
         if parallel_config is None:
             heads_first = (x.transpose(1, 2) for x in (query, key, value))
-            return _attend(*heads_first, attn_mask, scale, True, 1, handle)
+            return _attend(*heads_first, attn_mask, scale, enable_gqa, True, 1, handle)
         output: Tensor = exchange(
             query,
             key,
@@ -258,7 +260,7 @@ def dispatch_attention_fn(
         )
         return output
     if handle is not None:
-        _count_fallback(handle, obstacle)
+        _count_fallback(handle, obstacle, query.shape[1])
     return attention_dispatch.dispatch_attention_fn(
         query,
         key,
@@ -286,13 +288,13 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """torch's function of this name, by the session of the running layer: query [B, H, S, D] to [B, H, S, D]."""
     handle = _CURRENT.handle
-    obstacle = _obstacle((query, key, value), attn_mask, dropout_p, is_causal, enable_gqa, None)
+    obstacle = _obstacle((query, key, value), attn_mask, dropout_p, is_causal, None)
     if handle is not None and obstacle is None:
         query, key, value = (as_autocast(x) for x in (query, key, value))
         attn_mask = None if attn_mask is None else as_autocast(attn_mask)
-        return _attend(query, key, value, attn_mask, scale, False, 1, handle).transpose(1, 2)
+        return _attend(query, key, value, attn_mask, scale, enable_gqa, False, 1, handle).transpose(1, 2)
     if handle is not None:
-        _count_fallback(handle, obstacle)
+        _count_fallback(handle, obstacle, query.shape[2])
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -304,13 +306,13 @@ def pad(input: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _obstacle(
-    inputs: tuple[Tensor, ...], mask: Any, dropout: float, is_causal: bool, enable_gqa: bool, parallel_config: Any
+    inputs: tuple[Tensor, ...], mask: Any, dropout: float, is_causal: bool, parallel_config: Any
 ) -> str | None:
     """What no session can handle, seen without looking at any value."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return "gradients are required"
-    if is_causal or enable_gqa or dropout:
-        return "causal attention, grouped queries or dropout"
+    if is_causal or dropout:
+        return "causal attention or dropout"
     if parallel_config is not None and parallel_config.context_parallel_config.ring_degree > 1:
         return "context parallelism by a ring"
     if mask is not None and not isinstance(mask, Tensor):
@@ -345,22 +347,23 @@ def _attend_between_exchanges(
     heads_first = (x.transpose(1, 2) for x in (query, key, value))
     handle = _CURRENT.handle
     assert handle is not None
-    return _attend(*heads_first, attn_mask, scale, True, ranks, handle)
+    return _attend(*heads_first, attn_mask, scale, False, True, ranks, handle)
 
 
-def _count_fallback(handle: Tensor, obstacle: str | None) -> None:
+def _count_fallback(handle: Tensor, obstacle: str | None, num_queries: int) -> None:
     # Inside compiled code this would run while tracing, not at each call.
     if obstacle is not None and not torch.compiler.is_compiling() and (found := find_layer(handle)) is not None:
         session, layer = found
-        session.fall_back(layer, obstacle)
+        if not session.is_of_text_alone(num_queries):
+            session.fall_back(layer, obstacle)
 
 
 @torch.library.custom_op(
     "diffsparse::attend",
     mutates_args=(),
     tags=(torch.Tag.cudagraph_unsafe,),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool by_dispatch, int ranks,"
-    " Tensor handle) -> Tensor",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool enable_gqa, bool by_dispatch,"
+    " int ranks, Tensor handle) -> Tensor",
 )
 def _attend(
     query: Tensor,
@@ -368,6 +371,7 @@ def _attend(
     value: Tensor,
     mask: Tensor | None,
     scale: float | None,
+    enable_gqa: bool,
     by_dispatch: bool,
     ranks: int,
     handle: Tensor,
@@ -379,10 +383,11 @@ def _attend(
     """
     found = find_layer(handle)
     if found is None:
-        output = _dense(query, key, value, mask, scale, by_dispatch, None)
+        output = _dense(query, key, value, mask, scale, enable_gqa, by_dispatch, None)
     else:
         session, layer = found
-        dense = functools.partial(_dense, query, key, value, mask, scale, by_dispatch, _user_backend(session, layer))
+        backend = _user_backend(session, layer)
+        dense = functools.partial(_dense, query, key, value, mask, scale, enable_gqa, by_dispatch, backend)
         sparse = session.attend(layer, query, key, value, mask, scale, ranks, dense)
         output = dense() if sparse is None else sparse
     return output.transpose(1, 2).contiguous()
@@ -400,17 +405,18 @@ def _dense(
     value: Tensor,
     mask: Tensor | None,
     scale: float | None,
+    enable_gqa: bool,
     by_dispatch: bool,
     backend: Any,
 ) -> Tensor:
     """The model's own attention, [B, H, S, D]."""
     if not by_dispatch:
-        return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
     from diffusers.models import attention_dispatch
 
     tokens_first = (x.transpose(1, 2) for x in (query, key, value))
     return attention_dispatch.dispatch_attention_fn(
-        *tokens_first, attn_mask=mask, scale=scale, backend=backend
+        *tokens_first, attn_mask=mask, scale=scale, enable_gqa=enable_gqa, backend=backend
     ).transpose(1, 2)
 
 

@@ -156,7 +156,8 @@ class Session:
 
         Args:
             layer: index into `layer_names`.
-            query, key, value: [B, H, S, D] after norms and rotary embedding. Query may be of the grid's tokens alone.
+            query, key, value: [B, H, S, D] after norms and rotary embedding. Query may be of the grid's tokens alone,
+                or of all but those before it. Key and value may have fewer heads, each for as many of the query.
             mask: what the model passes to its own attention.
             scale: factor on the scores, D ** -0.5 if None.
             ranks: how many ranks the sequence was put together from, see `RankOrder`.
@@ -225,10 +226,10 @@ class Session:
         hiding = None if self.mask_hides_nothing else mask
         if (reason := self._obstacle(query, key, value, hiding, ranks)) is None:
             key_length = key_length_of(hiding, query.shape[0])
-            tokens, is_joint = self._tokens(query, key), query.shape == key.shape
+            tokens, is_joint = self._tokens(query, key), query.shape[2] == key.shape[2]
             assert tokens is not None
             order = tokens.order(hiding, ranks, self.family.text_apart, query.device)
-            key, value = order.undo(key), order.undo(value)
+            key, value = (_for_each_head(order.undo(x), query.shape[1]) for x in (key, value))
             query = order.undo(query) if is_joint else query
 
             def sparse(plan: AttentionPlan) -> Tensor:
@@ -325,8 +326,10 @@ class Session:
         if tokens is None:
             return self.why_no_layout
         grid = tokens.grid
-        num_queries = grid.num_video_tokens if query.shape[2] < key.shape[2] and ranks == 1 else key.shape[2]
-        if key.shape != value.shape or query.shape != (*key.shape[:2], num_queries, key.shape[3]):
+        may_lack = tokens.may_have_no_queries if ranks == 1 else (0,)
+        are_grouped = query.shape[0] == key.shape[0] and query.shape[1] % key.shape[1] == 0
+        fits = are_grouped and query.shape[3] == key.shape[3] and key.shape[2] - query.shape[2] in may_lack
+        if key.shape != value.shape or not fits:
             return "query, key and value differ in shape"
         if key.shape[2] != grid.num_tokens:
             return f"{key.shape[2]} tokens where the layout says {grid.num_tokens}"
@@ -425,6 +428,11 @@ class Session:
 
 
 _STRATEGY_SAYS_DENSE = "the strategy keeps it dense"
+
+
+def _for_each_head(x: Tensor, num_heads: int) -> Tensor:
+    """Keys or values [B, H / n, S, D] for each head of a query, [B, H, S, D]."""
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], 1)
 
 
 def _after(policy: str | None, reason: str) -> str:

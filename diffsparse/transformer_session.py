@@ -87,6 +87,8 @@ class TransformerSession(Session):
         dense: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
         """As that of any session, for the thread that called the transformer last."""
+        if self.is_of_text_alone(query.shape[2]):
+            return None
         if self.family.masks_pairs and mask is not None and mask.ndim == 4:
             mask = mask[:, :, -1:]
         with self._lock:
@@ -94,6 +96,12 @@ class TransformerSession(Session):
                 return super().attend(layer, query, key, value, mask, scale, ranks, dense)
         self.fall_back(layer, "another thread called the transformer meanwhile")
         return None
+
+    def is_of_text_alone(self, num_queries: int) -> bool:
+        """Whether a call with so many queries is of text alone, which is no business of ours."""
+        if not self.family.text_attends_alone or self.layout is None:
+            return False
+        return num_queries < grid_of(self.layout, 0).num_video_tokens
 
     def _read_layout(self, transformer: nn.Module, call: Mapping[str, Any]) -> tuple[int | None, ...] | None:
         """What the family makes of a call. One that it did not foresee is no reason to lose a generation."""

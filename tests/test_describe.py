@@ -207,6 +207,7 @@ def test_ones_own_family_goes_before_the_known_ones():
         ("padding_mask", "no", "True or False, got 'no'"),
         ("spreads_mask", None, "True or False, got None"),
         ("masks_pairs", 1, "True or False, got 1"),
+        ("text_attends_alone", "yes", "True or False, got 'yes'"),
         ("text_apart", "no", "True, False or None, got 'no'"),
         ("text_mask", True, "None or a string, got True"),
     ],

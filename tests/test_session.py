@@ -182,12 +182,13 @@ def test_text_padded_within_a_sequence_that_ranks_share_is_an_obstacle():
     assert session.tallies[0].dense_reasons == {reason: 1}
 
 
-@pytest.mark.parametrize("text", [(0, 7), (7, 0), (3, 4)], ids=str)
-def test_the_grid_alone_may_have_queries(text):
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize(("text", "queries"), [((0, 7), 30), ((7, 0), 30), ((3, 4), 30), ((3, 4), 34)], ids=str)
+def test_the_grid_alone_or_with_what_follows_it_may_have_queries(text, queries, heads):
     session = session_of(Recorded(), strict=True)
     session.begin(Step(0, 20, 0, True), (*GRID, *text))
-    query, (key, value) = qkv()[0], qkv(tokens=37)[1:]
-    expected = F.scaled_dot_product_attention(query, key, value)
+    query, (key, value) = qkv(tokens=queries)[0], (x[:, :heads] for x in qkv(tokens=37)[1:])
+    expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
     assert torch.allclose(session.attend(0, query, key, value, None, None), expected, atol=1e-5)
     assert session.tallies[0].density == 1
 
@@ -204,11 +205,12 @@ def test_a_strategy_may_keep_the_queries_of_the_grid_alone_dense():
     [
         ((1, 2, 29, 8), (1, 2, 37, 8), (1, 2, 37, 8), 1),
         ((1, 2, 37, 8), (1, 2, 30, 8), (1, 2, 30, 8), 1),
-        ((1, 2, 30, 8), (1, 1, 37, 8), (1, 1, 37, 8), 1),
+        ((1, 2, 30, 8), (1, 4, 37, 8), (1, 4, 37, 8), 1),
+        ((1, 3, 30, 8), (1, 2, 37, 8), (1, 2, 37, 8), 1),
         ((1, 2, 30, 8), (1, 2, 37, 8), (1, 2, 30, 8), 1),
         ((1, 2, 30, 8), (1, 2, 37, 8), (1, 2, 37, 8), 2),
     ],
-    ids=["no grid", "fewer keys", "grouped", "values", "ranks"],
+    ids=["no grid", "fewer keys", "more heads", "odd groups", "values", "ranks"],
 )
 def test_other_queries_than_the_grids_are_an_obstacle(queries, keys, values, ranks):
     session = session_of(Recorded())

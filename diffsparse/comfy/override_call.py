@@ -18,7 +18,7 @@ class OverrideCall:
 
     Attributes:
         query, key, value: [B, H, S, D] if `skip_reshape`, else [B, S, H * D]; Stable Diffusion 3 leaves its value
-            [B, S, H, D] then. Key and value may have fewer heads if `enable_gqa`.
+            [B, S, H, D] then. Key and value may have fewer heads, each for as many of the query.
         heads: H of the query.
         mask: what the model passes; it may come by position or by name.
         skip_output_reshape: whether the model awaits [B, H, S, D], not [B, S, H * D].
@@ -34,7 +34,6 @@ class OverrideCall:
     skip_reshape: bool
     skip_output_reshape: bool
     scale: float | None
-    enable_gqa: bool
     low_precision_attention: bool
 
     @property
@@ -42,17 +41,9 @@ class OverrideCall:
         """Whether the key is shorter than the query. In self-attention it is as long, or longer with a cache."""
         return self.key.shape[-2] < self.query.shape[-2]
 
-    def query_heads_first(self) -> Tensor:
-        """The query alone as [B, H, S, D], without a copy."""
-        return self._split(self.query)
-
     def heads_first(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value as [B, H, S, D], with a key and a value for every head."""
-        query, key, value = (self._split(x) for x in (self.query, self.key, self.value))
-        if self.enable_gqa and key.shape[1] != query.shape[1]:
-            group = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        return query, key, value
+        """Query, key and value as [B, H, S, D], without a copy."""
+        return self._split(self.query), self._split(self.key), self._split(self.value)
 
     def give_back(self, output: Tensor) -> Tensor:
         """An output [B, H, S, D] in the shape that the model awaits."""
@@ -76,11 +67,8 @@ def read_call(
     skip_output_reshape: bool = False,
     *,
     scale: float | None = None,
-    enable_gqa: bool = False,
     low_precision_attention: bool = True,
     **more: Any,
 ) -> OverrideCall:
     """An attention call, by position or by name as ComfyUI's models pass it. Arguments of later versions do no harm."""
-    return OverrideCall(
-        q, k, v, heads, mask, skip_reshape, skip_output_reshape, scale, enable_gqa, low_precision_attention
-    )
+    return OverrideCall(q, k, v, heads, mask, skip_reshape, skip_output_reshape, scale, low_precision_attention)

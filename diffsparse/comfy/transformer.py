@@ -128,8 +128,7 @@ class SampledTransformer:
         if isinstance(self.session.config.strategy, PlanRecorder):
             self._check_same_length(layer, call.query.shape[-2])
         if self._why_dense is not None:
-            query = call.query_heads_first()
-            self.session.check_call(layer, query, query)
+            self.session.check_call(layer, *call.heads_first()[:2])
             self.session.count_dense(layer, self._why_dense)
             return None
         if (obstacle := _obstacle(call)) is not None:

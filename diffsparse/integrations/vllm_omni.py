@@ -205,8 +205,6 @@ def _obstacle(query: Tensor, key: Tensor, value: Tensor, params: Mapping[str, An
         return "causal attention"
     if params.get("attn_mask") is not None:
         return "attention mask"
-    if query.shape[2] != key.shape[2]:
-        return "grouped queries"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return "gradients are required"
     return None

@@ -55,6 +55,8 @@ class Family:
             copy. It is read off the device once.
         masks_pairs: that mask comes as one of all pairs of tokens, [B, 1, S, S], which shows the last token, one of the
             grid, what it shows to each that is no padding. Padding then sees what they see: it is thrown away.
+        text_attends_alone: layers also attend to text alone, in calls of their own. These have fewer queries than the
+            grid has tokens; they stay the model's, and nobody counts them.
         timestep: the argument that holds the timestep. It tells the steps of a transformer that is enabled on its
             own.
         spreads_mask: the processor is given such a mask as [B, text tokens] and makes a mask of all pairs of tokens
@@ -75,6 +77,7 @@ class Family:
     text_mask: str | None = None
     spreads_mask: bool = False
     masks_pairs: bool = False
+    text_attends_alone: bool = False
     text_apart: bool | None = None
     timestep: str = "timestep"
 
@@ -92,7 +95,7 @@ class Family:
                 raise TypeError(f"`{field}` of a family must be a string, got {value!r}.")
         if not (self.text_mask is None or isinstance(self.text_mask, str)):
             raise TypeError(f"`text_mask` of a family must be None or a string, got {self.text_mask!r}.")
-        for field in ("padding_mask", "spreads_mask", "masks_pairs", "text_apart"):
+        for field in ("padding_mask", "spreads_mask", "masks_pairs", "text_attends_alone", "text_apart"):
             value = getattr(self, field)
             if not (isinstance(value, bool) or (field == "text_apart" and value is None)):
                 choices = "True, False or None" if field == "text_apart" else "True or False"

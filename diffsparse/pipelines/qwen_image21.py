@@ -29,4 +29,5 @@ QWEN_IMAGE_21 = Family(
     layout=layout,
     padding_mask=True,
     text_mask="encoder_hidden_states_mask",
+    text_attends_alone=True,
 )

@@ -11,7 +11,7 @@ from diffsparse.comfy.override_call import read_call
 def exact(call):
     """Attention in the layout of the call, by what heads_first and give_back say."""
     query, key, value = call.heads_first()
-    return call.give_back(F.scaled_dot_product_attention(query, key, value, scale=call.scale))
+    return call.give_back(F.scaled_dot_product_attention(query, key, value, scale=call.scale, enable_gqa=True))
 
 
 @pytest.mark.parametrize("skip_reshape", [False, True])

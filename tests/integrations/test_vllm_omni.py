@@ -147,7 +147,6 @@ PADDED = torch.arange(S) < 300
         ("causal attention", {"causal": True}, {}, CAUSAL, H),
         ("attention mask", {}, {"attn_mask": PADDED[None]}, PADDED.expand(S, S), H),
         ("attention mask", {}, {"attn_mask": CAUSAL[None, None]}, CAUSAL, H),
-        ("grouped queries", {}, {}, None, 1),
         ("the call does not say the size of the grid", {}, {"state": STATE | {"latent_shape": None}}, None, H),
         ("the call does not say which step it is", {}, {"state": STATE | {"denoise_step_idx": None}}, None, H),
         (
@@ -175,6 +174,14 @@ def test_dense_calls_are_exact_and_counted(reason, settings, call, mask, heads):
     qkv = inputs(heads=heads)
     torch.testing.assert_close(layer.forward(*qkv, **{"state": STATE, **call}), exact(*qkv, mask=mask))
     assert ran(attn_fn) == (0, {reason: 1})
+
+
+@pytest.mark.parametrize("density", [1.0, 0.4])
+def test_heads_may_share_keys(density):
+    attn_fn = make_attn_fn()
+    layer, qkv = standins.Dispatcher(attn_fn, density=density, min_tokens=0), inputs(heads=1)
+    assert torch.allclose(layer.forward(*qkv, STATE), exact(*qkv), atol=1e-5) == (density == 1)
+    assert ran(attn_fn) == (1, {})
 
 
 def test_gradients_flow_through_dense_attention():
