@@ -16,6 +16,7 @@ from tiny.cogvideox import COGVIDEOX
 from tiny.cogview import COGVIEW3, COGVIEW4, GLM_IMAGE
 from tiny.consisid import CONSISID
 from tiny.cosmos import COSMOS
+from tiny.cosmos3 import COSMOS3
 from tiny.easyanimate import EASYANIMATE
 from tiny.ernie_image import ERNIE_IMAGE
 from tiny.flux import BRIA, BRIA_FIBO, FLUX, LONGCAT_IMAGE, OVIS_IMAGE
@@ -69,6 +70,7 @@ TINY: dict[str, TinyModel] = {
     "anyflow": ANYFLOW,
     "consisid": CONSISID,
     "cosmos": COSMOS,
+    "cosmos3": COSMOS3,
     "easyanimate": EASYANIMATE,
     "helios": HELIOS,
     "kandinsky5": KANDINSKY5,

@@ -13,6 +13,7 @@ from diffsparse.pipelines.chroma import CHROMA
 from diffsparse.pipelines.cogvideox import COGVIDEOX
 from diffsparse.pipelines.cogview import COGVIEW
 from diffsparse.pipelines.cosmos import COSMOS
+from diffsparse.pipelines.cosmos3 import COSMOS3
 from diffsparse.pipelines.easyanimate import EASYANIMATE
 from diffsparse.pipelines.ernie_image import ERNIE_IMAGE
 from diffsparse.pipelines.family import Family
@@ -56,6 +57,7 @@ FAMILIES: tuple[Family, ...] = (
     ALLEGRO,
     ANYFLOW,
     COSMOS,
+    COSMOS3,
     EASYANIMATE,
     HELIOS,
     KANDINSKY5,

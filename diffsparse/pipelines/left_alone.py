@@ -3,7 +3,6 @@
 LEFT_ALONE: dict[str, str] = {
     "AceStepTransformer1DModel": "it makes audio, whose tokens form a line and no grid",
     "AnyFlowFARTransformer3DModel": "it is causal, and brings a block mask and a key-value cache of its own",
-    "Cosmos3OmniTransformer": "its queries are fewer than its keys, which several heads share",
     "DreamLiteTransformer2DModel": "it is a part of a UNet, whose attention diffsparse does not take over",
     "Kandinsky6SRTransformer3DModel": "it brings a block mask of its own",
     "LatteTransformer3DModel": "it attends within frames and through time in turn, over short sequences",

@@ -133,7 +133,7 @@ def test_another_resolution_runs_sparse_and_like_a_fresh_start(tiny, model, call
     grids = [(frames, height, width), (frames, width, height), (frames, width + 2 * tiny.square, height + 2)]
     calls = [tiny.call(model, grid, batch=2) for grid in grids]
     name = find_family(model).timestep
-    sequence = [calls[i] | {name: call[name] * (1 - 0.1 * n)} for n, i in enumerate((0, 1, 2, 0))]
+    sequence = [calls[i] | {name: calls[i][name] * (1 - 0.1 * n)} for n, i in enumerate((0, 1, 2, 0))]
     model.enable_sparse_attention(config(replan_every=100))
     alternating = [run(model, each) for each in sequence]
     assert report_of(model).dense_calls == 0
