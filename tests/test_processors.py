@@ -133,6 +133,14 @@ def test_dense_queries_that_share_keys_do_so_as_in_stock(way, running):
     assert report_of(running).dense_reasons == {"called outside its transformer": 1}
 
 
+def test_queries_that_share_keys_stay_the_models_own_under_context_parallelism(running, monkeypatch):
+    monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", lambda query, *_, **__: query)
+    query, key = torch.zeros(1, 30, 4, 8), torch.zeros(1, 30, 2, 8)
+    ulysses = types.SimpleNamespace(context_parallel_config=types.SimpleNamespace(ring_degree=1, ulysses_degree=2))
+    processors.dispatch_attention_fn(query, key, key, enable_gqa=True, parallel_config=ulysses)
+    assert report_of(running).dense_reasons == {"grouped queries under context parallelism": 1}
+
+
 def test_what_a_processor_asks_of_its_backend_alone_reaches_it(running, monkeypatch):
     asked, signature = [], inspect.signature(attention_dispatch.dispatch_attention_fn)
 
