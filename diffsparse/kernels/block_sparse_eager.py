@@ -117,11 +117,12 @@ def _attend_head(
         )
         out[:num_dense] = result.view(num_dense, block_size, head_dim)
         lse[:num_dense] = result_lse.view(num_dense, block_size)
+    nothing_added = queries.new_zeros(1, 1, 1)
     for rows, blocks, columns, bias in lists.chunks(num_dense, MAX_SCORES // block_size):
         scores = memory.take("scores", (len(blocks), block_size, columns))
         gathered = memory.gather(keys, blocks)[:, :columns]
-        # With beta 0 the first argument is not read.
-        added, beta = (scores, 0.0) if bias is None else (bias[:, None], 1.0)
+        # With beta 0 the first argument is not read, but on Apple's GPUs up to PyTorch 2.13, which multiply it by 0.
+        added, beta = (nothing_added, 0.0) if bias is None else (bias[:, None], 1.0)
         torch.baddbmm(added, queries[rows], gathered.mT, beta=beta, alpha=scale, out=scores)
         if return_lse:
             lse[rows] = scores.logsumexp(-1)

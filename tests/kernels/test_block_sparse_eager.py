@@ -127,6 +127,16 @@ def test_every_option_together(tail, lengths, shared_lists, dtype):
     check(make_inputs(batch=2, tail=tail, lengths=lengths, shared_lists=shared_lists, dtype=dtype))
 
 
+def test_memory_that_holds_nothing_yet_is_not_read(monkeypatch):
+    """Not even where `torch.baddbmm` multiplies by a beta of 0, as on Apple's GPUs: 0 times NaN is NaN."""
+
+    def as_on_mps(added, left, right, *, beta, alpha, out):
+        return out.copy_(beta * added + alpha * (left @ right))
+
+    monkeypatch.setattr(torch, "baddbmm", as_on_mps)
+    check(make_inputs(num_queries=32, num_keys=64))
+
+
 @pytest.mark.parametrize("head_dim", [32, 40, 64, 80, 96, 112, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_head_dim(head_dim, dtype):
