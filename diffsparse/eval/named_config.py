@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from typing import Any
 
 import diffsparse
@@ -35,7 +36,7 @@ def parse_config(text: str) -> SparseAttentionConfig:
     Raises:
         TypeError, ValueError: an unknown name or option, or a value that it cannot take.
     """
-    name, _, options = text.strip().partition(":")
+    name, options = name_and_options(text.strip())
     strategies = exported_strategies()
     if name in PRESETS or name.endswith(PLAN_FILE_SUFFIX):
         config = as_config(name)
@@ -58,6 +59,13 @@ def parse_config(text: str) -> SparseAttentionConfig:
     strategy = dataclasses.replace(strategy, **{key: values[key] for key in values if key in of_strategy})
     changes = {key: values[key] for key in values if key not in of_strategy}
     return dataclasses.replace(config, strategy=strategy, **changes)
+
+
+def name_and_options(text: str) -> tuple[str, str]:
+    """The two sides of the colon of a config in one word, not that of a drive's letter in Windows."""
+    start = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0
+    name, _, options = text[start:].partition(":")
+    return text[:start] + name, options
 
 
 def exported_strategies() -> dict[str, type]:

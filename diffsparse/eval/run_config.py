@@ -14,7 +14,7 @@ from typing import Any
 from diffsparse.config import PLAN_FILE_SUFFIX, PRESETS, SparseAttentionConfig
 from diffsparse.eval.baseline import BACKEND_PREFIX, AttentionBackend, Cache, cache_names
 from diffsparse.eval.generate import sparse_attention
-from diffsparse.eval.named_config import DENSE, exported_strategies, parse_config, read_options
+from diffsparse.eval.named_config import DENSE, exported_strategies, name_and_options, parse_config, read_options
 
 LONGEST_FOLDER_NAME = 150
 """Characters. File systems take 255 bytes."""
@@ -106,7 +106,9 @@ def read_run_config(text: str, fixed: Mapping[str, Any] = {}, option: str = "--c
             option with another value than its `fixed` one.
     """
     # A + inside of options stands before a digit, as in 1e+3; one in the path of a file stands for itself.
-    texts = [text.strip()] if Path(text.partition(":")[0]).is_file() else re.split(r"\+(?=[A-Za-z_./])", text.strip())
+    texts = (
+        [text.strip()] if Path(name_and_options(text)[0]).is_file() else re.split(r"\+(?=[A-Za-z_./])", text.strip())
+    )
     try:
         parts = tuple(_read_part(part, fixed) for part in texts)
         if len({type(part) for part in parts}) < len(parts):
@@ -117,7 +119,7 @@ def read_run_config(text: str, fixed: Mapping[str, Any] = {}, option: str = "--c
 
 
 def _read_part(text: str, fixed: Mapping[str, Any]) -> Part:
-    name, _, options = text.partition(":")
+    name, options = name_and_options(text)
     caches = cache_names()
     if text.startswith(BACKEND_PREFIX):
         return AttentionBackend(options)

@@ -46,6 +46,8 @@ def test_every_strategy_that_diffsparse_exports_has_its_name():
         ("adaptive:**{}", "OPTION=VALUE"),
         ("fast:strategy=dense", "no option 'strategy'"),
         ("", "neither"),
+        (r"C:\plans\mine.safetensors:dense_steps=0.1", r"no plan file C:\\plans\\mine\.safetensors\."),
+        ("d:/plans/mine.safetensors", r"no plan file d:/plans/mine\.safetensors\."),
     ],
 )
 def test_what_is_wrong_is_said(text, says):

@@ -56,11 +56,20 @@ def test_a_plus_joins_what_is_used_at_once_and_is_left_alone_inside_of_a_number(
         ("firstblockcache:threshold=high", "`threshold` of FirstBlockCacheConfig must be float, got 'high'"),
         ("firstblockcache:threshold", "OPTION=VALUE"),
         ("nowhere.safetensors", "nowhere.safetensors"),
+        (r"C:\plans\mine.safetensors:dense_steps=0.1", r"no plan file C:\\plans\\mine\.safetensors\."),
     ],
 )
 def test_what_is_wrong_is_said(text, says):
     with pytest.raises(ValueError, match=says):
         read_run_config(text)
+
+
+def test_a_plus_in_a_path_with_a_drive_joins_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # A name like any other, but in Windows.
+    (tmp_path / r"C:\a+b.safetensors").touch()
+    with pytest.raises(ValueError, match=r"C:\\a\+b\.safetensors cannot be read as safetensors"):
+        read_run_config(r"C:\a+b.safetensors:dense_steps=0.1")
 
 
 @pytest.mark.parametrize(
