@@ -60,7 +60,7 @@ class Sampling:
                     f"The model is incomplete: {needed} is missing. Install diffsparse again, or name another model."
                 )
         with reading(f"{file} is damaged", _WAY_OUT):
-            values = json.loads(file.read_text())
+            values = json.loads(file.read_text(encoding="utf-8"))
             chosen = {field.name: values[field.name] for field in dataclasses.fields(cls)}
         wrong = {name: value for name, value in chosen.items() if not _is_positive_number(value)}
         if wrong:

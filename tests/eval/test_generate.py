@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -127,6 +130,14 @@ def test_settings_that_are_no_positive_numbers_are_an_error(own_tiny_model, valu
 def test_more_settings_than_needed_do_no_harm(own_tiny_model, sampling):
     change(own_tiny_model, negative_prompt="")
     assert Sampling.read(own_tiny_model) == sampling
+
+
+def test_settings_are_utf_8_whatever_the_locale(own_tiny_model):
+    file = own_tiny_model / "demo.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"notes": "試し"}, ensure_ascii=False), "utf-8")
+    code = "import pathlib, sys; from diffsparse.eval.generate import *; Sampling.read(pathlib.Path(sys.argv[1]))"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, own_tiny_model], env=os.environ | locale, check=True)
 
 
 def test_the_cpu_is_always_there_and_other_devices_are_not_invented():
