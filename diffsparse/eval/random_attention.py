@@ -121,6 +121,11 @@ def error_of_sampled_rows(
     """
     import torch
 
+    if query.device.type != "cuda":
+        # Apple's GPUs have no float64.
+        query, key, value, key_blocks, counts, output = (
+            x.cpu() for x in (query, key, value, key_blocks, counts, output)
+        )
     generator = torch.Generator().manual_seed(0)
     squared_error = squared_size = 0.0
     for _ in range(SAMPLED_ROWS):

@@ -39,3 +39,23 @@ def test_nothing_is_off_in_blocks_of_either_size(key_block_size, tail):
     lists = random_lists(144, 2, 0.5, CPU, blocks)
     output = sparse_call(*inputs, *lists, blocks, tail=tail)()
     assert error_of_sampled_rows(*inputs, *lists, output, tail, key_block_size) < 1e-6
+
+
+class OnMPS(torch.Tensor):
+    """Says that it is on Apple's GPU, and refuses what that has not."""
+
+    device = torch.device("mps", 0)
+
+    def double(self):
+        raise TypeError("the MPS framework doesn't support float64")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_device_without_float64_will_do(tail):
+    inputs, lists = random_inputs(144, 2, 16, CPU), random_lists(144, 2, 0.5, CPU)
+    output = sparse_call(*inputs, *lists, tail=tail)()
+    on_mps = [x.as_subclass(OnMPS) for x in (*inputs, *lists, output)]
+    assert error_of_sampled_rows(*on_mps, tail) < 1e-6
