@@ -9,18 +9,18 @@ from types import ModuleType
 
 import torch
 
-from diffsparse.kernels.launch import refuse_first_use_in_graph
+from diffsparse.kernels.launch import is_before_ampere, refuse_first_use_in_graph
 
 
 def kernels_on(device: torch.device, module: str, what: str, check: Callable[[ModuleType], bool]) -> ModuleType | None:
     """The Triton kernels for `what` in a module beside this one, where they pass their check; None elsewhere.
 
-    They run on NVIDIA GPUs. Callers keep the answer: the check waits for the device.
+    They run on NVIDIA GPUs from Ampere on. Callers keep the answer: the check waits for the device.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda" or torch.version.hip is not None or is_before_ampere(device):
         return None
     refuse_first_use_in_graph(device)
     name = f"diffsparse.kernels.{module}"

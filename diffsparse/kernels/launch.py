@@ -20,6 +20,11 @@ def is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def is_before_ampere(device: torch.device) -> bool:
+    """Whether an NVIDIA GPU has less shared memory than the kernels' tiles may take, 64 KiB of Turing for one."""
+    return torch.cuda.is_initialized() and torch.cuda.get_device_capability(device) < (8, 0)
+
+
 def refuse_first_use_in_graph(device: torch.device) -> None:
     """Raise RuntimeError where a CUDA graph is captured: kernels are tried before their first use, and waited for.
 

@@ -47,12 +47,24 @@ def test_on_a_gpu_kernels_are_taken_if_they_pass_their_check(kernels):
         assert kernels_on(gpu, "absent_triton", "adding", lambda module: True) is None
 
 
+@pytest.mark.parametrize(("capability", "takes"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_a_gpu_before_ampere_has_no_room_for_kernels(kernels, capability, takes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        taken = kernels_on(torch.device("cuda", 0), "adding_triton", "adding", lambda module: True)
+    assert taken is (kernels if takes else None)
+
+
 @pytest.fixture
 def capture(monkeypatch):
     """A CUDA graph is being captured, until it is called."""
     states = [True]
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: states[-1])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     return lambda: states.append(False)
 
 
