@@ -33,10 +33,12 @@ def versions() -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
-    """Of a package that may not be installed."""
+    """Of a package that may not be installed, or that another one brings, as triton-windows does triton."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        for other in importlib.metadata.packages_distributions().get(package, ()):
+            return f"{importlib.metadata.version(other)} ({other})"
         return "not installed"
 
 

@@ -241,3 +241,13 @@ def test_the_backend_taken_is_the_first_that_can(only_backends):
 def test_a_missing_package_is_named_as_such(monkeypatch):
     monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
     assert versions()["no-such-package"] == "not installed"
+
+
+def test_a_package_is_found_by_what_it_brings(tmp_path, monkeypatch):
+    """In Windows, triton is of the package triton-windows."""
+    made = tmp_path / "toaster_windows-3.5.1.dist-info"
+    made.mkdir()
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: toaster-windows\nVersion: 3.5.1\n")
+    (made / "top_level.txt").write_text("toaster\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert environment.version_of("toaster") == "3.5.1 (toaster-windows)"
