@@ -177,6 +177,10 @@ def pick_backend(
             if reasons[candidate] is not None:
                 continue
         return import_module(BACKENDS[candidate])
+    if name is None:
+        asked = "Sparse attention" if precision == "native" else f"`precision` {precision!r}"
+        way_out = "Use dense attention" if precision == "native" else f"Take another one of {', '.join(PRECISIONS)}"
+        raise ValueError(f"{asked} cannot run here: {_joined(reasons)}. {way_out}.")
     raise ValueError(f"`backend` {name!r} cannot run here: {_joined(reasons)}. Leave it out for the fastest that can.")
 
 

@@ -252,6 +252,18 @@ def test_a_precision_that_the_fastest_backend_lacks_is_an_error_and_not_a_slower
     block_sparse_attention(**{**arguments, **halves}, precision="int8", backend="eager")
 
 
+def test_what_no_backend_can_is_said_of_what_was_asked_for(monkeypatch):
+    """As on a GPU whose FP8 numbers torch does not know: nobody has named a backend that could be left out."""
+    knows = {"native"}
+    monkeypatch.setattr(block_sparse, "_why_not_trusted", lambda *of_call: None if of_call[3] in knows else "no FP8")
+    query = torch.empty(1, 1, 64, 32, device="meta")
+    with pytest.raises(ValueError, match=r"^`precision` 'fp8' cannot run here: .*eager: no FP8;.* Take another one of"):
+        block_sparse.pick_backend(None, query, 64, 64, "fp8")
+    knows.clear()
+    with pytest.raises(ValueError, match=r"^Sparse attention cannot run here: .*eager: no FP8;.* Use dense attention"):
+        block_sparse.pick_backend(None, query, 64, 64)
+
+
 @pytest.mark.usefixtures("picky")
 def test_a_wrong_backend_fails_its_self_test():
     assert self_test("picky", dtype=torch.float16) > 0.1
