@@ -5,7 +5,6 @@ So is dense attention that is quantized, against that of the model.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.config import SparseAttentionConfig
-from diffsparse.kernels.launch import is_captured
+from diffsparse.kernels.launch import is_captured, is_out_of_memory
 from diffsparse.plan import AttentionPlan
 from diffsparse.strategies.strategy import Strategy
 
@@ -88,7 +87,7 @@ class SpeedCheck:
         """
         rounds: list[list[float]] = []
         speed_up = math.inf
-        with contextlib.suppress(torch.OutOfMemoryError):
+        try:
             if (typical := plan(progress=0.5)) is not None:
                 calls = dense, functools.partial(sparse, typical), functools.partial(plan, progress=0.5)
                 while len(rounds) < LEAST_ROUNDS or (
@@ -97,6 +96,9 @@ class SpeedCheck:
                     rounds.append([seconds_of(call, key.device) for call in calls])
                 dense_seconds, sparse_seconds, plan_seconds = (min(seconds) for seconds in zip(*rounds))
                 speed_up = dense_seconds / (sparse_seconds + plan_seconds / num_served)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
         _SPEED_UPS.setdefault(self._kind(key, mask), speed_up)
         if (reason := self.why_slow(key, mask)) is not None:
             logger.warning(

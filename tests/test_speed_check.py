@@ -265,10 +265,14 @@ def test_no_output_of_sparse_attention_lies_in_memory_while_dense_attention_is_t
     assert not any(alive)
 
 
-def test_what_dense_attention_has_no_memory_for_stays_sparse():
+NO_MEMORY = [torch.OutOfMemoryError(), RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GiB).")]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_what_dense_attention_has_no_memory_for_stays_sparse(error):
     def dense():
         tried.append(1)
-        raise torch.OutOfMemoryError
+        raise error
 
     tried = []
     session = Session("a model", NoText(), ("layer",), timed())
@@ -276,6 +280,16 @@ def test_what_dense_attention_has_no_memory_for_stays_sparse():
         begin(session, index)
         assert attend(session, dense=dense) is not None
     assert (len(tried), session.tallies[0].sparse_calls) == (1, 3)
+
+
+def test_another_error_of_dense_attention_is_not_taken_for_too_little_memory():
+    def dense():
+        raise RuntimeError("a driver's")
+
+    session = Session("a model", NoText(), ("layer",), timed())
+    begin(session, 0)
+    with pytest.raises(RuntimeError, match="a driver's"):
+        attend(session, dense=dense)
 
 
 def test_no_memory_for_a_second_plan_loses_no_call():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffsparse.comfy.models import ComfyModel, uncompiled
 from diffsparse.comfy.override_call import AttentionFunction, OverrideCall, read_call
 from diffsparse.config import SparseAttentionConfig
+from diffsparse.kernels.launch import is_out_of_memory
 from diffsparse.pipelines.family import Layout
 from diffsparse.plan_recorder import PlanRecorder
 from diffsparse.session import Session
@@ -138,7 +139,9 @@ class SampledTransformer:
         try:
             with _memory_of_its_own():
                 return self.session.attend(layer, query, key, value, call.mask, call.scale, dense=dense)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             # The rest of this run stays dense, or the next layer would run out of memory as well.
             self._why_dense = self._gave_up = OUT_OF_MEMORY
             self.session.forget_plans()

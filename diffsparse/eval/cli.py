@@ -130,9 +130,11 @@ def _tell(error: str) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # Of a GPU torch has an error of its own, which is not loaded for this; of the CPU it has none.
-    of_gpu = type(error).__name__ == "OutOfMemoryError"
-    return of_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    # Of most GPUs torch has an error of its own, which is not loaded for this; of Apple's and of the CPU it has none.
+    of_gpu = type(error).__name__ == "OutOfMemoryError" or "MPS backend out of memory" in str(error)
+    # The last is the CPU's in Windows.
+    of_cpu = any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+    return of_gpu or of_cpu or isinstance(error, MemoryError)
 
 
 def _add(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.kernels.backends import BACKENDS, attend_with, why_not
-from diffsparse.kernels.launch import refuse_first_use_in_graph
+from diffsparse.kernels.launch import is_out_of_memory, refuse_first_use_in_graph
 from diffsparse.kernels.quantization import PRECISIONS
 from diffsparse.kernels.self_test import largest_error, self_test
 
@@ -224,9 +224,9 @@ def _why_not_trusted(name: str, device: torch.device, dtype: torch.dtype, precis
     why = None
     try:
         error = self_test(name, device, dtype, precision)
-    except torch.OutOfMemoryError:  # another call, with more of it, shall not go without the backend
-        raise
     except Exception as failure:  # a compiler or a driver may raise anything; there is another backend
+        if is_out_of_memory(failure):  # another call, with more of it, shall not go without the backend
+            raise
         why = f"its self-test failed ({type(failure).__name__}: {failure})"
     else:
         allowed = largest_error(dtype, precision)

@@ -25,6 +25,11 @@ def is_before_ampere(device: torch.device) -> bool:
     return torch.cuda.is_initialized() and torch.cuda.get_device_capability(device) < (8, 0)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory ran out: of Apple's GPUs torch has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
+
+
 def refuse_first_use_in_graph(device: torch.device) -> None:
     """Raise RuntimeError where a CUDA graph is captured: kernels are tried before their first use, and waited for.
 

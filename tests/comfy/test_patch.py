@@ -238,12 +238,15 @@ def test_an_interrupt_leaves_the_model_as_it_was(caplog):
     assert torch.equal(standins.sample(sparse), first)
 
 
-def test_out_of_memory_makes_the_rest_dense_and_is_counted(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GiB).")]
+)
+def test_out_of_memory_makes_the_rest_dense_and_is_counted(error, monkeypatch):
     tried = []
 
     def attend(*args, **kwargs):
         tried.append(args)
-        raise torch.OutOfMemoryError("no memory")
+        raise error
 
     model = standins.patcher()
     dense = standins.sample(model)

@@ -87,7 +87,16 @@ def of_the_cpu():
     return caught.value
 
 
-@pytest.mark.parametrize("error", [of_the_cpu(), torch.OutOfMemoryError("CUDA out of memory.\nTried."), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        of_the_cpu(),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),  # in Windows
+        torch.OutOfMemoryError("CUDA out of memory.\nTried."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GiB)."),
+        MemoryError(),
+    ],
+)
 def test_too_little_memory_is_told_in_one_line(monkeypatch, capsys, error):
     fail_with(error, monkeypatch)
     assert cli.main(["doctor"]) == 2
