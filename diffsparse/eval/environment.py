@@ -53,6 +53,12 @@ def devices() -> dict[str, str]:
         found[f"cuda:{index}"] = f"{properties.name}, {gibibytes:.0f} GiB, {architecture(index)}"
     if torch.backends.mps.is_available():
         found["mps"] = "Apple GPU"
+    other = torch.accelerator.current_accelerator(check_available=True)
+    if other is not None and other.type not in ("cuda", "mps"):
+        # Such as Intel's GPUs, "xpu", or Ascend's "npu".
+        name_of = getattr(torch.get_device_module(other), "get_device_name", lambda index: "accelerator")
+        for index in range(torch.accelerator.device_count()):
+            found[f"{other.type}:{index}"] = name_of(index)
     return found
 
 

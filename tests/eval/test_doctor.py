@@ -238,6 +238,16 @@ def test_the_backend_taken_is_the_first_that_can(only_backends):
     assert block_sparse.backend_taken("cpu", torch.float32, 128, 64, 64) == "first"
 
 
+def test_accelerators_of_other_makers_are_devices(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch, "get_device_module", lambda device: SimpleNamespace(get_device_name=["Arc", "Max"].__getitem__)
+    )
+    found = environment.devices()
+    assert {name: found[name] for name in found if name != "cpu"} == {"xpu:0": "Arc", "xpu:1": "Max"}
+
+
 def test_a_missing_package_is_named_as_such(monkeypatch):
     monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
     assert versions()["no-such-package"] == "not installed"
