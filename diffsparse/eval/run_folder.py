@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from diffsparse.eval.json_shape import check_shape
 from diffsparse.eval.output_file import reading, write_json
-from diffsparse.eval.video_io import IMAGE_SUFFIXES, write_images
+from diffsparse.eval.video_io import images_in, write_images
 from diffsparse.whole_file import whole_file
 
 MANIFEST = "manifest.json"
@@ -200,7 +200,7 @@ def _short(value: Any) -> str:
 def _checksum(folder: Path) -> str:
     digest = hashlib.sha256()
     # Whatever looks at the frames may leave files of its own beside them.
-    for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES):
+    for file in sorted(images_in(folder)):
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -107,6 +107,12 @@ def write_images(folder: Path, frames: NDArray[Any]) -> None:
         raise
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The images in a folder, in any order; no hidden files, of which macOS keeps one beside each on some disks."""
+    files = (file for file in folder.iterdir() if not file.name.startswith("."))
+    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+
+
 def as_bytes(frames: NDArray[Any]) -> Image:
     """Frames as uint8, from uint8 or from floats between 0 and 1; what lies outside is cut off."""
     if frames.dtype == np.uint8:
@@ -117,7 +123,7 @@ def as_bytes(frames: NDArray[Any]) -> Image:
 def _read_folder(folder: Path) -> Iterator[Image]:
     import PIL.Image
 
-    files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+    files = images_in(folder)
     if not files:
         expected = ", ".join(sorted(IMAGE_SUFFIXES))
         raise ValueError(f"{folder} has no images in it; expected files that end in {expected}.")

@@ -58,9 +58,10 @@ def test_a_frame_that_was_changed_or_lost_is_noticed(folder, name):
     assert not folder.is_whole("fast", PAIR)
 
 
-def test_what_a_file_manager_left_beside_the_frames_changes_nothing(folder):
+@pytest.mark.parametrize("name", [".DS_Store", "._00000.png"])
+def test_what_a_file_manager_left_beside_the_frames_changes_nothing(folder, name):
     folder.add("fast", PAIR, noise(), {})
-    (folder.frames("fast", PAIR) / ".DS_Store").write_bytes(b"view")
+    (folder.frames("fast", PAIR) / name).write_bytes(b"view")
     assert folder.is_whole("fast", PAIR)
 
 

@@ -55,6 +55,12 @@ def test_images_come_in_the_order_of_their_numbers(tmp_path):
     assert [int(frame[0, 0, 0]) for frame in read_frames(tmp_path)] == [1, 2, 10]
 
 
+def test_what_macos_keeps_beside_a_file_is_no_image(tmp_path):
+    imageio.v3.imwrite(tmp_path / "0.png", np.full((4, 5, 3), 7, dtype=np.uint8))
+    (tmp_path / "._0.png").write_bytes(b"\x00\x05\x16\x07")
+    assert len(list(read_frames(tmp_path))) == 1
+
+
 def test_grey_and_transparent_images_are_read_as_rgb(tmp_path):
     imageio.v3.imwrite(tmp_path / "0.png", np.full((4, 5), 7, dtype=np.uint8))
     imageio.v3.imwrite(tmp_path / "1.png", np.full((4, 5, 4), 7, dtype=np.uint8))
