@@ -60,11 +60,9 @@ def node_folder(comfyui: Path) -> Path:
 def is_ours(folder: Path) -> bool:
     """Whether a folder is one that this command made. What a link leads to, such as a checkout, is the user's own."""
     project = folder / "pyproject.toml"
-    return (
-        not folder.is_symlink()
-        and project.is_file()
-        and 'DisplayName = "DiffSparse"' in project.read_text(encoding="utf-8")
-    )
+    # Not asked whether it is a symbolic link: a junction of Windows is none, and leads elsewhere as well.
+    is_here = Path(os.path.realpath(folder)) == Path(os.path.realpath(folder.parent)) / folder.name
+    return is_here and project.is_file() and 'DisplayName = "DiffSparse"' in project.read_text(encoding="utf-8")
 
 
 def files() -> list[Path]:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +96,17 @@ def test_a_link_and_what_it_leads_to_are_left_alone(command, broken, comfyui, tm
     assert "is not DiffSparse's" in capsys.readouterr().err
     assert listing(tmp_path) == before
     assert link.is_symlink()
+
+
+@pytest.mark.parametrize("command", ["comfyui-install", "comfyui-uninstall"])
+def test_a_junction_of_windows_is_a_link_too(command, comfyui, tmp_path, monkeypatch):
+    shutil.copytree(SOURCE, tmp_path / "checkout")
+    link = comfyui / "custom_nodes" / "comfyui-diffsparse"
+    link.symlink_to(tmp_path / "checkout", target_is_directory=True)
+    before = listing(tmp_path)
+    monkeypatch.setattr(Path, "is_symlink", lambda path: False)
+    assert cli.main([command, str(comfyui)]) == cli.USER_ERROR
+    assert listing(tmp_path) == before
 
 
 def test_where_the_package_is_missing_the_folder_says_how_to_install_it(monkeypatch):
