@@ -18,7 +18,7 @@ from diffsparse.strategies.clustered_tokens import (
     plan_by_clusters,
     video_tokens,
 )
-from diffsparse.strategies.k_means import by_label, cluster_means, cluster_sizes, nearest
+from diffsparse.strategies.k_means import by_label, cluster_means, cluster_sizes, nearest, reduce_clusters
 from diffsparse.strategies.option_checks import check_block_sizes, check_density, check_integers, check_number
 from diffsparse.strategies.strategy import AttentionCall
 from diffsparse.strategies.top_blocks import top_blocks
@@ -167,9 +167,7 @@ def cluster_bounds(x: Tensor, labels: Tensor, sizes: Tensor) -> tuple[Tensor, Te
     Labels [H, S], of which there are `sizes` [H, C]. An empty cluster has 0.
     """
     by_cluster = by_label(x, labels)
-    least, most = (
-        torch.segment_reduce(by_cluster, which, lengths=sizes, axis=1, unsafe=True) for which in ("min", "max")
-    )
+    least, most = (reduce_clusters(by_cluster, which, sizes) for which in ("min", "max"))
     is_empty = sizes[..., None] == 0
     return least.masked_fill(is_empty, 0.0), most.masked_fill(is_empty, 0.0)
 

@@ -31,7 +31,7 @@ def cluster_means(x: Tensor, labels: Tensor, before: Tensor) -> tuple[Tensor, Te
     Where no token does, it is the one `before` [H, C, F]. Sums are made in a fixed order.
     """
     sizes = cluster_sizes(labels, before.shape[1])
-    sums = torch.segment_reduce(by_label(x, labels), "sum", lengths=sizes, axis=1, unsafe=True)
+    sums = reduce_clusters(by_label(x, labels), "sum", sizes)
     return torch.where(sizes[..., None] > 0, sums / sizes.clamp(min=1)[..., None], before), sizes
 
 
@@ -39,6 +39,18 @@ def by_label(x: Tensor, labels: Tensor) -> Tensor:
     """The tokens of x [H, S, F] sorted by their labels [H, S], those of a label in the order that they had."""
     order = torch.argsort(labels, dim=-1, stable=True)
     return x.gather(1, order[..., None].expand_as(x))
+
+
+def reduce_clusters(by_cluster: Tensor, what: str, sizes: Tensor) -> Tensor:
+    """The sum, "min" or "max" of the tokens of each cluster, [H, C, F], of tokens [H, S, F] that `by_label` has sorted.
+
+    On the CPU where torch has no kernel for it, as on Apple's GPUs. `sizes` [H, C] int64.
+    """
+    try:
+        return torch.segment_reduce(by_cluster, what, lengths=sizes, axis=1, unsafe=True)
+    except NotImplementedError:
+        reduced = torch.segment_reduce(by_cluster.cpu(), what, lengths=sizes.cpu(), axis=1, unsafe=True)
+        return reduced.to(by_cluster.device)
 
 
 def nearest(x: Tensor, centroids: Tensor) -> Tensor:

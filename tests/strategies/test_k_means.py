@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from diffsparse.strategies import planning_memory
-from diffsparse.strategies.k_means import k_means
+from diffsparse.strategies.k_means import k_means, reduce_clusters
 
 
 def test_centroids_move_to_the_means_of_their_tokens():
@@ -39,3 +40,28 @@ def test_a_few_tokens_at_a_time_give_the_same_clusters(monkeypatch):
     monkeypatch.setattr(planning_memory, "PLANNING_BYTES", 1)
     for one, other in zip(together, k_means(x, x[:, :7], 4)):
         assert torch.allclose(one, other, atol=1e-6)
+
+
+class OnMPS(torch.Tensor):
+    """Has no kernel for sums of segments, as tensors on Apple's GPUs."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.segment_reduce:
+            raise NotImplementedError("'aten::segment_reduce' is not currently implemented for the MPS device")
+        return super().__torch_function__(function, types, args, kwargs)
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("what", ["sum", "min", "max"])
+def test_clusters_are_reduced_on_the_cpu_where_their_device_cannot(what):
+    x, sizes = torch.randn(2, 9, 3), torch.tensor([[2, 0, 7], [3, 3, 3]])
+    reduced = reduce_clusters(x.as_subclass(OnMPS), what, sizes.as_subclass(OnMPS))
+    for head, of_head in enumerate(sizes.tolist()):
+        for cluster, tokens in zip(reduced[head], x[head].split(of_head)):
+            # Of no token nothing is asked.
+            if len(tokens):
+                expected = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}[what](tokens, 0)
+                assert torch.allclose(cluster, expected)
