@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 
 CONFIGURATIONS = [
@@ -35,6 +36,11 @@ def run(args: argparse.Namespace) -> int:
     unknown = [architecture for architecture in args.capabilities if architecture not in memory]
     if unknown:
         raise ValueError(f"`--capabilities` must be among {list(memory)}, got {unknown}.")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            "`diffsparse kernels` compiles with triton, which is not installed. PyTorch brings it on Linux; for "
+            "Windows there is the package triton-windows."
+        )
     print("| sm | head dim | blocks | precision | registers | spilled bytes | shared KiB, of | matrix instructions |")
     print("|---|---|---|---|---|---|---|---|")
     for architecture, (head_dim, blocks, precision) in itertools.product(args.capabilities, CONFIGURATIONS):
