@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from operators_of_mps import Lacking
 from plain_rules import random_qkv
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -167,6 +168,17 @@ def test_a_session_plans_whatever_the_default_device_is(strategy):
     with torch.device("meta"):
         output = session.attend(0, *qkv, None, None)
     assert output.isfinite().all()
+
+
+def test_planning_takes_no_operator_that_apples_gpus_lack(strategy):
+    grid = TokenGrid(3, 5, 7, 2, 9)
+    query, key, value = random_qkv(grid, batch=2)
+    length = torch.tensor([grid.num_tokens, grid.num_tokens - 4], dtype=torch.int32)
+    with Lacking() as lacking:
+        plan = strategy.plan(query, key, value, AttentionCall(grid, 1, 3, 5, 20, 0.3, length))
+        plan.mask.lists()
+    # What k-means leaves to the CPU.
+    assert lacking.names <= {"segment_reduce"}
 
 
 def test_some_key_block_is_left_out(strategy):
