@@ -27,7 +27,7 @@ from diffsparse.eval.lpips_metric import add_lpips_arguments, lpips_or_reason
 from diffsparse.eval.output_file import make_writable, write_json
 from diffsparse.eval.prompts import prompt_or_first
 from diffsparse.eval.side_by_side import side_by_side
-from diffsparse.eval.video_io import write_video
+from diffsparse.eval.video_io import ffmpeg, write_video
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     lpips = lpips_or_reason(args.lpips_net, args.lpips_backbone)
     make_writable(args.output)
+    ffmpeg()
 
     started = time.perf_counter()
     pipe = load_pipeline(args.model, device)

@@ -53,7 +53,7 @@ def write_video(path: Path, frames: NDArray[Any], fps: float) -> None:
     H.264 loses a little: compare frames before they are written, or write a folder of images.
 
     Raises:
-        ValueError: an odd height or width, which H.264 cannot hold.
+        ValueError: an odd height or width, which H.264 cannot hold; or there is no ffmpeg.
         OSError: it cannot be written whole.
     """
     import imageio.v2
@@ -61,6 +61,7 @@ def write_video(path: Path, frames: NDArray[Any], fps: float) -> None:
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"{path}: H.264 needs an even width and height, got {width} × {height}.")
+    ffmpeg()
     with whole_file(path) as unfinished:
         writer = imageio.v2.get_writer(
             unfinished,
@@ -105,6 +106,23 @@ def write_images(folder: Path, frames: NDArray[Any]) -> None:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def ffmpeg() -> str:
+    """The path of the program that reads and writes videos.
+
+    Raises:
+        ValueError: there is none. imageio-ffmpeg brings it for most systems, not for all.
+    """
+    import imageio_ffmpeg
+
+    try:
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
+    except RuntimeError as error:
+        raise ValueError(
+            "There is no ffmpeg here, which reads and writes videos: imageio-ffmpeg brings none for this system. "
+            "Install it, or name its file in the environment as IMAGEIO_FFMPEG_EXE."
+        ) from error
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -154,14 +172,12 @@ def _read_video(file: Path) -> Iterator[Image]:
 
     Not by imageio, which takes a file that breaks off for one that ends: what ffmpeg complains about is an error here.
     """
-    import imageio_ffmpeg
-
     source = ["-nostdin", "-v", "error", "-i", f"file:{file}", "-map", "0:v:0"]
     # Each frame once, as stored: without passthrough a variable frame rate repeats and drops frames.
     target = ["-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "-"]
     num_frames = 0
     with tempfile.TemporaryFile() as complaints:
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), *source, *target]
+        command = [ffmpeg(), *source, *target]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints) as decoder:
             assert decoder.stdout is not None
             try:

@@ -4,6 +4,7 @@ import json
 import os
 
 import imageio.v3
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
@@ -166,6 +167,16 @@ def test_a_read_only_output_is_found_before_loading(tiny_model, tmp_path, capsys
     (tmp_path / "out").mkdir(mode=0o555)
     assert run(tmp_path / "out", tiny_model, "--prompt", "x") == 2
     assert "--output" in the_error(capsys)
+
+
+@pytest.mark.usefixtures("never_generate")
+def test_no_ffmpeg_is_found_before_loading(tiny_model, tmp_path, monkeypatch, capsys):
+    def none():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", none)
+    assert run(tmp_path / "out", tiny_model, "--prompt", "x") == 2
+    assert "There is no ffmpeg here" in the_error(capsys)
 
 
 @pytest.mark.usefixtures("never_generate")

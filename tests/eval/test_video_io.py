@@ -151,6 +151,18 @@ def test_what_is_no_video_by_its_name_is_an_error_with_a_way_out(tmp_path, name,
         read_frames(tmp_path / name)
 
 
+def test_without_ffmpeg_videos_are_an_error_that_says_so(tmp_path, monkeypatch):
+    def none():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    write_video(tmp_path / "a.mp4", moving_square(), fps=8)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", none)
+    with pytest.raises(ValueError, match="IMAGEIO_FFMPEG_EXE"):
+        next(read_frames(tmp_path / "a.mp4"))
+    with pytest.raises(ValueError, match="IMAGEIO_FFMPEG_EXE"):
+        write_video(tmp_path / "b.mp4", moving_square(), fps=8)
+
+
 @pytest.mark.parametrize("name", ["-y.mp4", "http:a.mp4", "a b %03d.mp4"])
 def test_a_name_is_only_a_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
