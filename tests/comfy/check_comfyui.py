@@ -81,9 +81,9 @@ def seen_by(model, name, inputs):
 
     queries, grids = [], set()
 
-    def attend(session, layer, query, *args, **kwargs):
+    def attend(session, layer, query, key, *args, **kwargs):
         queries.append(query)
-        grids.add(session._grid(query.shape[2]))
+        grids.add(session._tokens(query, key).grid)
         if layer + 1 == len(session.layer_names):
             raise Seen
 
