@@ -65,8 +65,9 @@ class TransformerSession(Session):
             step = self.clock.tick(call.get(self.family.timestep))
             layout = self._read_layout(transformer, call)
             self._read_text_mask(call, layout)
-            # Branches may differ in their text, but never in the size of the video.
-            if _video_size(layout) != _video_size(self.layout) or self._thread != threading.get_ident():
+            # Tiles of one step may differ in size. Where nothing says how many steps there are, it is another video.
+            is_other_video = step.total is None and _video_size(layout) != _video_size(self.layout)
+            if is_other_video or self._thread != threading.get_ident():
                 self.forget_plans()
             self._thread = threading.get_ident()
             self.begin(step, layout)

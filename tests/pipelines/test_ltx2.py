@@ -117,9 +117,13 @@ def pipeline():
     return pipeline
 
 
-def generate(pipeline, tiled):
+def four_tiles():
     from diffusers.pipelines.ltx2.dfr_layout import epilogue_tiles
 
+    return epilogue_tiles((7, 3, 5), 1, ())
+
+
+def generate(pipeline, tiles=None):
     return pipeline(
         prompt_embeds=text(),
         prompt_attention_mask=torch.ones(1, TEXT_TOKENS),
@@ -127,7 +131,7 @@ def generate(pipeline, tiled):
         width=160,
         num_frames=49,
         sigmas=[1.0, 0.7, 0.3],
-        video_tiles=epilogue_tiles((7, 3, 5), 1, ()) if tiled else None,
+        video_tiles=tiles,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     ).frames
@@ -139,7 +143,7 @@ def test_every_call_of_the_pipeline_of_keyframe_slots_runs_sparse(pipeline, tile
     monkeypatch.setattr(ltx2, "_grid_at_start", lambda coords: (reads.append(coords), grid_at_start(coords))[1])
 
     pipeline.enable_sparse_attention(config(strategy := Watched(density=0.5), strict=True))
-    generate(pipeline, tiled)
+    generate(pipeline, four_tiles() if tiled else None)
     # Behind the seven frames, as large as each, come a slot within them and one at their end.
     height, width = (2, 4) if tiled else (3, 5)
     assert {call.grid for call in strategy.calls} == {TokenGrid(7, height, width, text_after=2 * height * width)}
@@ -150,7 +154,23 @@ def test_every_call_of_the_pipeline_of_keyframe_slots_runs_sparse(pipeline, tile
 
 @pytest.mark.parametrize("tiled", [False, True])
 def test_at_full_density_it_gives_what_it_gives_stock(pipeline, tiled):
-    expected = generate(pipeline, tiled)
+    tiles = four_tiles() if tiled else None
+    expected = generate(pipeline, tiles)
     pipeline.enable_sparse_attention(FULL)
-    torch.testing.assert_close(generate(pipeline, tiled), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(generate(pipeline, tiles), expected, atol=1e-5, rtol=1e-5)
+    assert report_of(pipeline).dense_calls == 0
+
+
+def test_tiles_of_different_sizes_keep_their_plans(pipeline):
+    from diffusers.pipelines.ltx2.dfr_layout import LTX2DFREpilogueTile
+
+    # Three steps; columns 0 to 3, and 3 and 4, which are blended half and half.
+    whole, tiles = slice(0, 7), []
+    for columns in (slice(0, 4), slice(3, 5)):
+        weight = torch.tensor([0.5 if column == 3 else 1.0 for column in range(columns.start, columns.stop)])
+        tiles.append(LTX2DFREpilogueTile(whole, slice(0, 3), columns, weight.expand(7, 3, -1)))
+    pipeline.enable_sparse_attention(config(strategy := Watched(density=0.5), replan_every=2))
+    generate(pipeline, tiles)
+    first_layer = [(call.step, call.grid.width) for call in strategy.calls if call.layer == 0]
+    assert first_layer == [(0, 4), (0, 2), (2, 4), (2, 2)]
     assert report_of(pipeline).dense_calls == 0
