@@ -16,8 +16,11 @@ LEFT_ALONE: dict[str, str] = {
     "SanaVideoTransformer3DModel": "its self-attention is linear, there are no pairs of tokens to skip",
     "SanaWMLTX2RefinerTransformer3DModel": "it streams video through a key-value cache",
     "SanaWMTransformer3DModel": "most of its attention is linear, and none of it runs in an attention processor",
+    "StableAudio3DiTModel": "it makes audio, whose tokens form a line and no grid",
+    "StableAudioDiTModel": "it makes audio, whose tokens form a line and no grid",
     "Transformer2DModel": "it is a part of UNets, whose attention diffsparse does not take over",
     "TransformerTemporalModel": "it attends through time alone, over short sequences",
+    "UVit2DModel": "its images have 1,024 tokens at most, too few to gain by",
     "WanAnimate2Transformer3DModel": "it brings a block mask of its own",
 }
 """Class name to the reason, which completes the sentence "it stays dense: …"."""

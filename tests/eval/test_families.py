@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import warnings
 from pathlib import Path
 
@@ -71,6 +72,18 @@ def test_no_transformer_of_diffusers_is_missing(table):
     assert models <= set(table)
     installed = {name for family in FAMILIES for name in family.transformers if hasattr(diffusers, name)}
     assert installed <= set(table)
+
+
+def test_what_a_pipeline_of_diffusers_calls_its_transformer_is_there(table):
+    called = set()
+    for name in dir(diffusers):
+        if name.endswith("Pipeline") and isinstance(pipeline := getattr(diffusers, name, None), type):
+            parts = inspect.signature(pipeline.__init__).parameters.items()
+            kinds = [part.annotation for part_name, part in parts if part_name.startswith("transformer")]
+            called |= {each for kind in kinds for each in getattr(kind, "__args__", (kind,)) if isinstance(each, type)}
+    models = {each.__name__ for each in called if issubclass(each, ModelMixin)}
+    assert len(models) > 40
+    assert models <= set(table)
 
 
 def test_a_row_says_what_the_families_say(table):
