@@ -92,6 +92,8 @@ def test_layers_are_numbered_pattern_by_pattern_and_alternatives_take_turns(mode
 
     assert names("blocks.*.norm", "blocks.*.attn") == tuple(f"blocks.{i}.{m}" for m in ("norm", "attn") for i in (0, 1))
     assert names("blocks.*.norm|blocks.*.attn") == tuple(f"blocks.{i}.{m}" for i in (0, 1) for m in ("norm", "attn"))
+    # One that two patterns match is one layer.
+    assert names("blocks.1.attn", "blocks.*.attn") == ("blocks.1.attn", "blocks.0.attn")
 
 
 def test_a_family_of_ones_own_runs_sparse_and_disables_exactly(model, call):

@@ -122,11 +122,12 @@ class Family:
         return next((name for name in names if name in self.transformers), names[0])
 
     def layer_names(self, transformer: nn.Module) -> tuple[str, ...]:
-        """Names of the transformer's self-attention modules, in the order they run."""
+        """Names of the transformer's self-attention modules, in the order they run, each once."""
         names = [name for name, _ in transformer.named_modules()]
-        return tuple(
+        matched = (
             name
             for pattern in self.layers
             for name in names
             if any(fnmatch.fnmatchcase(name, one) for one in pattern.split("|"))
         )
+        return tuple(dict.fromkeys(matched))
