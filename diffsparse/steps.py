@@ -184,9 +184,9 @@ class StepClock:
         first step. Some hand over a share of 1000: 1 is then the first timestep, and may be the last by the schedule.
         """
         if self._begun[0] is not timesteps:
-            values, value = torch.as_tensor(timesteps).tolist(), _value(timestep)
-            is_share = value == 1 and values[0] > 1
-            self._begun = timesteps, values.index(value) if value in values and not is_share else 0
+            schedule, value = torch.as_tensor(timesteps).tolist(), _value(timestep)
+            is_share = value == 1 and schedule[0] > 1
+            self._begun = timesteps, 0 if is_share else _place(value, timestep, schedule) or 0
         return self._begun[1]
 
     def _by_timestep(self, timestep: Any, timesteps: Any) -> tuple[int, int | None]:
@@ -200,13 +200,11 @@ class StepClock:
         if self._schedule[0] is not timesteps:
             self._schedule = timesteps, None if timesteps is None else torch.as_tensor(timesteps).tolist()
         schedule = self._schedule[1]
-        if schedule is not None and isinstance(timestep, Tensor) and not timestep.is_floating_point():
-            # The pipelines of Helios hand over timesteps without their fractions.
-            schedule = [int(each) for each in schedule]
-        if schedule is None or value not in schedule:
+        place = None if schedule is None else _place(value, timestep, schedule)
+        if schedule is None or place is None:
             self._schedule = timesteps, None
             return counted, None
-        return schedule.index(value), len(schedule)
+        return place, len(schedule)
 
     def _count_changes(self, value: float | None) -> int:
         if value is None or value == self._timestep:
@@ -269,6 +267,16 @@ def _value(timestep: Any) -> float | None:
     if not isinstance(timestep, Tensor):
         return timestep
     return None if timestep.is_meta or is_fake(timestep) else timestep.detach().max().item()
+
+
+def _place(value: float | None, timestep: Any, schedule: list[float]) -> int | None:
+    """Where in a schedule `value`, that of `timestep`, stands; None where it does not.
+
+    Pipelines hand timesteps over in the dtype of the model, those of Helios without their fractions.
+    """
+    if isinstance(timestep, Tensor) and value is not None:
+        schedule = torch.tensor(schedule, dtype=torch.float64, device="cpu").to(timestep.dtype).tolist()
+    return schedule.index(value) if value is not None and value in schedule else None
 
 
 class CacheContextReceiver:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
+    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeliosDMDScheduler,
     HeunDiscreteScheduler,
@@ -321,6 +322,19 @@ def test_a_scheduler_without_a_step_index_says_the_step_by_its_timesteps():
     assert seen[0].is_first_of_generation
     # Timesteps that are not its own.
     assert places(ticks(clock, [990.5, 500.5, 100.5])) == [(0, None), (1, None), (2, None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64])
+def test_a_timestep_is_found_in_the_schedule_whatever_dtype_the_pipeline_gives_it(dtype):
+    # HunyuanDiT's pipeline hands it over in the model's; bfloat16 has no 981.
+    scheduler = DDPMScheduler(steps_offset=1)
+    scheduler.set_timesteps(50)
+    pipeline = Pipeline(scheduler=scheduler)
+    for begin in (0, 30):
+        timesteps = [timestep.to(dtype) for timestep in scheduler.timesteps[begin:]]
+        seen = ticks(StepClock(pipeline), timesteps, calls_per_step=2)
+        assert places(seen) == [(i, 50) for i in range(begin, 50) for _ in range(2)]
+        assert {step.sparse_from for step in seen} == {begin}
 
 
 def test_a_scheduler_that_is_not_told_where_the_loop_begins_is_asked_for_the_first_timestep():
