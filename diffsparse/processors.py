@@ -8,7 +8,6 @@ rotary embedding and everything a new release changes stay diffusers' own.
 
 from __future__ import annotations
 
-import copy
 import dis
 import functools
 import importlib
@@ -43,9 +42,9 @@ def make_sparse(module: nn.Module, handle: Tensor, spreads_mask: bool = False) -
     sparse_class = _sparse_class_for(processor, spreads_mask)
     if sparse_class is None:
         return False
-    sparse = copy.copy(processor)
-    sparse.__class__ = sparse_class
-    sparse._diffsparse_handle = handle
+    # Past what a class of the user's own does when it is made, copied or changed: frozen ones cannot be.
+    sparse: Any = object.__new__(sparse_class)
+    sparse.__dict__.update(processor.__dict__, _diffsparse_handle=handle)
     module.processor = sparse
     return True
 
@@ -103,11 +102,17 @@ def _sparse_class_for(processor: Any, spreads_mask: bool = False) -> type | None
     return _sparse_class(stock, spreads_mask)
 
 
+class _Plain:
+    """What an instance of a class like this holds is in its `__dict__`: not in slots, nor in a builtin type."""
+
+
 @functools.cache
 def _sparse_class(stock: type, spreads_mask: bool) -> type | None:
     """The subclass of a processor class that hands its attention to a session; None if it calls no attention."""
     call = stock.__call__
     if not isinstance(call, types.FunctionType) or not ATTENTION_NAMES & set(call.__code__.co_names):
+        return None
+    if (stock.__basicsize__, stock.__dictoffset__) != (_Plain.__basicsize__, _Plain.__dictoffset__):
         return None
     shadow = _shadow_globals(call.__globals__.get("__name__"))
     if shadow is None or not shadow.rebound & _global_names(call):

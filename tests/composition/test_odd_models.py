@@ -1,5 +1,6 @@
 """Models and sizes that nobody thought of: they run, sparse or dense, and the report says which and why."""
 
+import dataclasses
 import sys
 import types
 
@@ -94,7 +95,35 @@ def from_nowhere():
     return names["FromNowhere"]()
 
 
-@pytest.mark.parametrize(("make", "sparse"), [(ByAlias, True), (ByPath, False), (ByHand, False), (from_nowhere, False)])
+@dataclasses.dataclass(frozen=True)
+class Frozen(ByAlias):
+    """Cannot be changed, nor copied."""
+
+    name: str = "frozen"
+
+    def __copy__(self):
+        raise TypeError("there is one of it")
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    """What it holds is not in its `__dict__`."""
+
+    name: str = "slotted"
+    __call__ = ByAlias.__call__
+
+
+PROCESSORS = [
+    (ByAlias, True),
+    (Frozen, True),
+    (Slotted, False),
+    (ByPath, False),
+    (ByHand, False),
+    (from_nowhere, False),
+]
+
+
+@pytest.mark.parametrize(("make", "sparse"), PROCESSORS)
 def test_a_processor_of_the_users_own_runs_sparse_or_is_reported(make, sparse):
     model = TINY["wan"].make()
     call = TINY["wan"].call(model, (3, 7, 5))
@@ -107,6 +136,7 @@ def test_a_processor_of_the_users_own_runs_sparse_or_is_reported(make, sparse):
     assert report.unreached_layers == ({} if sparse else {REFUSED: 1})
     model.disable_sparse_attention()
     assert type(model.blocks[1].attn1.processor) is type(make()) or make is from_nowhere
+    assert getattr(model.blocks[1].attn1.processor, "name", None) == getattr(make(), "name", None)
     assert torch.equal(run(model, call), stock)
     if not sparse:
         model.enable_sparse_attention(config(strict=True))
