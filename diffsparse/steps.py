@@ -74,9 +74,9 @@ class StepClock:
     """Reads the step off whatever runs the denoising loop, once for each call of the transformer.
 
     Sources, best first: the step in the transformer's cache context; the scheduler's step index, while it moves with
-    the calls; the timestep's place in the scheduler's; the guider of a modular pipeline; a change of the timestep. The
-    guider names the branch in any case. Calls are never counted to find the step, since caches skip layers and whole
-    calls.
+    the calls; the timestep's place in the scheduler's; the guider of a modular pipeline, while it moves; a change of
+    the timestep. The guider names the branch in any case. Calls are never counted to find the step, since caches skip
+    layers and whole calls.
 
     Args:
         pipeline: what owns the scheduler; None for a transformer enabled on its own. Held weakly. Once it is gone,
@@ -96,7 +96,7 @@ class StepClock:
         self._timesteps_before: Any = None
         self._branches: set[Hashable] = set()
         self._calls_of_step_before: int | None = None
-        self._watch = _SchedulerWatch()
+        self._watch, self._guider_watch = _LoopWatch(), _LoopWatch()
         self._schedule: tuple[Any, list[float] | None] = (None, None)
         self._begun: tuple[Any, int] = (None, 0)
         self._timestep: float | None = None
@@ -155,7 +155,9 @@ class StepClock:
         is_guided = getattr(guider, "_step", None) is not None and getattr(guider, "_num_inference_steps", None)
         if is_guided:
             # SmoothedEnergyGuidance leaves this count at 0.
-            name = name or getattr(guider, "_count_prepared", None) or None
+            count = getattr(guider, "_count_prepared", None) or None
+            is_guided = self._guider_watch.takes_part(guider, guider._step, timestep, count)
+            name = name or (count if is_guided else None)
         scheduler = self._part("scheduler")
         timesteps: Any = getattr(scheduler, "timesteps", None)
         has_index = timesteps is not None and hasattr(scheduler, "_step_index")
@@ -167,7 +169,8 @@ class StepClock:
                 current = begin if begin is not None else self._beginning(timestep, timesteps)
             if begin is None:
                 begin = self._begun[1] if self._begun[0] is timesteps else 0
-            if current is not None and self._watch.takes_part(timesteps, current, timestep, name):
+            has_ended = current is not None and current >= len(timesteps)
+            if current is not None and self._watch.takes_part(timesteps, current, timestep, name, has_ended):
                 return current, _num_steps(scheduler), name, begin
         # One that was told how many steps there are and takes none may have copies that run the loop, or not count.
         if has_index and (scheduler._step_index is not None or not is_told):
@@ -228,8 +231,8 @@ def _num_steps(scheduler: Any) -> int:
     return len(scheduler.timesteps) - has_end
 
 
-class _SchedulerWatch:
-    """Finds out whether a pipeline's scheduler takes part in the loop that calls the transformer.
+class _LoopWatch:
+    """Finds out whether a pipeline's scheduler, or its guider, takes part in the loop that calls the transformer.
 
     It does not where the user runs a loop of their own with another scheduler: the pipeline's then stands still while
     the timesteps change. That of the distilled Helios always does. Comparing these waits for a GPU, so it is done only
@@ -237,19 +240,18 @@ class _SchedulerWatch:
     """
 
     def __init__(self) -> None:
-        self._timesteps: Any = None
+        self._schedule: Any = None
         self._index = -1
         self._first_timestep: Any = None
         self._calls = 0
         self._branches: set[Hashable] = set()
         self._takes_part = True
 
-    def takes_part(self, timesteps: Any, index: int, timestep: Any, branch: Hashable) -> bool:
-        """Whether a call with `timestep` may be of step `index` of the scheduler's `timesteps`."""
-        if timesteps is not self._timesteps or index != self._index:
-            self._timesteps, self._index, self._first_timestep = timesteps, index, timestep
-            # Behind its last step it has ended.
-            self._calls, self._branches, self._takes_part = 0, set(), index < len(timesteps)
+    def takes_part(self, schedule: Any, index: int, timestep: Any, branch: Hashable, has_ended: bool = False) -> bool:
+        """Whether a call with `timestep` may be of step `index` of this very `schedule`, unless that `has_ended`."""
+        if schedule is not self._schedule or index != self._index:
+            self._schedule, self._index, self._first_timestep = schedule, index, timestep
+            self._calls, self._branches, self._takes_part = 0, set(), not has_ended
         self._calls += 1
         comes_again = branch in self._branches
         if branch is not None:

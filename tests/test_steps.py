@@ -195,8 +195,25 @@ def test_the_scheduler_says_the_step_and_the_guider_the_branch():
         step = clock.tick(timestep)
         assert (step.index, step.total, step.branch, step.sparse_from) == (3 + index, 9, 2, 3)
     # A loop that the scheduler has no part in.
+    guider._step = 2
     step = clock.tick(torch.tensor(3.0))
-    assert (step.index, step.total) == (5, 5)
+    assert (step.index, step.total) == (2, 5)
+
+
+def test_a_guider_that_stands_still_runs_no_loop():
+    # As a generation has left it: the user goes on with a loop of their own, and another scheduler.
+    guider = SimpleNamespace(_step=9, _num_inference_steps=10, _count_prepared=2)
+    pipeline = Pipeline(guider=guider)
+    clock = StepClock(pipeline)
+    for generation in range(2):
+        seen = ticks(clock, range(1000, 0, -50), calls_per_step=2)
+        # The first timestep does not tell.
+        believed = 2 if generation == 0 else 0
+        assert places(seen[believed:]) == [(i, None) for i in range(20) for _ in range(2)][believed:]
+        assert firsts(seen)[-1] <= believed
+    guider._step = 0
+    step = clock.tick(torch.tensor(1000.0))
+    assert (step.index, step.total, step.branch) == (0, 10, 2)
 
 
 @pytest.mark.parametrize("falling", [True, False])
