@@ -17,6 +17,8 @@ def family_to_start_from(transformer: nn.Module) -> str:
     """
     name = type(transformer).__name__
     arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
+    timestep = next((n for n in ("timestep", *arguments) if n in arguments and n.startswith("time")), None)
+    timestep_line = f'\n    timestep="{timestep}",' if timestep is not None else ""
     patterns = "\n".join(f'        "{pattern}",' for pattern in attention_patterns(transformer))
     return f"""\
 from diffsparse import Family, Layout
@@ -31,7 +33,7 @@ family = Family(
     layers=(  # keep those that attend from the image's or video's tokens to themselves
 {patterns or "        # no module with an attention processor that diffsparse can take over"}
     ),
-    layout=layout,
+    layout=layout,{timestep_line}
 )
 model.enable_sparse_attention(family=family)
 """

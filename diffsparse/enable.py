@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Mapping
@@ -171,6 +172,8 @@ def _open_session(
     transformer: nn.Module, family: Family | None, config: SparseAttentionConfig, pipeline: Any, name: str
 ) -> TransformerSession:
     if family is not None:
+        if pipeline is None and config.dense_steps > 0:
+            _warn_of_missing_timestep(transformer, family)
         return TransformerSession(transformer, family, _layer_names(transformer, family), config, pipeline, name)
     class_name = type(transformer).__name__
     if (reason := LEFT_ALONE.get(class_name)) is not None:
@@ -183,6 +186,20 @@ def _open_session(
             family_to_start_from(transformer),
         )
     return TransformerSession(transformer, UNKNOWN, (), config, pipeline)
+
+
+def _warn_of_missing_timestep(transformer: nn.Module, family: Family) -> None:
+    parameters = inspect.signature(type(transformer).forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if family.timestep not in parameters and not takes_any:
+        logger.warning(
+            "%s takes no argument `%s`, by which the family %r tells its steps where no pipeline does: each call "
+            "counts as the first step and stays dense. Name the argument that holds the timestep as `timestep` of the "
+            "family, or say dense_steps=0.",
+            type(transformer).__name__,
+            family.timestep,
+            family.name,
+        )
 
 
 def _layer_names(transformer: nn.Module, family: Family) -> tuple[str, ...]:

@@ -76,9 +76,11 @@ def test_the_warning_is_code_that_needs_only_the_layout(model, call, caplog):
     ready = ready.replace("text_after=...", "text_after=0")
     namespace = {"model": SimpleNamespace(enable_sparse_attention=lambda family: described.append(family))}
     exec(ready, namespace)
-    diffsparse.enable_sparse_attention(model, SPARSE, family=described[0])
-    model(**call)
-    assert (report_of(model).sparse_calls, report_of(model).dense_calls) == (2, 0)
+    # Its timestep is there too, and tells the steps.
+    diffsparse.enable_sparse_attention(model, config(dense_steps=0.2), family=described[0])
+    for time in (0.5, 0.4):
+        model(**(call | {"time": torch.tensor(time)}))
+    assert (report_of(model).sparse_calls, report_of(model).dense_calls) == (2, 2)
 
 
 def test_patterns_name_self_attention_once_each_and_no_sure_cross_attention(model):
@@ -112,6 +114,25 @@ def test_steps_are_told_by_the_argument_that_the_family_names(model, call):
         model(**(call | {"time": torch.tensor(time)}))
     assert report_of(model).dense_reasons == {"early step": 2}
     assert report_of(model).sparse_calls == 4
+
+
+def test_a_timestep_that_the_transformer_does_not_take_is_warned_of_where_it_would_tell_the_steps(model, call, caplog):
+    class Pipeline:
+        components = {"transformer": model}  # noqa: RUF012
+
+    nameless, pipeline = dataclasses.replace(MINE, timestep="timestep"), Pipeline()
+    quiet = [(model, config(), nameless), (pipeline, config(dense_steps=0.2), nameless)]
+    for thing, chosen, family in [*quiet, (model, config(dense_steps=0.2), MINE)]:
+        diffsparse.enable_sparse_attention(thing, chosen, family=family)
+        diffsparse.disable_sparse_attention(thing)
+    assert caplog.records == []
+    diffsparse.enable_sparse_attention(model, config(dense_steps=0.2), family=nameless)
+    (record,) = caplog.records
+    assert "Mine takes no argument `timestep`" in record.getMessage()
+    assert "each call counts as the first step and stays dense" in record.getMessage()
+    for time in (1.0, 0.6):
+        model(**(call | {"time": torch.tensor(time)}))
+    assert report_of(model).dense_reasons == {"early step": 2 * 2}
 
 
 def test_a_layout_of_another_number_of_tokens_is_counted_or_raised(model, call):
