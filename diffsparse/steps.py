@@ -16,6 +16,9 @@ from torch._subclasses.fake_tensor import is_fake
 MAX_UNNAMED_BRANCHES = 4
 """Calls of one step that are taken for branches where nothing names them; one more is the next generation's."""
 
+MAX_TILES = 16
+"""The same where a schedule says which step it is: tiles of a large frame, too, are calls of one step."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -114,7 +117,8 @@ class StepClock:
         same_step = last is not None and index == last.index and not rescheduled
         is_named = branch is not None
         if branch is None:
-            branch = len(self._branches) % MAX_UNNAMED_BRANCHES if same_step else 0
+            most = MAX_UNNAMED_BRANCHES if total is None else MAX_TILES
+            branch = len(self._branches) % most if same_step else 0
         is_first = last is None or index < last.index or (same_step and branch in self._branches) or rescheduled
         if is_first:
             self._calls_of_step_before = None

@@ -313,6 +313,19 @@ def test_many_branches_of_one_step_do_not_make_the_scheduler_look_idle():
         assert set(places(seen)) == {(index, 3)}
 
 
+@pytest.mark.parametrize("tiles", [5, 9, 16])
+def test_tiles_of_a_step_of_the_scheduler_are_told_apart(tiles):
+    # As the epilogue of LTX-2 has them, one call for each.
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(3)
+    pipeline = Pipeline(scheduler=scheduler)
+    clock = StepClock(pipeline)
+    seen = ticks(clock, denoising(scheduler), calls_per_step=tiles)
+    assert [step.branch for step in seen] == 3 * list(range(tiles))
+    assert firsts(seen) == [0]
+    assert [step.is_last_of_generation for step in seen] == [False] * (3 * tiles - 1) + [True]
+
+
 def test_a_generation_after_a_loop_of_the_users_own_goes_by_the_scheduler_again():
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipeline = Pipeline(scheduler=scheduler)
