@@ -14,6 +14,8 @@ import importlib
 import sys
 import threading
 import types
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +46,7 @@ def make_sparse(module: nn.Module, handle: Tensor, spreads_mask: bool = False) -
         return False
     # Past what a class of the user's own does when it is made, copied or changed: frozen ones cannot be.
     sparse: Any = object.__new__(sparse_class)
-    sparse.__dict__.update(processor.__dict__, _diffsparse_handle=handle)
+    sparse.__dict__.update(processor.__dict__, _diffsparse_handle=handle, _diffsparse_module=weakref.ref(module))
     module.processor = sparse
     return True
 
@@ -68,6 +70,7 @@ class _SparseProcessor:
     """What the sparse subclass adds. Made without a handle, as diffusers' loaders do, it runs dense."""
 
     _diffsparse_handle: Tensor | None = None
+    _diffsparse_module: Callable[[], nn.Module | None]
     _diffsparse_stock_class: type
 
     @property  # type: ignore[misc]
@@ -79,9 +82,15 @@ class _SparseProcessor:
         """Whether no session is behind it."""
         return self._diffsparse_handle is None or find_layer(self._diffsparse_handle) is None
 
+    def _handle_in(self, attn: nn.Module) -> Tensor | None:
+        """The handle; None in the layers of another model, which was given the processors of this one."""
+        if self._diffsparse_handle is None or torch.compiler.is_compiling():
+            return self._diffsparse_handle
+        return self._diffsparse_handle if self._diffsparse_module() is attn else None
+
     def _as_stock(self) -> Any:
         stock: Any = object.__new__(self._diffsparse_stock_class)
-        stock.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_diffsparse_handle"})
+        stock.__dict__.update({k: v for k, v in self.__dict__.items() if not k.startswith("_diffsparse_")})
         return stock
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -123,7 +132,7 @@ def _sparse_class(stock: type, spreads_mask: bool) -> type | None:
         if spreads_mask and kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = KeyMask(kwargs["attention_mask"])
         outer = _CURRENT.handle
-        _CURRENT.handle = self._diffsparse_handle
+        _CURRENT.handle = self._handle_in(attn)
         try:
             return twin(self, attn, *args, **kwargs)
         finally:

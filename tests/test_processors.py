@@ -182,3 +182,15 @@ def test_sparse_processors_that_come_back_after_disabling_can_be_enabled_again(n
     assert (report.sparse_calls, report.unreached_layers) == (len(tiny.layers), {})
     model.disable_sparse_attention()
     assert [type(p) for p in model.attn_processors.values()] == [type(p) for p in tiny.make().attn_processors.values()]
+
+
+def test_processors_that_another_model_was_given_run_dense_there():
+    models = TINY["flux"].make(), TINY["flux"].make()
+    call = TINY["flux"].call(models[0], (1, 7, 5))
+    stock = run(models[1], call)
+    models[0].enable_sparse_attention(SPARSE)
+    sparse = run(models[0], call)
+    models[1].set_attn_processor(models[0].attn_processors)
+    assert torch.equal(run(models[1], call), stock)
+    assert torch.equal(run(models[0], call), sparse)
+    assert report_of(models[0]).sparse_calls == 2 * 4
