@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from diffsparse.pipelines.family import Family, Layout, num_alike
 from diffsparse.pipelines.position_ids import read_once
 
@@ -25,11 +27,17 @@ def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
     images, (height, width) = num_alike(sizes), sizes[0]
     references = sum(math.prod(size) for size in sizes[images:])
     mask = call.get("encoder_attention_mask")
-    lengths = [text.shape[2]] if mask is None else read_once(mask, lambda mask: mask.sum(1).tolist())
+    lengths = [text.shape[2]] if mask is None else read_once(mask, _lengths)
     gists = {_gist_tokens(transformer.config, length) for length in lengths}
     if len(gists) == 1:
         return Layout(images, height, width, text_before=gists.pop(), text_after=references)
     return Layout(images, height, width, text_after=references + max(gists))
+
+
+def _lengths(mask: Tensor) -> list[int]:
+    """How many tokens of each prompt a mask [B, text tokens] leaves."""
+    lengths: list[int] = mask.sum(1).tolist()
+    return lengths
 
 
 def _gist_tokens(config: Any, length: int) -> int:

@@ -12,7 +12,7 @@ Size = TypeVar("Size")
 
 
 def read_once(ids: Tensor, read: Callable[[Tensor], Size]) -> Size:
-    """What `read` makes of the ids on the CPU, read from the device once for each object.
+    """What `read` makes of the ids on the CPU, read from the device once for each object, and by each `read`.
 
     Reading waits for the device. Pipelines make that tensor once and pass the same object at each step, so one wait
     serves a generation. What was read is kept no longer than the object and not past a change in place. An inference
@@ -20,14 +20,14 @@ def read_once(ids: Tensor, read: Callable[[Tensor], Size]) -> Size:
     """
     if ids.is_inference():
         return read(ids.cpu())
-    made_for = (read, ids._version)
-    kept, size = _SIZES.get(ids, (None, None))
-    if kept != made_for:
-        size = read(ids.cpu())
-        _SIZES[ids] = (made_for, size)
-    found: Size = size
-    return found
+    version, sizes = _SIZES.get(ids, (None, {}))
+    if version != ids._version:
+        _SIZES[ids] = ids._version, (sizes := {})
+    if read not in sizes:
+        sizes[read] = read(ids.cpu())
+    size: Size = sizes[read]
+    return size
 
 
 _SIZES: Any = WeakIdKeyDictionary()
-"""Position ids to what they were read by, their version, and what was read off them."""
+"""Position ids to their version, and what was read off them by each that reads."""

@@ -131,6 +131,17 @@ def test_no_token_moves_where_a_tail_or_nothing_is_hidden(name, hidden, monkeypa
     assert_all_sparse(model, name, 2)
 
 
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_is_read_from_the_device_once(name, monkeypatch):
+    model, call = masked_call(name, HIDDEN["tail"])
+    model.enable_sparse_attention(FULL)
+    run(model, call)
+    read, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: (read.append(x), cpu(x))[1])
+    run(model, call)
+    assert not read
+
+
 def test_its_own_order_has_the_grid_first_and_what_is_hidden_last():
     grid = TokenGrid(1, 2, 2, text_before=3, text_after=2)
     mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)

@@ -33,6 +33,15 @@ def test_prompts_of_different_length_with_gists_of_the_same_leave_the_gist_in_fr
     assert layout(model, call) == (1, 7, 5, 0, 6)
 
 
+def test_a_mask_is_read_from_the_device_once(monkeypatch):
+    model = BRIA_FIBO2.make()
+    call = BRIA_FIBO2.call(model, BRIA_FIBO2.grid, batch=2)
+    call["encoder_attention_mask"] = torch.ones(2, 7, dtype=torch.bool)
+    expected = layout(model, call)
+    monkeypatch.setattr(torch.Tensor, "cpu", None)
+    assert layout(model, call) == expected
+
+
 def test_blocks_that_refine_the_image_are_none_of_the_layers():
     model = BRIA_FIBO2.make(n_refiner_layers=1)
     call = BRIA_FIBO2.call(model, BRIA_FIBO2.grid, batch=2)
