@@ -12,12 +12,20 @@ from diffsparse.pipelines.position_ids import read_once
 
 
 def layout(transformer: Any, call: Mapping[str, Any]) -> Layout | None:
-    """The text tokens, of which a mask hides the padding, then the grid of the position ids; without text the grid."""
-    packed, ids = call.get("hidden_states"), call.get("position_ids")
-    if packed is None or packed.ndim != 3 or ids is None:
+    """The text tokens, of which a mask hides the padding, then the grid of the position ids; without text the grid.
+
+    None where several images are packed in a row, each with its text, none of which sees the others.
+    """
+    packed, ids, segments = (call.get(name) for name in ("hidden_states", "position_ids", "segment_ids"))
+    if packed is None or packed.ndim != 3 or ids is None or segments is None or not read_once(segments, _is_one_image):
         return None
     height, width = read_once(ids, _grid_size)
     return Layout(1, height, width, text_before=packed.shape[1] - height * width)
+
+
+def _is_one_image(segments: Tensor) -> bool:
+    """Whether each row of segments [B, S] is that of its last token, but for padding, which is -1."""
+    return bool(((segments == segments[:, -1:]) | (segments < 0)).all())
 
 
 def _grid_size(ids: Tensor) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import diffusers
 import torch
-from enabled import FULL, Watched, config
+from enabled import FULL, Watched, config, report_of, run
 from tiny.ideogram4 import call_with_text, make
 from tiny.model import TEXT_TOKENS
 from tiny_pipelines import text, without_encoders
@@ -52,3 +52,14 @@ def test_both_models_are_as_exact_as_stock_and_run_sparse_but_for_early_steps():
 def test_the_layout_is_that_of_the_position_ids():
     model, call = make(), call_with_text(make(), (1, 7, 5))
     assert layout(model, call) == Layout(1, 7, 5, text_before=TEXT_TOKENS)
+
+
+def test_images_packed_in_a_row_stay_dense():
+    model = make()
+    first, second = (call_with_text(model, (1, 7, 5), seed=seed) for seed in range(2))
+    call = first | {name: torch.cat([x, second[name]], dim=1) for name, x in first.items() if x.ndim > 1}
+    call["segment_ids"][:, TEXT_TOKENS + 35 :] = 2
+    stock = run(model, call)
+    model.enable_sparse_attention(FULL)
+    assert torch.equal(run(model, call), stock)
+    assert report_of(model).dense_reasons == {"the call does not say the size of the grid": 2}
