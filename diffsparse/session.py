@@ -17,7 +17,7 @@ from diffsparse.call_tokens import CallTokens
 from diffsparse.config import SparseAttentionConfig, resolve_dense_layers
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import DTYPES, MAX_HEAD_DIM, pick_backend, why_none
-from diffsparse.pipelines.padding import hides_keys_only, key_length_of
+from diffsparse.pipelines.padding import hides_keys_only, is_of_keys, key_length_of
 from diffsparse.plan import AttentionPlan
 from diffsparse.speed_check import SpeedCheck
 from diffsparse.steps import Step
@@ -223,7 +223,8 @@ class Session:
         if (slow := way.check.why_slow(key, mask)) is not None:
             self.count_dense(layer, _after(policy, slow))
             return None
-        hiding = None if self.mask_hides_nothing else mask
+        # One of pairs hides more than text: of Qwen-Image 2.1's it hides what comes after each token.
+        hiding = None if self.mask_hides_nothing and mask is not None and is_of_keys(mask) else mask
         if (reason := self._obstacle(query, key, value, hiding, ranks)) is None:
             key_length = key_length_of(hiding, query.shape[0])
             tokens, is_joint = self._tokens(query, key), query.shape[2] == key.shape[2]

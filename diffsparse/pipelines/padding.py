@@ -28,10 +28,14 @@ def hides_a_tail(mask: Tensor) -> bool:
     return _has_values(mask) and read_once(mask, _hides_a_tail)
 
 
+def is_of_keys(mask: Tensor) -> bool:
+    """Whether a mask is [B|1, 1, 1, S] or [B, S]: the same for every query."""
+    return mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:3] == (1, 1))
+
+
 def hides_keys_only(mask: Tensor, num_tokens: int) -> bool:
-    """Whether a mask is [B|1, 1, 1, S] or [B, S] bool, with S the tokens: the same keys for every query."""
-    by_keys = mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:3] == (1, 1))
-    return mask.dtype == torch.bool and by_keys and mask.shape[-1] == num_tokens
+    """Whether a mask is of keys and bool, with S the tokens: the same keys are hidden from every query."""
+    return mask.dtype == torch.bool and is_of_keys(mask) and mask.shape[-1] == num_tokens
 
 
 def key_length_of(mask: Tensor | None, batch: int) -> Tensor | None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21FlexAttnProcessor, QwenImage21KVCache
 from enabled import FULL, Watched, config, report_of, run
-from tiny.model import CHANNELS, TEXT_TOKENS, Random
+from tiny.model import CHANNELS, TEXT_CHANNELS, TEXT_TOKENS, Random
 from tiny.qwen_image21 import first_call, make
 from tiny_pipelines import text, without_encoders
 
@@ -56,6 +56,20 @@ def test_every_step_is_as_exact_as_stock(edits, hidden):
     assert report.sparse_calls == 2 * 2
     # Pieces of what stands before the image have calls of their own in the first step, which nobody counts.
     assert report.dense_calls == 0
+
+
+def test_as_much_text_as_image_is_as_exact_as_stock_too():
+    model = make()
+    call = first_call(model, GRID) | {
+        "encoder_hidden_states": Random(1)(1, 60, TEXT_CHANNELS),
+        "encoder_hidden_states_mask": torch.ones(1, 60, dtype=torch.bool),
+        "img_mask": torch.arange(60 + 60 // 4)[None] >= 60,
+    }
+    stock = two_steps(model, call)
+    model.enable_sparse_attention(FULL)
+    for sparse, dense in zip(two_steps(model, call), stock):
+        torch.testing.assert_close(sparse, dense)
+    assert report_of(model).dense_reasons == {"attention mask": 2}
 
 
 def test_its_pipeline_runs_sparse_but_for_early_steps():
