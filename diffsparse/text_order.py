@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels.reorder import gather_tokens, scatter_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +33,16 @@ class TextOrder:
 
     def undo(self, x: Tensor) -> Tensor:
         """The tokens of x [B, H, S, D], which come in this order, in their own."""
-        return gather_tokens(x.transpose(0, 1), self.places).transpose(0, 1)
+        return _in_order(x, self.places)
 
     def apply(self, x: Tensor) -> Tensor:
         """The tokens of x [B, H, S, D], which come in their own order, in this one."""
-        return scatter_tokens(x.transpose(0, 1), self.places).transpose(0, 1)
+        return _in_order(x, self.places.argsort(dim=1))
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """The tokens of x [B, H, S, D] in the order [B|1, S] of each row of the batch, one after the other in memory."""
+    tokens = x.transpose(1, 2)  # [B, S, H, D]
+    batch, num_tokens = tokens.shape[:2]
+    places = order + num_tokens * torch.arange(batch, device=x.device)[:, None]
+    return tokens.flatten(0, 1).index_select(0, places.flatten()).view(tokens.shape).transpose(1, 2)

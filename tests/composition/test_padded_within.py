@@ -154,3 +154,5 @@ def test_its_own_order_has_the_grid_first_and_what_is_hidden_last():
     assert torch.equal(order.apply(own), x.expand(2, 2, 9, 1))
     no_mask = TextOrder.of(None, grid, mask.device)
     assert no_mask.undo(x)[0].flatten().tolist() == [3, 4, 5, 6, 0, 1, 2, 7, 8]
+    # What comes after attention wants all heads of a token together, and would copy them once more.
+    assert order.apply(own).transpose(1, 2).is_contiguous()
