@@ -33,9 +33,9 @@ class AttentionMap:
     """Attention of queries (down) to keys (across).
 
     Attributes:
-        attention: [C, C], mean weight of a cell's pairs, as a multiple of what attention spread evenly over all keys
-            would give.
-        kept: [C, C], share of that attention whose pairs are computed exactly.
+        attention: [C_q, C], mean weight of a cell's pairs, as a multiple of what attention spread evenly over all keys
+            would give. There are fewer cells of queries where the first tokens alone have some.
+        kept: [C_q, C], share of that attention whose pairs are computed exactly.
         cell: tokens a cell and side.
         order: "own", the axes by which the tokens are sorted, outermost first, or "other".
     """
@@ -57,17 +57,19 @@ class MapPair:
 
 def attention_maps(call: Attended, head: int) -> MapPair:
     """The maps of a head in the first row of the batch, of about ROWS_A_CELL query rows for each row of cells."""
-    num_tokens = call.grid.num_tokens
+    num_queries, num_tokens = call.query.shape[2], call.grid.num_tokens
     mask = call.plan.mask
     cell = cell_size(num_tokens, mask.query_block_size, mask.key_block_size)
     place, key_place = call.places(head)
-    cells = -(-num_tokens // cell)
-    order = place.argsort()
+    cells = [-(-num // cell) for num in (num_queries, num_tokens)]
     own = torch.arange(num_tokens, device=place.device)
+    # What has no queries is text, which stays last in every order.
+    order = torch.cat([place.argsort(), own[num_queries:]])
     ways = ("before", own, None), ("after", place, key_place.argsort())
-    sums = {name: place.new_zeros(2, cells, cells, dtype=torch.float32) for name in ("before", "after")}
-    counts = {name: place.new_zeros(cells, dtype=torch.float32) for name in sums}
-    for rows in _sampled(cell, own, order).split(max(1, MAX_SCORES // num_tokens)):
+    sums = {name: place.new_zeros(2, *cells, dtype=torch.float32) for name in ("before", "after")}
+    counts = {name: place.new_zeros(cells[0], dtype=torch.float32) for name in sums}
+    rows_of_cells = _sampled(cell, own[:num_queries], order[:num_queries])
+    for rows in rows_of_cells.split(max(1, MAX_SCORES // num_tokens)):
         weights, exactly = call.attention(0, head, rows)
         weights += NEXT_TO_NOTHING
         parts = torch.stack([weights, weights * exactly])  # [2, R, S]

@@ -49,7 +49,8 @@ class Attended:
     """An attention call that a plan ran: what it was given and what came out.
 
     Attributes:
-        query, key, value, output: [B, H, S, D], in the tokens' own order.
+        query, output: [B, H, S_q, D], in the tokens' own order: all S of the grid, or the first of them.
+        key, value: [B, H, S, D], in the tokens' own order.
         key_length: [B], keys at or beyond it do not exist; None when all do.
         scale: factor on the scores, D ** -0.5 if None.
     """
@@ -64,11 +65,9 @@ class Attended:
     scale: float | None = None
 
     def places(self, head: int) -> tuple[Tensor, Tensor]:
-        """The place of every query token and of every key token in the order that a head is computed in, [S] each."""
-        place = _places(self.plan.permutation, head, self.query)
-        if self.plan.key_permutation is None:
-            return place, place
-        return place, _places(self.plan.key_permutation, head, self.query)
+        """The places of query tokens [S_q] and of key tokens [S] in the order that a head is computed in."""
+        key_permutation = self.plan.key_permutation or self.plan.permutation
+        return _places(self.plan.permutation, head, self.query), _places(key_permutation, head, self.key)
 
     def block_map(self, row: int, head: int) -> Tensor:
         """Which key blocks each query block of a head sees in one row of the batch, [Q, K] bool."""
@@ -127,7 +126,7 @@ def block_incoherence(call: Attended, head: int) -> tuple[float, float]:
     the scale of the one block where they begin, but the same block in any order, since they stay last.
     """
     mask, permutations = call.plan.mask, (call.plan.permutation, call.plan.key_permutation or call.plan.permutation)
-    query, key = call.query[:, [head]], call.key[:, [head]]  # [B, 1, S, D]
+    query, key = call.query[:, [head]], call.key[:, [head]]  # [B, 1, S_q, D], [B, 1, S, D]
     smooth = key.float() - key_mean(key, call.key_length)
     sizes = (mask.query_block_size, mask.key_block_size)
     own_order = plan_order = 0.0
@@ -140,8 +139,8 @@ def block_incoherence(call: Attended, head: int) -> tuple[float, float]:
     return own_order, plan_order
 
 
-def _places(permutation: Permutation | None, head: int, query: Tensor) -> Tensor:
+def _places(permutation: Permutation | None, head: int, x: Tensor) -> Tensor:
     if permutation is None:
-        return torch.arange(query.shape[2], device=query.device)
+        return torch.arange(x.shape[2], device=x.device)
     orders, choice = permutation.orders, permutation.choice
     return orders[head % len(orders) if choice is None else choice[head]].argsort()

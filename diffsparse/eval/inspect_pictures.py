@@ -36,13 +36,10 @@ def draw_maps(pair: MapPair, title: str, path: Path) -> None:
     panels = figure.subplot_mosaic([["before", "after"], ["scale", "scale"]], height_ratios=[1, 0.045])
     for when, shown in (("before", pair.before), ("after", pair.after)):
         panel = panels[when]
-        panel.imshow(
-            coloured(shown),
-            interpolation="nearest",
-            extent=(0, shown.cell * len(shown.kept), shown.cell * len(shown.kept), 0),
-        )
+        height, width = (shown.cell * cells for cells in shown.kept.shape)
+        panel.imshow(coloured(shown), interpolation="nearest", extent=(0, width, height, 0))
         panel.set_xlim(0, pair.grid.num_tokens)
-        panel.set_ylim(pair.grid.num_tokens, 0)
+        panel.set_ylim(min(height, pair.grid.num_tokens), 0)
         panel.set_title(f"{when}: {order_in_words(shown.order)}", fontsize=10)
         _label_tokens(panel, shown, pair.grid)
     _draw_scale(panels["scale"])
@@ -84,7 +81,7 @@ def draw_heads(data: dict[str, Any], path: Path) -> None:
 
 
 def coloured(shown: AttentionMap) -> NDArray[Any]:
-    """The colours of a map, [C, C, 3] from 0 to 1: blue what is computed exactly, orange what is skipped."""
+    """The colours of a map, [C_q, C, 3] from 0 to 1: blue what is computed exactly, orange what is skipped."""
     level = np.log10(np.maximum(shown.attention, WEAKEST) / WEAKEST) / np.log10(STRONGEST / WEAKEST)
     kept, skipped = (_between(*ends, level) for ends in ((KEPT_PALEST, KEPT), (SKIPPED_PALEST, SKIPPED)))
     # A mean of many may be 1 and a rounding, and matplotlib would complain on the terminal.

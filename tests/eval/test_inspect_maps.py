@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,22 @@ def test_cells_hold_the_mean_attention_of_their_pairs(monkeypatch):
                 assert shown.kept[i, j] == pytest.approx(share, abs=1e-4)
     assert set(np.unique(pair.after.kept.round(4))) == {0, 1}  # no block's edge within a cell
     assert (pair.before.order, pair.after.order) == ("own", "height width frame")
+
+
+@pytest.mark.parametrize("in_own_order", [False, True])
+def test_queries_of_the_grid_alone_have_the_maps_that_they_have_among_the_text(in_own_order):
+    grid = TokenGrid(3, 5, 7, text_after=4)
+    call, _ = random_call(grid)
+    plan = replace(call.plan, permutation=None) if in_own_order else call.plan
+    num = grid.num_video_tokens
+    joint = call_of(plan, grid, call.query, call.key)
+    alone = call_of(plan.of_first_queries(num), grid, call.query[:, :, :num], call.key)
+    for head in range(2):
+        for when in ("before", "after"):
+            shown, expected = (getattr(attention_maps(each, head), when) for each in (alone, joint))
+            assert (shown.order, shown.cell) == (expected.order, 1)
+            np.testing.assert_allclose(shown.attention, expected.attention[:num], rtol=1e-5)
+            np.testing.assert_allclose(shown.kept, expected.kept[:num], atol=1e-6)
 
 
 def test_attention_through_time_is_a_diagonal_once_places_are_put_together():

@@ -91,6 +91,19 @@ def test_recall_and_error_are_those_of_the_whole_matrix(changes, more, monkeypat
     assert [head.tail for head in found] == ([True, False, True] if "tail" in changes else [False] * HEADS)
 
 
+@pytest.mark.parametrize("in_own_order", [False, True])
+def test_queries_of_the_grid_alone_are_measured_as_they_are_among_the_text(in_own_order):
+    grid = TokenGrid(3, 5, 7, text_after=4)
+    num = grid.num_video_tokens
+    order = torch.cat([torch.arange(num).flip(0), torch.arange(num, TOKENS)])
+    plan, _ = random_plan(permutation=None if in_own_order else Permutation(order[None]))
+    call = dataclasses.replace(attended(plan), grid=grid)
+    first = {"query": call.query[:, :, :num], "output": call.output[:, :, :num]}
+    alone = dataclasses.replace(call, plan=plan.of_first_queries(num), **first)
+    for found, expected in zip(measure(alone), measure(call), strict=True):
+        assert (found.recall, found.error) == pytest.approx((expected.recall, expected.error))
+
+
 def test_a_plan_that_sees_everything_keeps_everything():
     everything = torch.ones(1, 1, -(-TOKENS // Q_BLOCK), -(-TOKENS // K_BLOCK), dtype=torch.bool)
     plan = AttentionPlan(random_permutation(3), BlockMask.from_visible(everything, TOKENS, Q_BLOCK, K_BLOCK))

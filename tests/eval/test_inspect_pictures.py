@@ -65,6 +65,15 @@ def test_a_picture_shows_both_maps(tmp_path):
     assert share(KEPT, right_half) > 0.2
 
 
+def test_a_map_of_fewer_queries_is_as_much_lower(tmp_path):
+    shown = map_of(np.full((4, 8), STRONGEST), np.zeros((4, 8)))
+    draw_maps(MapPair(shown, shown, TokenGrid(1, 8, 16, text_after=128)), "a title", tmp_path / "map.png")
+    image = imageio.v3.imread(tmp_path / "map.png")[..., :3].astype(int)
+    image = image[: int(0.8 * len(image)), : int(0.54 * image.shape[1])]
+    rows, columns = (np.abs(image - 255 * np.array(to_rgb(SKIPPED))).max(-1) < 12).nonzero()
+    assert np.ptp(columns) / np.ptp(rows) == pytest.approx(8 / 4, rel=0.02)
+
+
 def test_orders_are_said_in_words():
     assert order_in_words("own") == "tokens in their own order"
     assert order_in_words("height width frame") == "tokens sorted by height, width, frame"
