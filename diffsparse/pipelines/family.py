@@ -49,10 +49,11 @@ class Family:
             so that it can become a key length. Any other mask keeps a layer dense. The text it hides is a tail of the
             sequence, but where `text_mask` shows otherwise.
         text_mask: the argument that holds a mask [B, text tokens] which self-attention is given in every call, for the
-            text alone; "a.b" is the entry "b" of the argument "a". Where it hides no token, as for a single prompt,
-            self-attention is taken to have no mask. Where text stands before the grid, or the mask hides other text
-            than a tail, attention is computed with all text behind the grid and what is hidden last, at the cost of a
-            copy. It is read off the device once.
+            text alone or for all tokens; "a.b" is the entry "b" of the argument "a". Where it hides no token, as for a
+            single prompt, self-attention is taken to have no mask. Where text stands before the grid, or the mask hides
+            other text than a tail, attention is computed with all text behind the grid and what is hidden last, at the
+            cost of a copy. A tail that is hidden has to be that of the sequence: no other tokens may follow. The mask
+            is read off the device once.
         masks_pairs: that mask comes as one of all pairs of tokens, [B, 1, S, S], which shows the last token, one of the
             grid, what it shows to each that is no padding. Padding then sees what they see: it is thrown away.
         text_attends_alone: layers also attend to text alone, in calls of their own. These have fewer queries than the

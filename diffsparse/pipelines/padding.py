@@ -24,7 +24,7 @@ def hides_nothing(mask: Tensor | None) -> bool:
 
 
 def hides_a_tail(mask: Tensor) -> bool:
-    """Whether each row of a mask [B, text tokens] hides a tail or nothing. Read from the device once for each mask."""
+    """Whether each row of a mask [B, (1, 1,) text tokens] hides a tail or nothing. Read from the device once."""
     return _has_values(mask) and read_once(mask, _hides_a_tail)
 
 
@@ -55,4 +55,4 @@ def _hides_no_token(mask: Tensor) -> bool:
 
 
 def _hides_a_tail(mask: Tensor) -> bool:
-    return not bool((mask[:, 1:].bool() & ~mask[:, :-1].bool()).any())
+    return not bool((mask[..., 1:].bool() & ~mask[..., :-1].bool()).any())

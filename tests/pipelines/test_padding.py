@@ -31,6 +31,7 @@ def test_padding_before_the_end_is_none(hidden):
         with pytest.raises(ValueError, match="padded before its end"):
             check_padding_is_last(each)
         assert not hides_a_tail(each)
+        assert not hides_a_tail(each[:, None, None])
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float])
