@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.autocast import as_autocast, with_autocast_as_now, without_autocast
-from diffsparse.call_tokens import CallTokens
+from diffsparse.call_tokens import CallTokens, Order
 from diffsparse.config import SparseAttentionConfig, resolve_dense_layers
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.block_sparse import DTYPES, MAX_HEAD_DIM, pick_backend, why_none
@@ -230,11 +230,16 @@ class Session:
             tokens, is_joint = self._tokens(query, key), query.shape[2] == key.shape[2]
             assert tokens is not None
             order = tokens.order(hiding, ranks, self.family.text_apart, query.device)
-            key, value = (_for_each_head(order.undo(x), query.shape[1]) for x in (key, value))
-            query = order.undo(query) if is_joint else query
+            given = query, key, value
+            query, key, value = _in_own_order(order, *given)
 
             def sparse(plan: AttentionPlan) -> Tensor:
                 return plan.attend(query, key, value, key_length=key_length, scale=scale, backend=self.config.backend)
+
+            def sparse_as_given(plan: AttentionPlan) -> Tensor:
+                """As it is timed: what it costs to bring tokens into their own order, and back, is part of it."""
+                _in_own_order(order, *given)
+                return order.apply(sparse(plan)) if is_joint else sparse(plan)
 
             inputs = query, key, value, tokens.grid, key_length
             make_plan = functools.partial(self._make_plan, way.config, layer, *inputs, scale)
@@ -243,7 +248,7 @@ class Session:
                 if dense is not None and not way.check.knows(key, mask):
                     # Once before it is timed, and not kept: dense attention may need the memory.
                     sparse(plan)
-                    way.check.time(key, mask, dense, sparse, make_plan, self._num_served(plan))
+                    way.check.time(key, mask, dense, sparse_as_given, make_plan, self._num_served(plan))
                     if (slow := way.check.why_slow(key, mask)) is not None:
                         self.count_dense(layer, _after(policy, slow))
                         return None
@@ -429,6 +434,13 @@ class Session:
 
 
 _STRATEGY_SAYS_DENSE = "the strategy keeps it dense"
+
+
+def _in_own_order(order: Order, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that come in an order, in their own, with a key and a value for each head; a shorter query has it."""
+    query = order.undo(query) if query.shape[2] == key.shape[2] else query
+    key, value = (_for_each_head(order.undo(x), query.shape[1]) for x in (key, value))
+    return query, key, value
 
 
 def _for_each_head(x: Tensor, num_heads: int) -> Tensor:

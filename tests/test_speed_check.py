@@ -8,11 +8,12 @@ import weakref
 import comfy_standins
 import pytest
 import torch
+from composition.test_padded_within import masked_call
 from enabled import Watched, config, report_of, run
 from tiny_models import TINY
 
 import diffsparse.config
-from diffsparse import Adaptive, processors, speed_check
+from diffsparse import Adaptive, processors, speed_check, text_order
 from diffsparse.plan import AttentionPlan
 from diffsparse.session import Session
 from diffsparse.steps import Step
@@ -90,6 +91,24 @@ def test_what_is_not_faster_is_dense_from_its_first_call_on(wan, call, set_clock
     assert warning.startswith(
         "diffsparse: self-attention of WanTransformer3DModel over 105 tokens is left to the model: " + reason
     )
+
+
+def test_what_moves_text_is_timed_with_sparse_attention(monkeypatch):
+    model, call = masked_call("krea2", [2, 4])
+    moved, timed_moves, move = [], [], text_order._in_order
+    monkeypatch.setattr(text_order, "_in_order", lambda x, order: (moved.append(x), move(x, order))[1])
+
+    def seconds_of(attend, device):
+        before = len(moved)
+        attend()
+        timed_moves.append(len(moved) - before)
+        return 1.0
+
+    monkeypatch.setattr(speed_check, "seconds_of", seconds_of)
+    model.enable_sparse_attention(timed())
+    run(model, call)
+    # Dense attention, sparse attention with query, key, value and output, a plan.
+    assert timed_moves[:3] == [0, 4, 0]
 
 
 def test_each_kind_of_call_is_timed_once_in_a_process(wan, call, set_clock):
