@@ -119,7 +119,10 @@ def test_a_row_with_a_hidden_tail_is_what_it_is_alone_and_without_it(name):
     assert_all_sparse(model, name, 2)
 
 
-@pytest.mark.parametrize(("name", "hidden"), [("qwen_image", []), ("qwen_image", None), ("motif_video", [5, 6])])
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [("qwen_image", []), ("qwen_image", None), ("motif_video", [5, 6]), ("nucleus_image", [5, 6])],
+)
 def test_no_token_moves_where_a_tail_or_nothing_is_hidden(name, hidden, monkeypatch):
     model, within = masked_call(name, HIDDEN["within"])
     call = masked_call(name, hidden)[1] if hidden is not None else TINY[name].call(model, TINY[name].grid, batch=2)

@@ -212,8 +212,8 @@ def test_joyimage_plus_needs_one_size_of_the_generated_image():
     two_sizes = [[(1, 7, 5), (1, 4, 3)], [(1, 5, 7), (1, 4, 3)]]
     assert Called("joyimage_edit_plus", hidden_states=patches, shape_list=two_sizes).layout is None
     # Its mask would hide the patches that a row has fewer.
-    mask = torch.ones(2, 7)
-    masked = Called("joyimage_edit_plus", batch=2, encoder_hidden_states_mask=mask, shape_list=one_size)
+    changes = {"encoder_hidden_states_mask": torch.ones(2, 7), "hidden_states": patches, "shape_list": one_size}
+    masked = Called("joyimage_edit_plus", batch=2, **changes)
     assert masked.stays_dense("the call does not say the size of the grid")
 
 
