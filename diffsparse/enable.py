@@ -172,6 +172,7 @@ def _open_session(
     transformer: nn.Module, family: Family | None, config: SparseAttentionConfig, pipeline: Any, name: str
 ) -> TransformerSession:
     if family is not None:
+        _check_text_mask(transformer, family)
         if pipeline is None and config.dense_steps > 0:
             _warn_of_missing_timestep(transformer, family)
         return TransformerSession(transformer, family, _layer_names(transformer, family), config, pipeline, name)
@@ -188,10 +189,26 @@ def _open_session(
     return TransformerSession(transformer, UNKNOWN, (), config, pipeline)
 
 
-def _warn_of_missing_timestep(transformer: nn.Module, family: Family) -> None:
+def _check_text_mask(transformer: nn.Module, family: Family) -> None:
+    """Raise ValueError where the transformer is given no mask by the family's name of it: hidden text would be seen."""
+    argument = (family.text_mask or "").split(".")[0]
+    if argument and not _takes(transformer, argument):
+        _, *taken = inspect.signature(type(transformer).forward).parameters
+        raise ValueError(
+            f"`text_mask` {family.text_mask!r} of the family {family.name!r} is no argument of "
+            f"{type(transformer).__name__}, which takes {', '.join(taken)}. Name the one that holds the mask of text, "
+            f"or None if there is none."
+        )
+
+
+def _takes(transformer: nn.Module, argument: str) -> bool:
+    """Whether a transformer is called with an argument of this name, or with any."""
     parameters = inspect.signature(type(transformer).forward).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if family.timestep not in parameters and not takes_any:
+    return argument in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def _warn_of_missing_timestep(transformer: nn.Module, family: Family) -> None:
+    if not _takes(transformer, family.timestep):
         logger.warning(
             "%s takes no argument `%s`, by which the family %r tells its steps where no pipeline does: each call "
             "counts as the first step and stays dense. Name the argument that holds the timestep as `timestep` of the "

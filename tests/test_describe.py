@@ -135,6 +135,14 @@ def test_a_timestep_that_the_transformer_does_not_take_is_warned_of_where_it_wou
     assert report_of(model).dense_reasons == {"early step": 2 * 2}
 
 
+@pytest.mark.parametrize("name", ["mask", "mask.text"])
+def test_a_text_mask_that_the_transformer_does_not_take_is_an_error(model, name):
+    wrong = dataclasses.replace(MINE, text_mask=name)
+    with pytest.raises(ValueError, match=f"`text_mask` '{name}' of the family 'mine' is no argument of Mine, .*text"):
+        diffsparse.enable_sparse_attention(model, SPARSE, family=wrong)
+    assert not diffsparse.is_sparse_attention_enabled(model)
+
+
 def test_a_layout_of_another_number_of_tokens_is_counted_or_raised(model, call):
     wrong = Family("mine", ("Mine",), MINE.layers, lambda transformer, call: Layout(1, HEIGHT, WIDTH))
     stock = model(**call)
