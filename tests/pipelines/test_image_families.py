@@ -111,6 +111,19 @@ def test_qwen_images_of_different_sizes_or_other_latents_have_no_layout():
     assert Called("qwen_image", img_shapes=[]).layout is None
 
 
+def test_images_of_krea_2_that_their_places_do_not_fill_have_no_layout():
+    assert Called("krea2", hidden_states=random(1, 36, CHANNELS)).layout is None
+    assert Called("krea2", hidden_states=random(1, 35, 2, 2)).layout is None
+
+
+@pytest.mark.parametrize("shapes", [(1, 7, 5), [(1, 7, 5)], [(1, 7, 5)] * 2], ids=str)
+def test_nucleus_may_say_the_size_of_its_images_once(shapes):
+    called = Called("nucleus_image", batch=2, img_shapes=shapes)
+    assert called.layout == Layout(1, 7, 5, text_after=7)
+    assert called.ran() == (2, {})
+    assert Called("nucleus_image", batch=2, img_shapes=[(1, 7, 5), (1, 5, 7)]).layout is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long])
 def test_a_mask_that_hides_no_text_of_qwen_image_is_none(dtype):
     # Modular pipelines pass one for each prompt.
