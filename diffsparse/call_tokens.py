@@ -49,7 +49,8 @@ class CallTokens:
             ranks: how many ranks the sequence was put together from.
             text_apart: as a family says it.
         """
-        if self.text_moves:
+        # Without a mask, text behind the grid is where it has to be, as in decoder layers of Motif-Video.
+        if self.text_moves and (mask is not None or self.laid_out.text_before):
             return TextOrder.of(mask, self.laid_out, device)
         first = self.laid_out.text_before or self.laid_out.num_video_tokens
         rest = self.laid_out.num_tokens - first
