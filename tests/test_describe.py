@@ -143,6 +143,12 @@ def test_a_text_mask_that_the_transformer_does_not_take_is_an_error(model, name)
     assert not diffsparse.is_sparse_attention_enabled(model)
 
 
+def test_a_text_mask_that_is_no_tensor_is_an_error(model, call):
+    diffsparse.enable_sparse_attention(model, SPARSE, family=dataclasses.replace(MINE, text_mask="time"))
+    with pytest.raises(TypeError, match=r"`text_mask` 'time' of the family 'mine' must .* the call has 0\.5 there"):
+        model(**(call | {"time": 0.5}))
+
+
 def test_a_layout_of_another_number_of_tokens_is_counted_or_raised(model, call):
     wrong = Family("mine", ("Mine",), MINE.layers, lambda transformer, call: Layout(1, HEIGHT, WIDTH))
     stock = model(**call)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Layout(NamedTuple):
@@ -107,14 +107,23 @@ class Family:
                 f"Layout or None, got {self.layout!r}."
             )
 
-    def text_mask_of(self, call: Mapping[str, Any]) -> Any:
-        """What a call holds where `text_mask` says, None if nothing."""
+    def text_mask_of(self, call: Mapping[str, Any]) -> Tensor | None:
+        """What a call holds where `text_mask` says, None if nothing.
+
+        Raises:
+            TypeError: it is no tensor.
+        """
         if self.text_mask is None:
             return None
         argument, *entries = self.text_mask.split(".")
         mask = call.get(argument)
         for entry in entries:
             mask = mask.get(entry) if isinstance(mask, Mapping) else None
+        if not (mask is None or isinstance(mask, Tensor)):
+            raise TypeError(
+                f"`text_mask` {self.text_mask!r} of the family {self.name!r} must name a mask [B, text tokens], a "
+                f"tensor or None; the call has {mask!r} there."
+            )
         return mask
 
     def class_name(self, transformer: nn.Module) -> str:
