@@ -209,8 +209,10 @@ def test_a_strategy_may_keep_the_queries_of_the_grid_alone_dense():
         ((1, 3, 30, 8), (1, 2, 37, 8), (1, 2, 37, 8), 1),
         ((1, 2, 30, 8), (1, 2, 37, 8), (1, 2, 30, 8), 1),
         ((1, 2, 30, 8), (1, 2, 37, 8), (1, 2, 37, 8), 2),
+        ((1, 2, 30, 8), (1, 2, 37, 4), (1, 2, 37, 4), 1),
+        ((2, 2, 30, 8), (1, 2, 37, 8), (1, 2, 37, 8), 1),
     ],
-    ids=["no grid", "fewer keys", "more heads", "odd groups", "values", "ranks"],
+    ids=["no grid", "fewer keys", "more heads", "odd groups", "values", "ranks", "head dim", "batch"],
 )
 def test_other_queries_than_the_grids_are_an_obstacle(queries, keys, values, ranks):
     session = session_of(Recorded())
