@@ -32,8 +32,8 @@ class CallTokens:
         return cls(laid_out, padded_within or (num_queries < num_keys and laid_out.text_before > 0))
 
     @property
-    def may_have_no_queries(self) -> tuple[int, ...]:
-        """How many tokens may have none: none, those before the grid, or all but the grid."""
+    def allowed_without_queries(self) -> tuple[int, ...]:
+        """How many tokens may be without: none, those before the grid, or all but the grid."""
         return 0, self.laid_out.text_before, self.laid_out.text_before + self.laid_out.text_after
 
     @property

@@ -332,7 +332,7 @@ class Session:
         if tokens is None:
             return self.why_no_layout
         grid = tokens.grid
-        may_lack = tokens.may_have_no_queries if ranks == 1 else (0,)
+        may_lack = tokens.allowed_without_queries if ranks == 1 else (0,)
         are_grouped = query.shape[0] == key.shape[0] and query.shape[1] % key.shape[1] == 0
         fits = are_grouped and query.shape[3] == key.shape[3] and key.shape[2] - query.shape[2] in may_lack
         if key.shape != value.shape or not fits:
