@@ -274,7 +274,7 @@ def dispatch_attention_fn(
         )
         return output
     if handle is not None:
-        _count_fallback(handle, obstacle, query.shape[1])
+        _count_fallback(handle, obstacle, key.shape[1])
     return attention_dispatch.dispatch_attention_fn(
         query,
         key,
@@ -308,7 +308,7 @@ def scaled_dot_product_attention(
         attn_mask = None if attn_mask is None else as_autocast(attn_mask)
         return _attend(query, key, value, attn_mask, scale, enable_gqa, False, 1, handle).transpose(1, 2)
     if handle is not None:
-        _count_fallback(handle, obstacle, query.shape[2])
+        _count_fallback(handle, obstacle, key.shape[2])
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -364,11 +364,11 @@ def _attend_between_exchanges(
     return _attend(*heads_first, attn_mask, scale, False, True, ranks, handle)
 
 
-def _count_fallback(handle: Tensor, obstacle: str | None, num_queries: int) -> None:
+def _count_fallback(handle: Tensor, obstacle: str | None, num_keys: int) -> None:
     # Inside compiled code this would run while tracing, not at each call.
     if obstacle is not None and not torch.compiler.is_compiling() and (found := find_layer(handle)) is not None:
         session, layer = found
-        if not session.is_of_text_alone(num_queries):
+        if not session.is_of_text_alone(num_keys):
             session.fall_back(layer, obstacle)
 
 

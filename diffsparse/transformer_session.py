@@ -88,7 +88,7 @@ class TransformerSession(Session):
         dense: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
         """As that of any session, for the thread that called the transformer last."""
-        if self.is_of_text_alone(query.shape[2]):
+        if self.is_of_text_alone(key.shape[2]):
             return None
         if self.family.masks_pairs and mask is not None and mask.ndim == 4:
             mask = mask[:, :, -1:]
@@ -98,11 +98,13 @@ class TransformerSession(Session):
         self.fall_back(layer, "another thread called the transformer meanwhile")
         return None
 
-    def is_of_text_alone(self, num_queries: int) -> bool:
-        """Whether a call with so many queries is of text alone, which is no business of ours."""
+    def is_of_text_alone(self, num_keys: int) -> bool:
+        """Whether a call with so many keys is of text alone, which is no business of ours."""
         if not self.family.text_attends_alone or self.layout is None:
             return False
-        return num_queries < grid_of(self.layout, 0).num_video_tokens
+        grid = grid_of(self.layout, 0)
+        # Text may be as long as the grid, or longer; what sees the grid has its keys.
+        return num_keys < grid.num_video_tokens or num_keys <= grid.text_before + grid.text_after
 
     def _read_layout(self, transformer: nn.Module, call: Mapping[str, Any]) -> tuple[int | None, ...] | None:
         """What the family makes of a call. One that it did not foresee is no reason to lose a generation."""

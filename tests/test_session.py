@@ -166,6 +166,14 @@ def test_another_mask_is_an_obstacle(mask):
     assert session.tallies[0].dense_reasons == {"attention mask": 1}
 
 
+def test_a_mask_of_pairs_is_an_obstacle_whether_or_not_text_is_hidden():
+    session = session_of(Recorded())
+    begin(session, 0)
+    session.mask_hides_nothing = True
+    assert session.attend(0, *qkv(), torch.ones(1, 1, 30, 30, dtype=torch.bool).tril(), None) is None
+    assert session.tallies[0].dense_reasons == {"attention mask": 1}
+
+
 def test_a_mask_of_another_number_of_tokens_is_an_obstacle():
     session = session_of(Recorded())
     begin(session, 0)

@@ -56,8 +56,8 @@ class Family:
             is read off the device once.
         masks_pairs: that mask comes as one of all pairs of tokens, [B, 1, S, S], which shows the last token, one of the
             grid, what it shows to each that is no padding. Padding then sees what they see: it is thrown away.
-        text_attends_alone: layers also attend to text alone, in calls of their own. These have fewer queries than the
-            grid has tokens; they stay the model's, and nobody counts them.
+        text_attends_alone: layers also attend to text alone, in calls of their own. These have no more keys than there
+            is text, or fewer than the grid has tokens; they stay the model's, and nobody counts them.
         timestep: the argument that holds the timestep. It tells the steps of a transformer that is enabled on its
             own.
         spreads_mask: the processor is given such a mask as [B, text tokens] and makes a mask of all pairs of tokens

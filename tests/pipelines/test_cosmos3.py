@@ -17,10 +17,10 @@ from diffsparse.pipelines.cosmos3 import layout
 GRID = (3, 7, 5)
 
 
-@pytest.mark.parametrize("num_sound", [0, 6])
-def test_video_and_sound_are_as_exact_as_stock(num_sound):
+@pytest.mark.parametrize(("num_text", "num_sound"), [(TEXT_TOKENS, 0), (TEXT_TOKENS, 6), (105, 0), (120, 6)])
+def test_video_and_sound_are_as_exact_as_stock(num_text, num_sound):
     model = make()
-    arguments = call(model, GRID, num_sound=num_sound)
+    arguments = call(model, GRID, num_sound=num_sound, num_text=num_text)
 
     def outputs():
         with torch.no_grad():
@@ -34,7 +34,7 @@ def test_video_and_sound_are_as_exact_as_stock(num_sound):
     model.disable_sparse_attention()
     model.enable_sparse_attention(config(strategy := Watched(density=0.3), strict=True))
     assert not torch.allclose(outputs()[0], stock[0], atol=1e-4)
-    assert {each.grid for each in strategy.calls} == {TokenGrid(*GRID, text_after=TEXT_TOKENS + num_sound)}
+    assert {each.grid for each in strategy.calls} == {TokenGrid(*GRID, text_after=num_text + num_sound)}
     # The causal attention of the text is not counted.
     assert (report_of(model).sparse_calls, report_of(model).dense_calls) == (2, 0)
 

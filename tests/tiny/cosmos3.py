@@ -25,19 +25,21 @@ make = seeded(
 )
 
 
-def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0, num_sound: int = 0) -> dict[str, Any]:
+def call(
+    model: Any, grid: Grid, batch: int = 1, seed: int = 0, num_sound: int = 0, num_text: int = TEXT_TOKENS
+) -> dict[str, Any]:
     """There is no batch: all is packed into one sequence, `[text | video | sound]`."""
     random = Random(seed)
     frames, height, width = grid
     tokens = frames * height * width
-    places = torch.cat([torch.arange(TEXT_TOKENS)[None].expand(3, -1), 100 + torch.ones(grid).nonzero().T], dim=1)
-    video = torch.arange(TEXT_TOKENS, TEXT_TOKENS + tokens)
+    places = torch.cat([torch.arange(num_text)[None].expand(3, -1), 100 + torch.ones(grid).nonzero().T], dim=1)
+    video = torch.arange(num_text, num_text + tokens)
     arguments = {
-        "input_ids": torch.arange(TEXT_TOKENS),
-        "text_indexes": torch.arange(TEXT_TOKENS),
+        "input_ids": torch.arange(num_text) % 20,
+        "text_indexes": torch.arange(num_text),
         "position_ids": torch.cat([places, 100 + torch.arange(num_sound)[None].expand(3, -1)], dim=1),
-        "und_len": TEXT_TOKENS,
-        "sequence_length": TEXT_TOKENS + tokens + num_sound,
+        "und_len": num_text,
+        "sequence_length": num_text + tokens + num_sound,
         "vision_tokens": random(1, CHANNELS, frames, 2 * height, 2 * width),
         "vision_token_shapes": [grid],
         "vision_sequence_indexes": video,
@@ -46,7 +48,7 @@ def call(model: Any, grid: Grid, batch: int = 1, seed: int = 0, num_sound: int =
         "vision_noisy_frame_indexes": [torch.arange(frames)],
     }
     if num_sound:
-        sound = torch.arange(num_sound) + TEXT_TOKENS + tokens
+        sound = torch.arange(num_sound) + num_text + tokens
         arguments |= {
             "sound_tokens": [random(8, num_sound)],
             "sound_token_shapes": [(num_sound, 1, 1)],
