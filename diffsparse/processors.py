@@ -274,7 +274,7 @@ def dispatch_attention_fn(
         )
         return output
     if handle is not None:
-        _count_fallback(handle, obstacle, key.shape[1])
+        _count_fallback(handle, obstacle, key.shape[1] * _num_ranks(parallel_config))
     return attention_dispatch.dispatch_attention_fn(
         query,
         key,
@@ -334,6 +334,14 @@ def _obstacle(
     if not torch.compiler.is_compiling() and _is_watched():
         return "a torch function mode stands in for attention, as in perturbed attention guidance"
     return None
+
+
+def _num_ranks(parallel_config: Any) -> int:
+    """How many ranks share a sequence."""
+    if parallel_config is None:
+        return 1
+    shares = parallel_config.context_parallel_config
+    return int(shares.ring_degree * shares.ulysses_degree)
 
 
 def _is_watched() -> bool:

@@ -1,16 +1,18 @@
 """Cosmos 3: text by causal attention of its own, then video and sound, whose queries see all; shared keys."""
 
+import types
 from unittest.mock import MagicMock
 
 import diffusers
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from enabled import FULL, Watched, config, report_of, run
 from tiny.cosmos3 import call, make
 from tiny.model import TEXT_TOKENS
 from tiny_models import tiny_wan_pipeline
 
-from diffsparse import Adaptive
+from diffsparse import Adaptive, processors
 from diffsparse.grid import TokenGrid
 from diffsparse.pipelines.cosmos3 import layout
 
@@ -48,6 +50,21 @@ def test_its_text_is_always_seen():
     arguments["input_ids"] = torch.tensor([*range(TEXT_TOKENS - 1), 19])
     # By a value that every query sees.
     assert ((run(model, arguments) - before).abs().amax(dim=-4) > 0).all()
+
+
+def test_what_stays_dense_under_context_parallelism_is_counted(monkeypatch):
+    model = make()
+    model.enable_sparse_attention(FULL)
+    run(model, call(model, GRID))
+    monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", lambda query, *_, **__: query)
+    monkeypatch.setattr(processors._CURRENT, "handle", model.layers[0].self_attn.processor._diffsparse_handle)
+    ulysses = types.SimpleNamespace(context_parallel_config=types.SimpleNamespace(ring_degree=1, ulysses_degree=2))
+    # What one of two ranks has of the video, and of all keys; then of the text.
+    for queries, keys, is_causal in ((53, 56, False), (4, 4, True)):
+        query, key = torch.zeros(1, queries, 4, 8), torch.zeros(1, keys, 2, 8)
+        options = {"is_causal": is_causal, "enable_gqa": True, "parallel_config": ulysses}
+        processors.dispatch_attention_fn(query, key, key, **options)
+    assert report_of(model).dense_reasons == {"grouped queries under context parallelism": 1}
 
 
 def test_two_videos_have_no_layout():
