@@ -1,6 +1,7 @@
 """Cosmos 3: text by causal attention of its own, then video and sound, whose queries see all; shared keys."""
 
 import types
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import diffusers
@@ -14,7 +15,7 @@ from tiny_models import tiny_wan_pipeline
 
 from diffsparse import Adaptive, processors
 from diffsparse.grid import TokenGrid
-from diffsparse.pipelines.cosmos3 import layout
+from diffsparse.pipelines.cosmos3 import COSMOS3, layout
 
 GRID = (3, 7, 5)
 
@@ -72,6 +73,14 @@ def test_two_videos_have_no_layout():
     arguments = call(model, GRID)
     arguments["vision_tokens"] = [arguments["vision_tokens"][0]] * 2
     assert layout(model, arguments | {"vision_token_shapes": [GRID, GRID]}) is None
+
+
+def test_without_a_layout_all_is_counted():
+    model = make()
+    model.enable_sparse_attention(FULL, family=replace(COSMOS3, layout=lambda transformer, call: None))
+    run(model, call(model, GRID))
+    reasons = {"causal attention or dropout": 2, "the call does not say the size of the grid": 2}
+    assert report_of(model).dense_reasons == reasons
 
 
 def test_its_pipeline_is_as_exact_as_stock_and_runs_sparse_but_for_early_steps():
