@@ -293,6 +293,18 @@ def test_plans_of_a_bare_transformer_do_not_pile_up(watched):
     assert kept[1] <= kept[0]
 
 
+def test_plans_of_a_bare_transformer_go_with_a_video_of_another_size(watched):
+    chosen, plans = watched
+    model = TINY["wan"].make()
+    model.enable_sparse_attention(chosen)
+    kept = []
+    for grid in [(3, 7, 5), (3, 5, 5), (2, 5, 5)]:
+        run(model, TINY["wan"].call(model, grid))
+        gc.collect()
+        kept.append(len(plans))
+    assert kept == [len(TINY["wan"].layers)] * 3
+
+
 def test_an_enabled_transformer_runs_on_the_meta_device():
     # Where operations are counted: its timestep has no value.
     model = TINY["wan"].make()
