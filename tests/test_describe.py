@@ -143,6 +143,16 @@ def test_a_text_mask_that_the_transformer_does_not_take_is_an_error(model, name)
     assert not diffsparse.is_sparse_attention_enabled(model)
 
 
+def test_a_transformer_that_takes_any_argument_takes_the_mask_and_the_timestep_that_a_family_names(caplog):
+    class Open(Mine):
+        def forward(self, image, text, **more):
+            return super().forward(image, more["time"], text)
+
+    family = dataclasses.replace(MINE, transformers=("Open",), text_mask="mask")
+    diffsparse.enable_sparse_attention(Open(), config(dense_steps=0.2), family=family)
+    assert caplog.records == []
+
+
 def test_a_text_mask_that_is_no_tensor_is_an_error(model, call):
     diffsparse.enable_sparse_attention(model, SPARSE, family=dataclasses.replace(MINE, text_mask="time"))
     with pytest.raises(TypeError, match=r"`text_mask` 'time' of the family 'mine' must .* the call has 0\.5 there"):

@@ -261,6 +261,15 @@ def test_out_of_memory_makes_the_rest_dense_and_is_counted(error, monkeypatch):
     assert not torch.equal(standins.sample(sparse), dense)
 
 
+def test_another_error_is_not_taken_for_too_little_memory(monkeypatch):
+    def attend(*args, **kwargs):
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(AttentionPlan, "attend", attend)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        standins.sample(standins.patched(standins.patcher()))
+
+
 def test_sparse_attention_stays_out_of_memory_that_comfyui_replays(monkeypatch):
     paused = []
 
