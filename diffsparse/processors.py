@@ -38,8 +38,9 @@ def make_sparse(module: nn.Module, handle: Tensor, spreads_mask: bool = False) -
     Where the processor `spreads_mask`, it is given a `KeyMask` to spread.
     """
     processor: Any = getattr(module, "processor", None)
-    # One that was put aside while enabled comes back after disabling, as `unfuse_qkv_projections` does.
-    if isinstance(processor, _SparseProcessor) and processor._is_idle():
+    # One that was put aside while enabled comes back after disabling, as `unfuse_qkv_projections` does. Another model's
+    # may be enabled.
+    if isinstance(processor, _SparseProcessor) and (processor._is_idle() or processor._handle_in(module) is None):
         processor = processor._as_stock()
     sparse_class = _sparse_class_for(processor, spreads_mask)
     if sparse_class is None:

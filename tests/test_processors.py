@@ -194,3 +194,7 @@ def test_processors_that_another_model_was_given_run_dense_there():
     assert torch.equal(run(models[1], call), stock)
     assert torch.equal(run(models[0], call), sparse)
     assert report_of(models[0]).sparse_calls == 2 * 4
+    # It can be enabled as well.
+    models[1].enable_sparse_attention(SPARSE)
+    assert torch.equal(run(models[1], call), run(models[0], call))
+    assert (report_of(models[0]).sparse_calls, report_of(models[1]).sparse_calls) == (3 * 4, 4)
