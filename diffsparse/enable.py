@@ -57,7 +57,8 @@ def enable_sparse_attention(
 
     Raises:
         ValueError: sparse attention is enabled already, the config is wrong, its plans are for another model, there is
-            no transformer, or `family` names none of them or other modules than attention.
+            no transformer, or `family` names none of them, other modules than attention, or a mask of text that is no
+            argument of theirs.
         TypeError: `config`, `model` or `family` is of another type.
     """
     chosen = as_config(config)
