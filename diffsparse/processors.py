@@ -84,7 +84,7 @@ class _SparseProcessor:
         return self._diffsparse_handle is None or find_layer(self._diffsparse_handle) is None
 
     def _handle_in(self, attn: nn.Module) -> Tensor | None:
-        """The handle; None in the layers of another model, which was given the processors of this one."""
+        """The handle; None in the layers of another model, which was given this one's processors, unless compiled."""
         if self._diffsparse_handle is None or torch.compiler.is_compiling():
             return self._diffsparse_handle
         return self._diffsparse_handle if self._diffsparse_module() is attn else None
